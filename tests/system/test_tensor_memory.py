@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import random
@@ -115,6 +116,17 @@ def test_segments_without_tensors_are_returned():
     assert memory.held() == 300 * MB
     del first
     assert memory.used() == memory.held() == 0
+
+
+def test_blocks_in_locked_pages_are_reused():
+    memory = _memory(returns=True)
+    kept, locked = (memory.empty((MB,), torch.uint8) for _ in range(2))
+    libc, place = ctypes.CDLL(None, use_errno=True), locked.data_ptr()
+    if libc.mlock(ctypes.c_void_p(place), ctypes.c_size_t(MB)):
+        pytest.skip("the process may not lock memory")
+    del locked
+    assert memory.used() == kept.nbytes
+    assert memory.empty((MB,), torch.uint8).data_ptr() == place
 
 
 def test_segments_consist_of_whole_huge_pages():

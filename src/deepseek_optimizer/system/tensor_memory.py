@@ -7,6 +7,7 @@ free ranges are merged. Segments request huge pages, which one mapping per tenso
 from __future__ import annotations
 
 import bisect
+import contextlib
 import functools
 import mmap
 import threading
@@ -138,7 +139,8 @@ class TensorMemory:
     def _freed(self, key: int, segment: _Segment, start: int, end: int, _: Any) -> None:
         self._alive.pop(key, None)
         if self._returns and hasattr(mmap, "MADV_DONTNEED"):
-            segment.pages.madvise(mmap.MADV_DONTNEED, start, end - start)
+            with contextlib.suppress(OSError):  # pages that the process has locked (mlockall) are kept
+                segment.pages.madvise(mmap.MADV_DONTNEED, start, end - start)
         self._returned.append((segment, start, end))
 
     def _reclaim(self) -> None:

@@ -13,7 +13,7 @@ import torch
 
 import deepseek_optimizer
 from deepseek_optimizer import BackendError
-from deepseek_optimizer.backends.cpu import native, packer
+from deepseek_optimizer.backends.cpu import CpuBackend, native, packer
 from deepseek_optimizer.backends.cpu.buffers import ZONE, Outputs, address, optional, strided
 from deepseek_optimizer.quant.packed import PackedMatrix
 from deepseek_optimizer.quant.tiles import empty_tiles
@@ -175,3 +175,14 @@ def test_much_memory_is_not_kept():
     outputs.trim()
     assert outputs._short_lived.held() == outputs._short_lived.used() == 40 << 20
     assert bool((tensors[0] == 7).all())
+
+
+def test_much_memory_is_not_kept_after_an_error(monkeypatch):
+    backend, outputs = CpuBackend(threads=1), Outputs(False)
+    monkeypatch.setattr(backend.context, "outputs", outputs)
+    with pytest.raises(KeyError), backend.thread_context():
+        tensors = [outputs.empty((40 << 20,), torch.uint8, short_lived=True) for _ in range(8)]
+        assert outputs._short_lived.held() == 320 << 20
+        del tensors
+        raise KeyError
+    assert outputs._short_lived.held() == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deepseek_optimizer.backends.cpu import unavailable_reason
+from deepseek_optimizer.backends.cpu import native, unavailable_reason
 from deepseek_optimizer.backends.cpu.dense_attention import attend
 from deepseek_optimizer.backends.cpu.native import shared_context
 
@@ -76,6 +76,13 @@ def test_equals_float64(isa, dtype, mask, seed):
     assert out.dtype == dtype and out.shape == expected.shape
     bound = 2e-5 if dtype == torch.float32 else 2**-8
     assert (out.double() - expected).abs().max() <= bound * max(1.0, float(expected.abs().max()))
+
+
+def test_the_default_context_is_found_without_reading_limits_again(monkeypatch):
+    """Attention outside plans asks for it in every layer."""
+    first = shared_context(None, None)
+    monkeypatch.setattr(native, "library", lambda: pytest.fail("the library was called"))
+    assert shared_context(None, None) is first
 
 
 @pytest.mark.parametrize("queries", [1, 100])

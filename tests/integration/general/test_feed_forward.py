@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
 from torch import nn
+from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel
 
-from deepseek_optimizer import load_model
+from deepseek_optimizer import BackendError, load_model
 from deepseek_optimizer.backends.cpu import CpuBackend, unavailable_reason
 from deepseek_optimizer.integration.bind.packed_model import NoCopyCallable
 from deepseek_optimizer.integration.general.feed_forward import FusedFeedForward, fuse_feed_forward
@@ -51,19 +53,19 @@ class Block(nn.Module):
     def __init__(self, extra, cpu):
         super().__init__()
         self.up, self.down, self.act = packed(cpu, 32, 48), packed(cpu, 48, 32), nn.ReLU()
+        self.drop = nn.Dropout(0.0)
         self.extra, self.calls = extra, 0
 
     def forward(self, x):
         self.calls += 1
-        return self.extra(x, self.down(self.act(self.up(x))))
+        return self.extra(x, self.drop(self.down(self.act(self.up(x)))))
 
 
-def packed(cpu, cols, rows):
+def packed(cpu, cols, rows, seed=0, scale=1.0):
     layer = GeneralLinear(cols, rows, "fp32", bias=True, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(cols)
-    layer._parameters["weight"] = nn.Parameter(
-        cpu.pack(torch.randn(rows, cols, generator=generator), "fp32"), requires_grad=False
-    )
+    generator = torch.Generator().manual_seed(cols + seed)
+    weight = scale * torch.randn(rows, cols, generator=generator)
+    layer._parameters["weight"] = nn.Parameter(cpu.pack(weight, "fp32"), requires_grad=False)
     layer.bias.data = torch.randn(rows, generator=generator)
     layer.product = NoCopyCallable(cpu.linear)
     return layer
@@ -84,8 +86,49 @@ def test_blocks_that_compute_something_else_stay(extra, fits):
     assert isinstance(model[0], FusedFeedForward) is fits and isinstance(model[0], Block)
 
 
+class Gated(nn.Module):
+    """A gated block whose gate is not its first layer."""
+
+    def __init__(self, cpu):
+        super().__init__()
+        self.up, self.gate, self.down, self.act = (
+            packed(cpu, 32, 48),
+            packed(cpu, 32, 48, seed=1),
+            packed(cpu, 48, 32),
+            nn.SiLU(),
+        )
+
+    def forward(self, x):
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+@pytest.mark.parametrize("bias", [0.0, 1e6])
+def test_blocks_without_effect_tell_nothing_about_others(bias):
+    """The first block of a kind shows how its class connects the layers, unless its results are equal for all rows."""
+    cpu = CpuBackend(threads=1)
+    model = nn.Sequential(Gated(cpu), Gated(cpu)).eval()
+    model[0].down = packed(cpu, 48, 32, scale=0.0)
+    model[0].down.bias.data.fill_(bias)
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model[1](x)
+        fuse_feed_forward(model, cpu.feed_forward)
+        torch.testing.assert_close(model[1](x), expected)
+        fuse_feed_forward(whole := nn.Sequential(Gated(cpu)).eval(), cpu.feed_forward)
+    assert isinstance(whole[0], FusedFeedForward)
+
+
 def hooked(block):
     block.up.register_forward_hook(lambda *arguments: None)
+
+
+def activation_hooked(block):
+    block.act.register_forward_pre_hook(lambda *arguments: None)
+
+
+def dropout_alone(block):
+    """As for estimates of uncertainty from several samples."""
+    block.drop.train()
 
 
 def wrapped(block):
@@ -96,7 +139,9 @@ def without_function(block):
     block.fused = None
 
 
-@pytest.mark.parametrize("change", [hooked, wrapped, without_function, nn.Module.train, "gradient", None])
+@pytest.mark.parametrize(
+    "change", [hooked, activation_hooked, dropout_alone, wrapped, without_function, nn.Module.train, "gradient", None]
+)
 def test_when_the_original_forward_runs(change):
     cpu = CpuBackend(threads=1)
     block = Block(lambda x, y: y, cpu).eval()
@@ -155,6 +200,32 @@ def test_the_cache_of_a_prompt_is_not_copied(tmp_path):
         next_theirs = plain(**token, past_key_values=theirs.past_key_values).logits
         torch.testing.assert_close(next_ours, next_theirs, rtol=1e-4, atol=1e-4)
         assert fast(**call, use_cache=False).past_key_values is None
+
+
+def test_a_loss_has_no_cache_and_pairs_of_models_create_their_own(tmp_path):
+    plain, fast = loaded("bart", tmp_path / "bart")
+    call = inputs_of(plain)
+    call["labels"] = call.pop("decoder_input_ids").clone()
+    with torch.no_grad():
+        assert fast(**call).keys() == plain(**call).keys()
+    side = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48, "vocab_size": 64}
+    decoder = BertConfig(is_decoder=True, add_cross_attention=True, **side)
+    pair = EncoderDecoderModel(EncoderDecoderConfig.from_encoder_decoder_configs(BertConfig(**side), decoder)).eval()
+    pair.save_pretrained(tmp_path / "pair")
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        ours = load_model(tmp_path / "pair", precision="fp32")(input_ids=ids, decoder_input_ids=ids)
+        theirs = pair(input_ids=ids, decoder_input_ids=ids)
+    assert ours.keys() == theirs.keys()
+    torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-4, atol=1e-5)
+
+
+def test_pickles_are_refused_with_a_remedy(tmp_path):
+    _, fast = loaded("gpt2", tmp_path)
+    assert isinstance(fast.transformer.h[0].mlp, FusedFeedForward) and isinstance(fast.transformer.ln_f, FusedNorm)
+    for module in (fast, fast.transformer.h[0].mlp, fast.transformer.ln_f):
+        with pytest.raises(BackendError, match="save_pretrained"):
+            pickle.dumps(module)
 
 
 def _states(cache):

@@ -110,6 +110,24 @@ def test_calls_that_plans_do_not_serve():
         tower(arguments["pixel_values"], arguments["image_grid_thw"])
 
 
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3"])
+def test_gradients_of_pictures(family):
+    """Parameters are frozen, but the pixels (or what embeds the patches) may need a gradient."""
+    model = make_model(FAMILIES[family]).requires_grad_(False)
+    ours, grads = optimized(model), []
+    for one in (ours, model):
+        arguments = pictures_of(family, 2)
+        pixels = arguments["pixel_values"].requires_grad_()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", OptimizerWarning)
+            output = one.model.get_image_features(**arguments, return_dict=True).pooler_output
+        assert any("gradients are needed" in str(warning.message) for warning in caught) is (one is ours)
+        parts = (output,) if torch.is_tensor(output) else output
+        sum(part.square().sum() for part in parts).backward()
+        grads.append(pixels.grad)
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-3 * grads[1].abs().max().item())
+
+
 def test_padded_pictures():
     """SmolVLM pads pictures of other shapes: Transformers' own forward masks them."""
     model = make_model(FAMILIES["smolvlm"])

@@ -119,9 +119,11 @@ class CpuBackend(CpuSizes):
 
     @contextmanager
     def thread_context(self) -> Iterator[None]:
-        with one_torch_thread():
-            yield
-        self.context.outputs.trim()
+        try:
+            with one_torch_thread():
+                yield
+        finally:
+            self.context.outputs.trim()
 
     def pack(
         self,

@@ -361,7 +361,13 @@ class Context:
 
 def shared_context(isa: str | None, threads: int | None) -> Context:
     """The process's context for these settings: models with equal settings share one pool. None: as for `Context`."""
-    return _shared_context(isa, threads or int(library().dso_default_threads()))
+    return _shared_context(isa, threads or _default_threads())
+
+
+@functools.cache
+def _default_threads() -> int:
+    """Read once: the limits are in many files, and attention outside plans asks for its context in every layer."""
+    return number(library().dso_default_threads())
 
 
 @functools.lru_cache(maxsize=8)

@@ -132,8 +132,10 @@ class _Forward(_Threads):
         cache = next((name for name in ("cache", "past_key_values") if name in self._order), None)
         if cache is not None and model.config.is_encoder_decoder and not model.training and model.device.type == "cpu":
             given = self.named(args, kwargs)
-            uses = model.config.use_cache if given.get("use_cache") is None else given["use_cache"]
-            if uses and given.get("cache") is None and given.get("past_key_values") is None:
+            # Pairs of two models have no such field: each of the two has its own.
+            uses = getattr(model.config, "use_cache", False) if given.get("use_cache") is None else given["use_cache"]
+            # With labels, most models create no cache, and their result would have one more part.
+            if uses and all(given.get(name) is None for name in ("cache", "past_key_values", "labels")):
                 kwargs = {name: value for name, value in given.items() if name not in ("cache", "past_key_values")}
                 args, kwargs[cache] = (), new_cache(model.get_decoder().config)
         return super().__call__(*args, **kwargs)

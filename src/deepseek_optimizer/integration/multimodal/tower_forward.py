@@ -47,6 +47,8 @@ class TowerForward(Replacement):
         for name, value in call.items():
             if name not in self.served and value is not None and value is not False:
                 return f"argument {name!r} is given"
+        if torch.is_grad_enabled() and any(torch.is_tensor(value) and value.requires_grad for value in call.values()):
+            return "gradients are needed"
         config = self.runtime.model.config
         if outputs_are_captured() or config.output_hidden_states or config.output_attentions:
             return "hidden states or attentions of the vision tower are requested"
