@@ -90,6 +90,12 @@ def test_prompts_with_masks_and_biases(native_calls, dtype):
     compare(q, k, v, ~hidden, native=True, calls=native_calls, position_bias=bias, bound=bound)
 
 
+@pytest.mark.parametrize("queries", [1, 20])
+def test_keys_of_all_sequences(native_calls, queries):
+    q, k, v = tensors(queries, keys=queries)
+    compare(q, k[:1], v[:1], native=False, calls=native_calls)
+
+
 @pytest.mark.parametrize("case", ["float64", "gradient", "autocast"])
 def test_sdpa_computes_the_rest(native_calls, case):
     q, k, v = tensors(1, torch.float64 if case == "float64" else torch.float32)

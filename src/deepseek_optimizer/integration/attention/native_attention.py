@@ -73,6 +73,6 @@ def _supported(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask
     for added in (mask, bias):
         if added is not None and not (added.is_cpu and added.dtype in (torch.bool, query.dtype)):
             return False
-    if mask is not None and mask.shape[-1] < key.shape[2]:
+    if len({len(x) for x in tensors}) > 1 or (mask is not None and mask.shape[-1] < key.shape[2]):
         return False
     return not torch.compiler.is_compiling() and unavailable_reason() is None
