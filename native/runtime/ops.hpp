@@ -11,7 +11,7 @@ namespace dso {
 // op_table.cpp
 std::unique_ptr<Op> make_op(StepReader& step);  // by step.op
 const char* op_name(const Kernels& kernels, int32_t op);
-const ElementwiseOp& elementwise_op(const Kernels& kernels, int32_t op);  // one that is in the table
+const ElementwiseOp& elementwise_op(const Kernels& kernels, int32_t op);    // one that is in the table
 const ElementwiseOp* find_elementwise(const Kernels& kernels, int32_t op);  // null: it is not
 
 // Number of leading rows, among rows of this kind, of sequences in decode phase.
