@@ -188,9 +188,8 @@ def listed_layers(fields: Fields, layers: int) -> tuple[bool, ...]:
 
 def sparse_by_step(fields: Fields, layers: int) -> tuple[bool, ...]:
     """Whether each layer has experts: every `decoder_sparse_step`-th one that is not in `mlp_only_layers` (Qwen's MoE)."""
-    step, dense = fields.integer("decoder_sparse_step", MAX_LAYERS, default=1), fields.get("mlp_only_layers") or []
-    if not isinstance(dense, (list, tuple)) or any(isinstance(i, bool) or not isinstance(i, int) for i in dense):
-        raise ConfigError(f"config.mlp_only_layers: expected numbers of layers, got {dense!r}")
+    step = fields.integer("decoder_sparse_step", MAX_LAYERS, default=1)
+    dense = fields.layers("mlp_only_layers") if fields.get("mlp_only_layers") else ()
     return tuple((layer + 1) % step == 0 and layer not in dense for layer in range(layers))
 
 

@@ -62,6 +62,13 @@ class Fields:
             raise ConfigError(f"config.{name}: expected true or false, got {shown(value)}")
         return value
 
+    def layers(self, name: str) -> tuple[int, ...]:
+        """Indices of layers, in no certain range. ConfigError for anything but a list of integers."""
+        value = self.get(name)
+        if not isinstance(value, (list, tuple)) or any(isinstance(i, bool) or not isinstance(i, int) for i in value):
+            raise ConfigError(f"config.{name}: expected a list of layers, got {shown(value)}")
+        return tuple(value)
+
     def require(self, name: str, only: Any) -> None:
         """Raises UnsupportedModelError unless the field equals `only`."""
         value = self.get(name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..errors import ConfigError, shown
 from ..graph.ir import Graph
 from .attention import decoder_graph
 from .decoder import FULL, MAX_LAYERS, MAX_POSITIONS, MAX_WIDTH, read_decoder, read_layer_kinds, read_nope_layers
@@ -40,10 +39,8 @@ def build(fields: Fields) -> Graph:
 
 def _sparse_layers(fields: Fields, layers: int) -> tuple[bool, ...]:
     """Whether each layer has experts: those in `moe_layers`; without it every `interleave_moe_layer_step`-th."""
-    listed = fields.get("moe_layers")
-    if listed is None:
+    if fields.get("moe_layers") is None:
         step = fields.integer("interleave_moe_layer_step", MAX_LAYERS)
-        listed = range(step - 1, layers, step)
-    if not isinstance(listed, (list, tuple, range)) or any(isinstance(i, bool) or not isinstance(i, int) for i in listed):
-        raise ConfigError(f"config.moe_layers: expected numbers of layers, got {shown(listed)}")
+        return tuple(layer % step == step - 1 for layer in range(layers))
+    listed = fields.layers("moe_layers")
     return tuple(layer in listed for layer in range(layers))

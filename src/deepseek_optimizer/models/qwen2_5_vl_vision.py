@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ..errors import ConfigError, shown
 from .fields import Fields
 from .vision import Tower, TowerLayer, axial_rope, read_tower, tower_graph
 
@@ -14,8 +13,6 @@ LAYER = TowerLayer(
 
 def build(fields: Fields) -> Tower:
     e = read_tower(fields, "qwen2_5_vl_vision", gated=True, layers="depth", heads="num_heads", fixed_eps=1e-6)
-    whole = fields.get("fullatt_block_indexes")
-    if not isinstance(whole, (list, tuple)) or any(isinstance(i, bool) or not isinstance(i, int) for i in whole):
-        raise ConfigError(f"config.fullatt_block_indexes: expected a list of layers, got {shown(whole)}")
+    whole = fields.layers("fullatt_block_indexes")
     windowed = tuple(layer not in whole for layer in range(e.layers))
     return Tower(tower_graph(e, LAYER, axial_rope(fields, e.head_dim)), windowed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ..errors import ConfigError, shown
 from .fields import Fields
 from .vision import Tower, TowerLayer, axial_rope, read_tower, tower_graph
 
@@ -14,7 +13,5 @@ LAYER = TowerLayer(
 
 def build(fields: Fields, family: str = "qwen3_vl_vision") -> Tower:
     e = read_tower(fields, family, layers="depth", heads="num_heads", fixed_eps=1e-6)
-    ends = fields.get("deepstack_visual_indexes") or ()
-    if not isinstance(ends, (list, tuple)) or any(isinstance(i, bool) or not isinstance(i, int) for i in ends):
-        raise ConfigError(f"config.deepstack_visual_indexes: expected a list of layers, got {shown(ends)}")
-    return Tower(tower_graph(e, LAYER, axial_rope(fields, e.head_dim)), (False,) * e.layers, tuple(ends))
+    ends = fields.layers("deepstack_visual_indexes") if fields.get("deepstack_visual_indexes") else ()
+    return Tower(tower_graph(e, LAYER, axial_rope(fields, e.head_dim)), (False,) * e.layers, ends)
