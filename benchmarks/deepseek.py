@@ -9,6 +9,7 @@ from .standing import DECODE, ONCE, OURS, PREFILL, Q4_0, VLLM, Bar, Rival, Row
 TRANSFORMERS = Rival("transformers", "bf16", "Transformers bf16")
 AT_512, AT_4096 = Work(512, 33), Work(4096, 33)
 SHORT = Rival(OURS, "int4", "ours int4 at 512", AT_512)
+V4_SHORT = Rival(OURS, "mxfp4", "ours at 512", AT_512)
 V32_SHORT = Rival(OURS, "int4", "ours int4 at 4,096", AT_4096)
 NEAR_FLOOR = 100 / 1.6  # per cent of bandwidth at which a step takes 1.6 times as long as reading its bytes
 
@@ -31,5 +32,13 @@ DEEPSEEK = (
     Row(
         "v32-dsa", "v32 decode at 32,768, sparse attention", "v32", Work(32768, 17), DECODE, (Bar((V32_SHORT,), 1 / 1.3),),
         **ONCE,
+    ),
+    Row(
+        "v4-decode-32k", "v4 decode at 32,768", "v4", Work(32768, 17), DECODE, (Bar((V4_SHORT,), 1 / 1.15),), read_percent=75,
+        form="mxfp4", **ONCE,
+    ),
+    Row(
+        "v4l1-decode", "v4l1 decode at 512", "v4l1", AT_512, DECODE, (Bar((TRANSFORMERS,), 10.0),), read_percent=75,
+        form="mxfp4", **ONCE,
     ),
 )  # fmt: skip

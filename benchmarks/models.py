@@ -3,7 +3,9 @@
 smol: SmolLM2-135M-Instruct, real weights, from a package registry. The others are shapes with random weights, right for speed,
 meaningless as text: r1q15 that of R1-Distill-Qwen-1.5B, v2l6 that of DeepSeek-V2-Lite with 6 of its 27 layers, v2lite all of
 them, as random blocks of a GGUF file: in floats it would not fit. v32 has two layers of DeepSeek-V3.2, a dense one and one of
-experts, packed from the start.
+experts, packed from the start, like v4 with three layers of DeepSeek-V4-Flash: one for each form of attention, and experts
+chosen by token id as well as by score. v4l1 has one, which Transformers can run too. Their vocabulary is cut like their layers,
+so that the head has the same share of a token's bytes as in the whole model.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from . import gguf_file, gguf_shapes, gguf_v2lite, random_packed
 
 TITLES = {
     "smol": "SmolLM2-135M", "r1q15": "R1-Distill-Qwen-1.5B shape", "v2l6": "DeepSeek-V2-Lite shape, 6 layers",
-    "v2lite": "DeepSeek-V2-Lite shape", "v32": "DeepSeek-V3.2 shape, 2 layers",
+    "v2lite": "DeepSeek-V2-Lite shape", "v32": "DeepSeek-V3.2 shape, 2 layers", "v4": "DeepSeek-V4-Flash shape, 3 layers",
+    "v4l1": "DeepSeek-V4-Flash shape, 1 layer",
 }  # fmt: skip
 
 
@@ -52,6 +55,8 @@ def model(name: str, form: str) -> Path:
         return _v2lite(form)
     if name == "v32":
         return _v32(form)
+    if name in _V4_KINDS:
+        return _v4(name, form)
     random = {"r1q15": _random_qwen2, "v2l6": _random_deepseek_v2}
     bf16 = dequantized(smollm2.fetch()) if name == "smol" else _once(smollm2.cache_directory() / name, random[name])
     if form == "bf16":
@@ -94,6 +99,32 @@ def _v32(form: str) -> Path:
     config = DeepseekV32Config(num_hidden_layers=2, first_k_dense_replace=1, rope_parameters=yarn)  # the rest is V3.2's own
     target = _packed(smollm2.cache_directory() / "v32", "int4")
     return _once(target, lambda path: random_packed.write(config, path, "DeepseekV32ForCausalLM"))
+
+
+_SPARSE, _HEAVY = "compressed_sparse_attention", "heavily_compressed_attention"
+_V4_KINDS = {"v4": ("sliding_attention", _HEAVY, _SPARSE), "v4l1": (_SPARSE,)}
+
+
+def _v4(name: str, form: str) -> Path:
+    """As published: experts in MXFP4, other matrices in FP8; but the head in int8, which is published in bf16."""
+    from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
+
+    kinds = _V4_KINDS[name]
+    config = DeepseekV4Config(
+        num_hidden_layers=len(kinds), layer_types=list(kinds), vocab_size=3008 * len(kinds), bos_token_id=1, eos_token_id=2,
+        mlp_layer_types=["hash_moe", "moe", "moe"][-len(kinds) :],
+    )  # fmt: skip
+    target = smollm2.cache_directory() / name
+    if form == "bf16" and name == "v4l1":
+        return _once(target, lambda path: _random_model(DeepseekV4ForCausalLM, config, path))
+    if form != "mxfp4":
+        raise ValueError(f"{name} is there as mxfp4 alone, not as {form}")
+    formats = {"lm_head.weight": "int8", "model.embed_tokens.weight": "int8"}
+
+    def format_of(matrix: str) -> str:
+        return formats.get(matrix, "mxfp4" if ".experts." in matrix else "fp8")
+
+    return _once(_packed(target, form), lambda path: random_packed.write(config, path, "DeepseekV4ForCausalLM", format_of))
 
 
 def _packed(source: Path, form: str) -> Path:

@@ -70,6 +70,16 @@ def test_traffic_of_recurrent_and_windowed_layers(backend):
     assert actual.kv_bytes + size == pytest.approx(floats.kv_bytes * padded)
 
 
+def test_traffic_of_compressed_attention():
+    settings = DeepSeekConfig(backend="reference", kv_cache="fp32")
+    actual = traffic_of(DynamicGraphOptimizer(random_model(CASES["deepseek_v4-mixed"]()), config=settings).optimize())
+    # Of a block of 32 tokens, whose rows of one kind are padded to 64 bytes: 11 rows of 3 tokens each, 5 of 7
+    row, sparse, heavy, index = 4 * 20, 896 / 11, 448 / 5, 576 / 11
+    assert actual.kv_bytes == pytest.approx(2 * index / 3 + heavy / 7)  # two sparse layers, one heavily compressed
+    chosen = [(row, 21), (pytest.approx(sparse / 3), 3 * 9)]
+    assert list(actual.windows) == [*chosen, (row, 21), (row, 21), *chosen]
+
+
 def test_bytes_and_operations():
     traffic = Traffic(weight_bytes=1000, kv_bytes=10, weights=100, head_weights=7, attention_width=3)
     work = Work(prompt=4, new=2, depth=5, batch=2)

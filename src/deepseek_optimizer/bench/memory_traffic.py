@@ -107,8 +107,11 @@ def traffic_of(model: Any) -> Traffic:
         described = [row for row in runtime.plan.describe() if row["op"] not in _ROWS and "bytes" in row]
         steps = described or [_step(node, held) for node in graph.nodes if node.op in _PRODUCTS]  # the reference tells no bytes
         chosen_bytes, top_k = _chosen(runtime)
-        windows = () if top_k else _windows(runtime)
-        kv_bytes = _token_bytes(runtime, runtime.graph) - sum(size for size, _ in windows)
+        if isinstance(runtime.graph.cache, RowsSpec):
+            kv_bytes, windows = _rows_read(runtime)
+        else:
+            windows = () if top_k else _windows(runtime)
+            kv_bytes = _token_bytes(runtime, runtime.graph) - sum(size for size, _ in windows)
         state_bytes = runtime.backend.state_bytes(runtime.graph)
     else:
         size = model.dtype.itemsize
@@ -169,6 +172,32 @@ def _windows(runtime: Any) -> tuple[tuple[float, int], ...]:
         if span is not None:
             layers.setdefault(sum(span), []).append(layer)
     return tuple((_bytes_of_layers(runtime, some), tokens) for tokens, some in layers.items())
+
+
+def _rows_read(runtime: Any) -> tuple[float, tuple[tuple[float, int], ...]]:
+    """For compressed attention: the bytes per token of what is read of the whole text, and (bytes per token, tokens) of what is
+    read of the last tokens, or of as many as were chosen. Rows that a new entry is computed from are not counted."""
+    graph = runtime.graph
+
+    def row_bytes(kind: int) -> float:
+        rows = replace(graph.cache.rows[kind], window=0)
+        return float(runtime.backend.block_bytes(replace(graph, cache=RowsSpec((rows,))), runtime.kv_dtype)) / rows.places
+
+    whole, limited = 0.0, []
+    for node in graph.nodes:
+        every = node.attrs.get("every", 1)
+        if node.op == "entries_choose":
+            whole += row_bytes(node.attrs["layer"]) / every
+        elif node.op == "compressed_attention":
+            limited.append((row_bytes(node.attrs["layer"]), node.attrs["window"]))
+            if node.attrs["entries"] < 0:
+                continue
+            entry = row_bytes(node.attrs["entries"]) / every
+            if len(node.inputs) > 1:
+                limited.append((entry, every * graph.producer(node.inputs[1]).attrs["top_k"]))
+            else:
+                whole += entry
+    return whole, tuple(limited)
 
 
 def _bytes_of_layers(runtime: Any, layers: Sequence[int]) -> float:
