@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from deepseek_optimizer.checkpoint.layout import Stored, bytes_of, layout_of
@@ -72,7 +73,7 @@ def write(config: Any, target: Path, architecture: str, format_of: Callable[[str
         KEY: Manifest.of(planned).to_dict(),
     }
     described = {**config.to_dict(), "architectures": [architecture], "dtype": "bfloat16", **packed}
-    layout, generator = layout_of(planned), torch.Generator().manual_seed(0)
+    layout, generator = layout_of(planned), np.random.default_rng(0)
     target.mkdir()
     (target / "config.json").write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     with open(target / "model.safetensors", "wb") as file:
@@ -80,7 +81,7 @@ def write(config: Any, target: Path, architecture: str, format_of: Callable[[str
         experts = getattr(config, "n_routed_experts", 0)
         for name in layout.order:
             if name.endswith(_TABLE):
-                file.write(bytes_of(torch.randint(experts, planned[name].shape, generator=generator)))
+                file.write(bytes_of(torch.from_numpy(generator.integers(experts, size=tuple(planned[name].shape)))))
                 continue
             for piece in _pieces(name, planned[name], generator):
                 file.write(bytes_of(piece))
@@ -92,12 +93,12 @@ def _planned(config: Any, format_of: Callable[[str], str]) -> dict[str, Stored]:
     stacks, least, exact = stack_shapes(graph), min_formats(graph), exact_weights(graph)
     planned: dict[str, Stored] = {}
     for name, shape in weight_shapes(graph).items():
-        if len(shape) == 1 or name in exact:
-            dtype = torch.float32 if name in exact else torch.bfloat16
-            planned[name] = torch.empty(shape, dtype=dtype, device="meta")
-            continue
         if name.endswith(_TABLE):
             planned[name] = torch.empty(shape, dtype=torch.int64, device="meta")
+            continue
+        if len(shape) == 1 or name in exact or not (name in stacks or name.endswith(".weight")):
+            dtype = torch.float32 if name in exact else torch.bfloat16
+            planned[name] = torch.empty(shape, dtype=dtype, device="meta")
             continue
         kind = format_of(name)
         if name in least and get_format(kind).bits < get_format(least[name]).bits:
@@ -106,16 +107,16 @@ def _planned(config: Any, format_of: Callable[[str], str]) -> dict[str, Stored]:
     return planned
 
 
-def _pieces(name: str, like: Stored, generator: torch.Generator) -> Iterator[torch.Tensor]:
+def _pieces(name: str, like: Stored, generator: np.random.Generator) -> Iterator[torch.Tensor]:
     if isinstance(like, torch.Tensor):
         if like.ndim == 2:
-            yield torch.randn(like.shape, dtype=like.dtype, generator=generator) * DEVIATION
+            yield torch.from_numpy(generator.standard_normal(like.shape, np.float32) * np.float32(DEVIATION)).to(like.dtype)
         else:
             yield torch.full(like.shape, 0.0 if name.endswith("bias") else 1.0, dtype=like.dtype)
         return
     tile, size = _tile(like.format), like.data.shape[-1]
     for begin in range(0, like.data.numel() // size, _PIECE):
         count = min(_PIECE, like.data.numel() // size - begin)
-        tiles = torch.randint(256, (count, size), dtype=torch.uint8, generator=generator) & tile.mask
+        tiles = torch.from_numpy(generator.integers(256, size=(count, size), dtype=np.uint8)) & tile.mask
         tiles[:, tile.codes :] = tile.scale
         yield tiles

@@ -18,7 +18,7 @@ extern "C" {
 #define DSO_API
 #endif
 
-#define DSO_ABI_VERSION 14
+#define DSO_ABI_VERSION 15
 DSO_API int32_t dso_abi_version(void);
 
 enum {
@@ -110,7 +110,7 @@ DSO_API int32_t dso_mapping_check(const void* address); /* DSO_EFILE if the file
  *   INT4  288 B: uint8   [4 j][16 r][4]: low nibble of byte (j, r, b) is column 8j + b, high nibble 8j + 4 + b,
  *                nibble = w + 8, then fp16 scale[16]                                w in [-8, 7],    W = scale * w
  *   Q4_1  320 B: nibbles as INT4 holding q in [0, 15], then fp16 scale[16], fp16 min[16]          W = scale * q + min
- *   FP8   544 B: E4M3    [16 k/2][16 r][2], then float scale, zeros to 544         W = scale * value.
+ *   FP8   544 B: E4M3    [8 k/4][16 r][4] of columns 4j, 4j + 2, 4j + 1, 4j + 3, then float scale, zeros    W = scale * value.
  *                The tiles of a 128 x 128 block share one scale, which is NaN if any of them has a NaN code (0x7f, 0xff)
  * The other formats hold the values of the ggml type of the same name. Their codes are in planes: a plane of b bits is uint8
  * [b][16 r][4], where bits b * i to b * i + b - 1 of byte (v, r, c) belong to column 4 * (8 / b * v + i) + c; `value` is

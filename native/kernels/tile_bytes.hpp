@@ -93,6 +93,9 @@ static constexpr int32_t code_offset(int32_t format) {
   }
 }
 
+// Where a tile of FP8 has the code of W[r, k], r < 16, k < 32.
+static constexpr int64_t fp8_at(int64_t r, int64_t k) { return (k / 4 * 16 + r) * 4 + k % 2 * 2 + k / 2 % 2; }
+
 static constexpr bool has_table(int32_t format) { return format == DSO_IQ4_NL || format == DSO_IQ4_XS || format == DSO_MXFP4; }
 // kvalues_mxfp4 of ggml + 12, and kvalues_iq4nl + 128
 static constexpr uint8_t mxfp4_values[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};

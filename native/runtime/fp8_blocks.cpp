@@ -9,7 +9,7 @@
 namespace dso {
 namespace {
 
-constexpr int64_t kBlock = 128, kPair = 2;
+constexpr int64_t kBlock = 128;
 
 bool any_nan(const uint8_t* codes, int64_t stride, int64_t rows, int64_t cols) {
   uint8_t found = 0;
@@ -22,8 +22,9 @@ bool any_nan(const uint8_t* codes, int64_t stride, int64_t rows, int64_t cols) {
 void repack_tile(const uint8_t* codes, int64_t stride, int64_t rows, int64_t cols, float scale, uint8_t* tile) {
   uint8_t row[kTileRows][kTileCols] = {};
   for (int64_t r = 0; r < rows; ++r) memcpy(row[r], codes + r * stride, size_t(cols));
-  for (int64_t c = 0; c < kTileCols; c += kPair)
-    for (int64_t r = 0; r < kTileRows; ++r, tile += kPair) memcpy(tile, &row[r][c], kPair);
+  for (int64_t r = 0; r < kTileRows; ++r)
+    for (int64_t c = 0; c < kTileCols; ++c) tile[fp8_at(r, c)] = row[r][c];
+  tile += kTileRows * kTileCols;
   memset(tile, 0, size_t(tile_bytes(DSO_FP8) - kTileRows * kTileCols));
   memcpy(tile, &scale, sizeof scale);
 }

@@ -216,7 +216,7 @@ inline size_t row_bytes(int kind, int64_t width) {                         // of
 inline size_t code_at(int format, int64_t row, int64_t col, int64_t cols, int* shift) {
   const size_t tile = (size_t)(row / 16 * ((cols + 31) / 32) + col / 32) * ::tile_bytes(format);
   const int r = (int)(row % 16), k = (int)(col % 32);
-  if (format == DSO_FP8) return *shift = 0, tile + (size_t)((k / 2 * 16 + r) * 2 + k % 2);
+  if (format == DSO_FP8) return *shift = 0, tile + (size_t)((k / 4 * 16 + r) * 4 + (k % 4 == 1 ? 2 : k % 4 == 2 ? 1 : k % 4));
   *shift = format == DSO_INT8 ? 0 : k / 4 % 2 * 4;
   return tile + (size_t)((format == DSO_INT8 ? k / 4 : k / 8) * 64 + r * 4 + k % 4);
 }

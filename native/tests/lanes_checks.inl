@@ -139,13 +139,15 @@ static void check_integers(const char* isa, Random& random) {
 }
 
 static void check_e4m3(const char* isa) {
-  for (int first = 0; first < 256; first += 32) {
-    uint8_t codes[32];
-    alignas(64) uint16_t wide[32];
-    for (int i = 0; i < 32; ++i) codes[i] = (uint8_t)(first + i);
-    store_bytes(wide, expand_e4m3(codes));
-    for (int i = 0; i < 32; ++i) {
-      const float want = e4m3_to_float(codes[i]), got = from_bits((uint32_t)wide[i] << 16);
+  for (int round = 0; round < 512; ++round) {  // all codes; then some, beside others without subnormal ones
+    uint8_t codes[64];
+    alignas(64) uint16_t wide[2][32];
+    for (int i = 0; i < 64; ++i)
+      codes[i] = round < 4 ? (uint8_t)(64 * round + i) : i == round % 64 ? (uint8_t)(round * 37) : (uint8_t)(i | 8);
+    store_bytes(wide[0], expand_e4m3<0>(codes));
+    store_bytes(wide[1], expand_e4m3<1>(codes));
+    for (int i = 0; i < 64; ++i) {
+      const float want = e4m3_to_float(codes[i]), got = from_bits((uint32_t)wide[i % 2][i / 2] << 16);
       if (std::isnan(want)) continue;
       check(to_bits(got * 256) == to_bits(want), "%s expand_e4m3(%02x) is %g / 256, not %g", isa, codes[i], got * 256, want);
       check(got == 0 || std::fabs(got) >= 1.2e-38f, "%s expand_e4m3(%02x) is subnormal", isa, codes[i]);

@@ -87,9 +87,13 @@ MATRIX = pack(torch.ones(33, 48), "int8")
 @pytest.mark.parametrize(
     "change, why",
     [
-        ({"version": 4}, "another layout .*version 4.*version 3.*convert the original"),
+        ({"version": 5}, "another layout .*version 5.*version 4.*convert the original"),
         ({"version": True}, "another layout .*version True"),
         ({"version": None}, "another layout .*version None"),
+        (
+            {"version": 3, "modules": {"a": {"format": "fp8", "shape": [33, 48]}}},
+            "another layout .*version 3 with fp8.*version 4",
+        ),
         ({"curve": {}}, "curve must be a list"),
         ({"curve": [1]}, "curve must be a list"),
         ({"modules": []}, "modules must be"),
@@ -115,6 +119,14 @@ def test_false_entries(tmp_path: Path, change: dict, why: str) -> None:
     fields["packed_manifest"] |= change
     with pytest.raises(CheckpointError, match=why):
         open_checkpoint(write(tmp_path / "p", fields, {"a.weight": MATRIX.data}))
+
+
+def test_version_3_differs_only_in_fp8(tmp_path: Path) -> None:
+    fields = packed_fields({"a.weight": MATRIX})
+    assert fields["packed_manifest"]["version"] == 4
+    fields["packed_manifest"]["version"] = 3
+    with open_checkpoint(write(tmp_path / "p", fields, {"a.weight": MATRIX.data})) as checkpoint:
+        assert torch.equal(checkpoint.packed("a.weight", "int8").data, MATRIX.data)
 
 
 @pytest.mark.parametrize("manifest", [None, [], "int8"])

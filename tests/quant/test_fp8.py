@@ -41,13 +41,13 @@ def test_codes_follow_the_definition(shape: tuple[int, int]) -> None:
             scale = weight[top : top + 128, left : left + 128].abs().max() / 448
             tile = packed[row // 16, col // 32]
             assert tile[512:516].view("float32")[0] == scale and not tile[516:].any()
-            code = int(tile[(col % 32 // 2 * 16 + row % 16) * 2 + col % 2])
+            code = int(tile[(col % 32 // 4 * 16 + row % 16) * 4 + (0, 2, 1, 3)[col % 4]])
             wanted = (weight[row, col].abs() / scale).double()
             distance = (positive - wanted).abs()
             nearest = [c for c in range(0x7F) if distance[c] == distance.min()]
             assert code & 0x7F in nearest and (len(nearest) == 1 or code % 2 == 0)
             assert code >> 7 == int(weight[row, col] < 0)
-    assert not packed[-1, :, :512].reshape(-1, 16, 16, 2)[:, :, shape[0] % 16 :].any(), "padding is zeros"
+    assert not packed[-1, :, :512].reshape(-1, 8, 16, 4)[:, :, shape[0] % 16 :].any(), "padding is zeros"
 
 
 def test_each_block_has_its_own_scale() -> None:

@@ -295,24 +295,30 @@ DSO_INLINE __m256i pair_bf16_half(__m256 even, __m256 odd) {
 }
 DSO_INLINE B pair_bf16(F even, F odd) { return {pair_bf16_half(even.lo, odd.lo), pair_bf16_half(even.hi, odd.hi)}; }
 
-// 32 E4M3 codes (two bytes per lane) as bf16, each divided by 256: exact, and never subnormal. NaN codes do not occur.
-DSO_INLINE B expand_e4m3(const void* p) {
-  const __m256i high_of_subnormal = _mm256_broadcastsi128_si256(
-      _mm_setr_epi8(0, 0x37, 0x37, 0x37, 0x38, 0x38, 0x38, 0x38, 0, 0, 0, 0, 0, 0, 0, 0));  // m 2^-17
-  const __m256i low_of_subnormal =
-      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, (char)0x80, (char)0xc0, 0, 0x20, 0x40, 0x60, 0, 0, 0, 0, 0, 0, 0, 0));
-  const __m256i code = _mm256_permute4x64_epi64(_mm256_loadu_si256((const __m256i*)p),
-                                                0xd8);  // halves are unpacked separately; this restores the order
-  const __m256i magnitude = _mm256_and_si256(code, _mm256_set1_epi8(0x7f)),
-                is_subnormal = _mm256_cmpgt_epi8(_mm256_set1_epi8(8), magnitude);
-  // Exponent and mantissa as the two bytes of a bf16; exponents 0..15 (bias 7) are combined with 112: as bf16's 112 + e they
+// The low (half 0) or high bytes of 32 words, E4M3 codes, as bf16, each divided by 256: exact, and never subnormal. NaN codes
+// do not occur. Subnormals of E4M3 are rare in weights, and converted by a branch.
+template <int half>
+DSO_INLINE __m256i expand_e4m3_words(const void* p) {
+  const __m256i codes = _mm256_loadu_si256((const __m256i*)p), code = half ? codes : _mm256_slli_epi16(codes, 8);
+  // Sign, exponent and mantissa move to their positions; exponents 0..15 (bias 7) are combined with 112: as bf16's 112 + e they
   // represent e - 15.
-  __m256i high = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(code, 4), _mm256_set1_epi8(0x07)), _mm256_set1_epi8(0x38));
-  __m256i low = _mm256_and_si256(_mm256_slli_epi16(code, 4), _mm256_set1_epi8((char)0xf0));
-  high = _mm256_blendv_epi8(high, _mm256_shuffle_epi8(high_of_subnormal, magnitude), is_subnormal);
-  low = _mm256_blendv_epi8(low, _mm256_shuffle_epi8(low_of_subnormal, magnitude), is_subnormal);
-  high = _mm256_or_si256(high, _mm256_xor_si256(code, magnitude));  // the sign
-  return {_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high)};
+  const __m256i x = _mm256_or_si256(_mm256_and_si256(_mm256_srai_epi16(code, 4), _mm256_set1_epi16((short)0x87f0)),
+                                    _mm256_set1_epi16(0x3800));
+  const __m256i subnormal = _mm256_cmpeq_epi16(_mm256_and_si256(code, _mm256_set1_epi16(0x7800)), _mm256_setzero_si256());
+  if (__builtin_expect(_mm256_testz_si256(subnormal, subnormal), 1)) return x;
+  const __m256i high = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(0, 0x37, 0x37, 0x37, 0x38, 0x38, 0x38, 0x38, 0, 0, 0, 0, 0, 0, 0, 0));  // m 2^-17
+  const __m256i low =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, (char)0x80, (char)0xc0, 0, 0x20, 0x40, 0x60, 0, 0, 0, 0, 0, 0, 0, 0));
+  const __m256i mantissa = _mm256_and_si256(_mm256_srli_epi16(code, 8), _mm256_set1_epi16(7));
+  __m256i value =
+      _mm256_or_si256(_mm256_slli_epi16(_mm256_shuffle_epi8(high, mantissa), 8), _mm256_shuffle_epi8(low, mantissa));
+  value = _mm256_or_si256(value, _mm256_and_si256(code, _mm256_set1_epi16((short)0x8000)));
+  return _mm256_blendv_epi8(x, value, subnormal);
+}
+template <int half>
+DSO_INLINE B expand_e4m3(const void* p) {
+  return {expand_e4m3_words<half>(p), expand_e4m3_words<half>((const char*)p + 32)};
 }
 
 // Two rows of 32 16-bit elements to pairs per column: x holds columns 0-3, 8-11, 16-19 and 24-27, y the others. in_columns

@@ -191,17 +191,24 @@ DSO_INLINE B pair_bf16(F even, F odd) {
                          _mm512_and_si512(_mm512_castps_si512(odd), _mm512_set1_epi32((int)0xffff0000)));
 }
 
-// 32 E4M3 codes (two bytes per lane) as bf16, each divided by 256: exact, and never subnormal. NaN codes do not occur.
+// The low (half 0) or high bytes of 32 words, E4M3 codes, as bf16, each divided by 256: exact, and never subnormal. NaN codes
+// do not occur. Subnormals of E4M3 are rare in weights, and converted by a branch.
+template <int half>
 DSO_INLINE B expand_e4m3(const void* p) {
-  const __m512i subnormals =
-      _mm512_castsi128_si512(_mm_setr_epi16(0, 0x3700, 0x3780, 0x37c0, 0x3800, 0x3820, 0x3840, 0x3860));  // m 2^-17
-  const __m512i code = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p));
-  // Exponent and mantissa move to their positions; exponents 0..15 (bias 7) are combined with 112: as bf16's 112 + e they
+  const __m512i codes = _mm512_loadu_si512(p), code = half ? codes : _mm512_slli_epi16(codes, 8);
+  // Sign, exponent and mantissa move to their positions; exponents 0..15 (bias 7) are combined with 112: as bf16's 112 + e they
   // represent e - 15.
-  __m512i x = _mm512_ternarylogic_epi32(_mm512_slli_epi16(code, 4), _mm512_set1_epi16(0x07f0), _mm512_set1_epi16(0x3800),
+  __m512i x = _mm512_ternarylogic_epi32(_mm512_srai_epi16(code, 4), _mm512_set1_epi16((short)0x87f0), _mm512_set1_epi16(0x3800),
                                         0xea);  // a & b | c
-  x = _mm512_mask_permutexvar_epi16(x, _mm512_testn_epi16_mask(code, _mm512_set1_epi16(0x78)), code, subnormals);
-  return _mm512_ternarylogic_epi32(x, code, _mm512_set1_epi16((short)0x8000), 0xd8);  // the sign: c ? b : a
+  const __mmask32 subnormal = _mm512_testn_epi16_mask(code, _mm512_set1_epi16(0x7800));
+  if (__builtin_expect(subnormal != 0, 0)) {
+    const __m512i values =
+        _mm512_castsi128_si512(_mm_setr_epi16(0, 0x3700, 0x3780, 0x37c0, 0x3800, 0x3820, 0x3840, 0x3860));  // m 2^-17
+    const __m512i magnitude = _mm512_permutexvar_epi16(_mm512_srli_epi16(code, 8), values);
+    x = _mm512_mask_mov_epi16(
+        x, subnormal, _mm512_ternarylogic_epi32(code, _mm512_set1_epi16((short)0x8000), magnitude, 0xea));  // with the sign
+  }
+  return x;
 }
 
 // Two rows of 32 16-bit elements to pairs per column: x holds columns 0-3, 8-11, 16-19 and 24-27, y the others. in_columns

@@ -17,35 +17,29 @@ using floating::read;
 using floating::tiles_for;
 
 constexpr int64_t tile_bytes = 544, scale_at = 512;
-constexpr int tile_steps = 16;   // each step has two columns
+constexpr int tile_steps = 16;   // each step has two columns; four columns share 64 bytes of codes
 constexpr int block_tiles = 4;   // tiles of 32 columns that share a scale
-constexpr int64_t ahead = 4096;  // bytes prefetched ahead of streamed weights, for all tile rows together
+constexpr int64_t ahead = 8192;  // bytes prefetched ahead of streamed weights, for all tile rows together
 constexpr int max_tokens = floating::max_tokens<DSO_BF16>;
 constexpr int panel_rows = tiles_for(max_tokens);
 
 struct Codes {  // packed tile rows, from one block of columns on
   const uint8_t* at;
   int64_t next;  // bytes from one tile row to the next
-  template <int N>
-  DSO_INLINE B step(const Codes& w, int n, int tile, int s) {
-    return expand_e4m3(w.at + n * w.next + tile * tile_bytes + 32 * s);
-  }
-  template <int N>
-  DSO_INLINE void fetch(const Codes& w, int tile) {
-    for (int n = 0; n < N; n++)
-      for (int64_t i = 0; i < tile_bytes; i += 64)
-        _mm_prefetch((const char*)w.at + n * w.next + tile * tile_bytes + i + ahead / N, _MM_HINT_T0);
+  template <int N, int half>
+  DSO_INLINE B step(const Codes& w, int n, int tile, int four) {
+    const uint8_t* codes = w.at + n * w.next + tile * tile_bytes + 64 * four;
+    if constexpr (half == 0) _mm_prefetch((const char*)codes + ahead / N, _MM_HINT_T0);
+    return expand_e4m3<half>(codes);
   }
 };
 
 struct Panel {  // the same, expanded: [tile][step][N][64 bytes]
   const uint8_t* at;
-  template <int N>
-  DSO_INLINE B step(const Panel& w, int n, int tile, int s) {
-    return load_bytes(w.at + ((tile * tile_steps + s) * N + n) * 64);
+  template <int N, int half>
+  DSO_INLINE B step(const Panel& w, int n, int tile, int four) {
+    return load_bytes(w.at + ((tile * tile_steps + 2 * four + half) * N + n) * 64);
   }
-  template <int N>
-  DSO_INLINE void fetch(const Panel&, int) {}
 };
 
 // M tokens x N tile rows over one block of columns (`tiles` tiles), added to y.
@@ -56,6 +50,20 @@ struct Output {
   bool first;               // whether this is the first block of columns
 };
 
+// The products of two columns.
+template <class W, int M, int N, int half>
+DSO_INLINE void step(const W& w, int tile, int four, const uint8_t* x, int64_t x_stride, F (&sum)[M][N]) {
+  B weight[N];
+#pragma GCC unroll 8
+  for (int n = 0; n < N; n++) weight[n] = W::template step<N, half>(w, n, tile, four);
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++) {
+    const B a = broadcast4(x + m * x_stride);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) sum[m][n] = dot_bf16(sum[m][n], weight[n], a);
+  }
+}
+
 template <class W, int M, int N>
 static void block(const W& w, const float* scales, const uint8_t* x, int64_t x_stride, int tiles, const Output& out) {
   F sum[M][N];
@@ -65,17 +73,9 @@ static void block(const W& w, const float* scales, const uint8_t* x, int64_t x_s
     for (int n = 0; n < N; n++) sum[m][n] = zero();
   }
   for (int tile = 0; tile < tiles; tile++) {
-    W::template fetch<N>(w, tile);
-    for (int s = 0; s < tile_steps; s++, x += 4) {
-      B weight[N];
-#pragma GCC unroll 8
-      for (int n = 0; n < N; n++) weight[n] = W::template step<N>(w, n, tile, s);
-#pragma GCC unroll 8
-      for (int m = 0; m < M; m++) {
-        const B a = broadcast4(x + m * x_stride);
-#pragma GCC unroll 8
-        for (int n = 0; n < N; n++) sum[m][n] = dot_bf16(sum[m][n], weight[n], a);
-      }
+    for (int four = 0; four < tile_steps / 2; four++, x += 8) {
+      step<W, M, N, 0>(w, tile, four, x, x_stride, sum);
+      step<W, M, N, 1>(w, tile, four, x + 4, x_stride, sum);
     }
   }
 #pragma GCC unroll 8
@@ -119,6 +119,13 @@ struct Job {
   uint8_t* scratch;
 };
 
+// The factor of the sums of a block, by one of its tiles: codes are expanded to 1 / 256 of their values.
+static inline float scale_of(const uint8_t* tile) {
+  float scale;
+  memcpy(&scale, tile + scale_at, 4);
+  return 256 * scale;
+}
+
 // N tile rows times all rows of x, one block of columns after the other.
 template <int N>
 static void tile_rows(const Job& j, int64_t tile) {
@@ -128,16 +135,15 @@ static void tile_rows(const Job& j, int64_t tile) {
     const int tiles = (int)(all - g < block_tiles ? all - g : block_tiles);
     const Codes codes = {j.w.data + tile * next + g * tile_bytes, next};
     float scales[N];
-    for (int n = 0; n < N; n++) {
-      memcpy(&scales[n], codes.at + n * next + scale_at, 4);
-      scales[n] *= 256;
-    }
+    for (int n = 0; n < N; n++) scales[n] = scale_of(codes.at + n * next);
     if (blocks > 1) {
       uint8_t* to = j.scratch;
       for (int t = 0; t < tiles; t++) {
-        Codes::fetch<N>(codes, t);
-        for (int s = 0; s < tile_steps; s++)
-          for (int n = 0; n < N; n++, to += 64) store_bytes(to, Codes::step<N>(codes, n, t, s));
+        for (int four = 0; four < tile_steps / 2; four++, to += 2 * N * 64)
+          for (int n = 0; n < N; n++) {
+            store_bytes(to + n * 64, Codes::step<N, 0>(codes, n, t, four));
+            store_bytes(to + (N + n) * 64, Codes::step<N, 1>(codes, n, t, four));
+          }
       }
     }
     const bool last = g + block_tiles >= all;

@@ -221,8 +221,8 @@ static void pack_band_fp8(int32_t src_type, const uint8_t* src, int64_t stride, 
         for (int r = 0; r < R; r++)
           for (int k = 0; k < C; k++) codes[r][k] = to_e4m3(x[r][k]);
         uint8_t* tile = dst + r0 / R * row_bytes + c / C * tile_bytes(DSO_FP8);
-        for (int pair = 0; pair < C / 2; pair++)
-          for (int r = 0; r < R; r++) memcpy(tile + (pair * R + r) * 2, &codes[r][2 * pair], 2);
+        for (int r = 0; r < R; r++)
+          for (int k = 0; k < C; k++) tile[fp8_at(r, k)] = codes[r][k];
         memset(tile + R * C, 0, (size_t)(tile_bytes(DSO_FP8) - R * C));
         memcpy(tile + R * C, &scale, 4);
       }
@@ -246,7 +246,7 @@ static inline void unpack_group(const uint8_t* tile, int r, float* out) {
   } else if constexpr (format == DSO_FP8) {
     float scale;
     memcpy(&scale, tile + R * C, 4);
-    for (int k = 0; k < C; k++) out[k] = from_e4m3(tile[(k / 2 * R + r) * 2 + k % 2]) * scale;
+    for (int k = 0; k < C; k++) out[k] = from_e4m3(tile[fp8_at(r, k)]) * scale;
   }
 }
 

@@ -31,7 +31,8 @@ from ..quant.blocks import SUPERBLOCK
 from ..quant.tiles import tile_counts
 
 KEY: Final = "packed_manifest"  # in config.json
-VERSION: Final = 3  # 1 and 2 had the modules among the settings, in quantization_config
+VERSION: Final = 4  # 1 and 2 had the modules among the settings, in quantization_config
+_OTHER_FP8 = 3  # a version that differs only in the order of fp8's codes
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Manifest:
             )
         if not isinstance(section, Mapping):
             raise CheckpointError(f"{KEY} is missing or not an object; convert the original checkpoint again", file=file)
-        if type(version := section.get("version")) is not int or version != VERSION:
+        if type(version := section.get("version")) is not int or version not in (VERSION, _OTHER_FP8):
             raise CheckpointError(_other_version(f"{KEY}.version {version!r}"), file=file)
         modules, curve, rounding = section.get("modules"), section.get("curve", []), section.get("rounding", {})
         if not isinstance(modules, Mapping):
@@ -120,7 +121,10 @@ class Manifest:
             raise CheckpointError(f"{KEY}.curve must be a list of objects", file=file)
         if not isinstance(rounding, Mapping):
             raise CheckpointError(f"{KEY}.rounding must be an object", file=file)
-        return cls({name: _read_entry(name, entry, file) for name, entry in modules.items()}, tuple(curve), rounding)
+        entries = {name: _read_entry(name, entry, file) for name, entry in modules.items()}
+        if version == _OTHER_FP8 and any(entry.format == "fp8" for entry in entries.values()):
+            raise CheckpointError(_other_version(f"{KEY}.version {version!r} with fp8"), file=file)
+        return cls(entries, tuple(curve), rounding)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Manifest:
         return self  # immutable

@@ -23,7 +23,11 @@ _DOWN, _ACROSS = BLOCK // TILE_ROWS, BLOCK // TILE_COLS  # tiles per block, vert
 
 
 class Fp8:
-    """544 bytes per tile: E4M3 [16 k/2][16 r][2], the block's fp32 scale, zeros. W = scale * value, scale = max|W| / 448."""
+    """544 bytes per tile: E4M3 [8 k/4][16 r][4], the block's fp32 scale, zeros. W = scale * value, scale = max|W| / 448.
+
+    The four bytes are columns 0, 2, 1, 3 of four: the low bytes of two 16-bit words are a pair of neighbors, and so are the
+    high bytes.
+    """
 
     name: ClassVar[str] = "fp8"
     code: ClassVar[int] = 5
@@ -143,8 +147,8 @@ def _write(out: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> None:
     codes = pad_to_tiles(codes.view(torch.uint8))
     broken = block_maxima((codes & 0x7F == _NAN).to(torch.uint8)).bool()
     scale = scale.masked_fill(broken, torch.nan)
-    pairs = codes.view(down, TILE_ROWS, across, TILE_COLS // 2, 2).permute(0, 2, 3, 1, 4)
-    out[..., :_CODES].view(down, across, TILE_COLS // 2, TILE_ROWS, 2).copy_(pairs)
+    fours = codes.view(down, TILE_ROWS, across, TILE_COLS // 4, 2, 2).permute(0, 2, 3, 1, 5, 4)
+    out[..., :_CODES].view(down, across, TILE_COLS // 4, TILE_ROWS, 2, 2).copy_(fours)
     out[..., _CODES:] = 0
     tiles_scale = scale.repeat_interleave(_DOWN, 0)[:down].repeat_interleave(_ACROSS, 1)[:, :across]
     out.view(torch.float32)[..., _CODES // 4] = tiles_scale
@@ -153,5 +157,5 @@ def _write(out: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> None:
 def _by_rows(codes: torch.Tensor) -> torch.Tensor:
     """The codes of tiles in row order, uint8 [t, g, 512] -> [16t, 32g]."""
     down, across, _ = codes.shape
-    pairs = codes.reshape(down, across, TILE_COLS // 2, TILE_ROWS, 2)
-    return pairs.permute(0, 3, 1, 2, 4).reshape(down * TILE_ROWS, across * TILE_COLS)
+    fours = codes.reshape(down, across, TILE_COLS // 4, TILE_ROWS, 2, 2)
+    return fours.permute(0, 3, 1, 2, 5, 4).reshape(down * TILE_ROWS, across * TILE_COLS)

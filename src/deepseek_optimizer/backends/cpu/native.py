@@ -19,7 +19,7 @@ from ...graph.ir import CacheSpec, LatentSpec, RowsSpec, StateSpec
 from . import native_train
 from .buffers import Outputs, checking
 
-ABI_VERSION = 14
+ABI_VERSION = 15
 BLOCK_TOKENS = 32
 
 FORMATS = {
