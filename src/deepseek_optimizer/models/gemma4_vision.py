@@ -29,7 +29,9 @@ def build(fields: Fields) -> Tower:
     )  # fmt: skip
     frequencies = axial_frequencies(fields, e.head_dim, "head_dim", 100.0)
     width, height = (
-        RopeSpec("default", e.head_dim // 2, frequencies, context=MAX_POSITIONS, room=MAX_POSITIONS, axes=(axis,) * len(frequencies))
+        RopeSpec(
+            "default", e.head_dim // 2, frequencies, context=MAX_POSITIONS, room=MAX_POSITIONS, axes=(axis,) * len(frequencies)
+        )
         for axis in (2, 1)
     )
     return Tower(tower_graph(e, LAYER, (width, height), scale=1.0), (False,) * e.layers)

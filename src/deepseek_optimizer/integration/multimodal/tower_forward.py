@@ -131,8 +131,8 @@ class QueryEncoder(TowerForward):
 
 
 def _kept(mask: torch.Tensor) -> torch.Tensor:
-    """Which rows of each picture are not padding, given a mask [pictures, heads, rows, rows] of that: of booleans, or of numbers
-    that are added to scores."""
+    """Which rows of each picture are not padding, given a mask [pictures, heads, rows, rows] of that: of booleans, or of
+    numbers that are added to scores."""
     keys = mask[:, 0, 0]
     return keys if keys.dtype is torch.bool else keys == 0
 
