@@ -32,6 +32,7 @@ GOOD = {
     "batch_size_range": [(1, 1), [4, 32]],
     "fast_path": [True, False],
     "mtp": ["auto", "off"],
+    "vision": ["auto", "off"],
     "context_extension": [None],  # needs the other field, see below
     "context_length": [None],
     "calibration": [None, "notes.txt"],
@@ -60,6 +61,7 @@ BAD = {
     "batch_size_range": [(0, 1), (4, 2), (1,), 4, (1, 2, 3), (True, 4), (1, float("inf"))],
     "fast_path": ["on", None],
     "mtp": ["on", True, None],
+    "vision": ["on", False, None],
     "context_extension": ["ntk", "linear", True],
     "context_length": [0, -1, 1.5, True, "32768", 1 << 31],
     "calibration": ["", " ", "a\0b", 4, b"notes.txt", True],

@@ -29,6 +29,7 @@ KvCache = Literal["auto", "fp32", "bf16", "int8", "int4"]
 Isa = Literal["avx2", "avx512", "amx"]
 Activation = Literal["auto", "int8", "int16"]
 Mtp = Literal["auto", "off"]
+Vision = Literal["auto", "off"]
 ContextExtension = Literal["yarn", "dynamic"]
 
 # Default window in tokens by attention mode; sparse attention selects further tokens itself.
@@ -176,6 +177,9 @@ class DeepSeekConfig(QuantizationConfigMixin):
         fast_path: run plain `generate` calls without Transformers' overhead per token; the tokens are the same.
         mtp: "auto": load the layers for multi-token prediction if the checkpoint has them, for `generate(use_mtp=True)`;
             "off": never load them.
+        vision: "auto": of a checkpoint of Qwen3.5 or Gemma 4, `load_model` loads the whole model, which reads pictures too,
+            unless other settings need a plan of the whole model; "off": its language model alone. `from_pretrained` loads what
+            its class contains.
         context_extension: extends the context beyond the trained length, if the model's config does not scale RoPE already:
             "yarn" (one set of frequencies for all lengths; results for short texts change slightly too) or "dynamic" (NTK
             scaling: texts within the trained length are unchanged; a longer one uses the frequencies for the length that it
@@ -217,6 +221,7 @@ class DeepSeekConfig(QuantizationConfigMixin):
     batch_size_range: tuple[int, int] = (1, 32)
     fast_path: bool = True
     mtp: Mtp = "auto"
+    vision: Vision = "auto"
     context_extension: ContextExtension | None = None
     context_length: int | None = None
     calibration: str | None = None
@@ -245,6 +250,7 @@ class DeepSeekConfig(QuantizationConfigMixin):
         "batch_size_range": _range,
         "fast_path": _flag,
         "mtp": _one_of("auto", "off"),
+        "vision": _one_of("auto", "off"),
         "context_extension": _optional(_one_of("yarn", "dynamic")),
         "context_length": _optional(_integer(1, (1 << 31) - 1)),
         "calibration": _calibration,

@@ -34,13 +34,14 @@ def load_model(
             the hub.
         config: how to optimize the model; None: only lossless optimizations.
         adapter: a directory with an adapter of PEFT, loaded as "default" by Transformers' `load_adapter`. The plan adds
-            what LoRA on linear layers adds; calls with other adapters run Transformers' own forward, with a warning.
+            what LoRA on linear layers adds; calls with other adapters run Transformers' own forward, with a warning. Of
+            Qwen3.5 and Gemma 4, the language model is then loaded alone.
         fields: single fields of `DeepSeekConfig`; they override those of `config`.
 
     Returns:
-        The family's `ForCausalLM` model in eval mode; for encoders and on the general path the class that the checkpoint was
-        saved from. `model.report()` lists the optimizations. Load other classes (`AutoModel`, classifiers) with their own
-        `from_pretrained(path, quantization_config=config)`.
+        The family's `ForCausalLM` model in eval mode; for models that see (unless `vision` is "off"), encoders and on the
+        general path the class that the checkpoint was saved from. `model.report()` lists the optimizations. Load other classes
+        (`AutoModel`, classifiers) with their own `from_pretrained(path, quantization_config=config)`.
 
     Raises:
         CheckpointError: a file is damaged, incomplete or inconsistent; names the file and tensor. Pickles are never opened.
@@ -51,7 +52,7 @@ def load_model(
     """
     from .integration.load.loader import load
 
-    model = load(path, config, fields)
+    model = load(path, config, fields, language_alone="" if adapter is None else "an adapter is loaded into its language model")
     if adapter is not None:
         model.load_adapter(os.fspath(adapter))
     return model

@@ -11,15 +11,18 @@ from support.multimodal import FAMILIES
 
 OF_TOWER = {
     "qwen2_5_vl_vision": "qwen2_5_vl", "qwen3_vl_vision": "qwen3_vl", "qwen3_5_vision": "qwen3_5",
-    "siglip_vision_model": "gemma3", "smolvlm_vision": "smolvlm", "janus_vision_model": "janus",
+    "siglip_vision_model": "gemma3", "smolvlm_vision": "smolvlm", "janus_vision_model": "janus", "gemma4_vision": "gemma4",
+    "deepseek_ocr2_encoder": "deepseek_ocr2",
 }  # fmt: skip
+ROPES = {"qwen2_5_vl_vision": 1, "qwen3_vl_vision": 1, "qwen3_5_vision": 1, "gemma4_vision": 2, "deepseek_ocr2_encoder": 1}
 
 
 def config_of(tower, **fields):
     import transformers
 
     family = FAMILIES[OF_TOWER[tower]]
-    return {**getattr(transformers, family.config_class)(**family.config).vision_config.to_dict(), **fields}
+    config = getattr(transformers, family.config_class)(**family.config).vision_config
+    return {**getattr(config, "encoder_config", config).to_dict(), **fields}
 
 
 @pytest.mark.parametrize("name", TOWERS)
@@ -29,7 +32,7 @@ def test_graphs(name):
     check_graph(tower.graph)
     assert config["model_type"] == tower.graph.family == name
     assert sum(node.op == "encoder_attention" for node in tower.graph.nodes) == len(tower.windowed)
-    assert sum(node.op == "rope_table" for node in tower.graph.nodes) == name.startswith("qwen")
+    assert sum(node.op == "rope_table" for node in tower.graph.nodes) == ROPES.get(name, 0)
 
 
 def test_stretches():
@@ -45,6 +48,24 @@ def test_positions_are_height_and_width():
     (rope,) = (node.attrs["rope"] for node in tower.graph.nodes if node.op == "rope_table")
     assert rope.axes == (1,) * 8 + (2,) * 8 and rope.rot == 32
     assert rope.inv_freq[:8].tolist() == rope.inv_freq[8:].tolist() == pytest.approx([10000 ** (-i / 8) for i in range(8)])
+
+
+def test_halves_of_heads_are_rotated_by_width_and_height():
+    tower = build_tower(config_of("gemma4_vision", head_dim=16, rope_parameters={"rope_type": "axial", "rope_theta": 81.0}))
+    tables = [node for node in tower.graph.nodes if node.op == "rope_table"]
+    assert [node.attrs["rope"].axes for node in tables] == [(2,) * 4, (1,) * 4]
+    assert tables[0].attrs["rope"].inv_freq.tolist() == pytest.approx([1, 1 / 3, 1 / 9, 1 / 27])
+    rotations = [node for node in tower.graph.nodes if node.op == "rope"][:4]
+    assert [(node.inputs[1], node.attrs["offset"]) for node in rotations] == [
+        (table.outputs[0], offset) for _ in "qk" for table, offset in zip(tables, (0, 8), strict=True)
+    ]
+
+
+def test_key_heads_that_query_heads_share():
+    config = config_of("gemma4_vision", num_attention_heads=6, num_key_value_heads=2, head_dim=8)
+    attention = next(node for node in build_tower(config).graph.nodes if node.op == "encoder_attention")
+    assert [value.width for value in attention.inputs] == [48, 16, 16]
+    assert (attention.attrs["heads"], attention.attrs["kv_heads"], attention.attrs["scale"]) == (6, 2, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +85,17 @@ def test_positions_are_height_and_width():
         ("siglip_vision_model", {"hidden_act": "silu"}, UnsupportedModelError, "hidden_act 'silu'"),
         ("janus_vision_model", {"use_qk_norm": True}, UnsupportedModelError, "use_qk_norm"),
         ("janus_vision_model", {"mlp_ratio": 0}, ConfigError, "mlp_ratio"),
+        ("gemma4_vision", {"use_clipped_linears": True}, UnsupportedModelError, "use_clipped_linears"),
+        ("gemma4_vision", {"attention_bias": True}, UnsupportedModelError, "attention_bias"),
+        ("gemma4_vision", {"head_dim": 10}, UnsupportedModelError, "head_dim: heads of 10 elements"),
+        ("gemma4_vision", {"num_key_value_heads": 3}, ConfigError, "num_key_value_heads: 3 does not divide"),
+        ("deepseek_ocr2_encoder", {"layer_types": ["sliding_attention"] * 2}, UnsupportedModelError, "layer_types"),
+        (
+            "deepseek_ocr2_encoder",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            UnsupportedModelError,
+            "rope_type'. 'dynamic'",
+        ),
     ],
 )
 def test_refused(name, fields, error, message):

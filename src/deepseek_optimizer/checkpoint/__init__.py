@@ -14,7 +14,7 @@ from .atomic import atomic_directory
 from .base import Checkpoint, TensorInfo, all_finite
 from .directory import SafetensorsCheckpoint, open_files, read_config
 from .gguf import GgufCheckpoint
-from .language_part import language_part
+from .language_part import VISION, language_part
 from .load import LoadProgress, check_tensors, stream_weights
 from .manifest import Manifest
 from .packed import PackedCheckpoint, is_packed
@@ -24,11 +24,12 @@ from .stacks import transposed_stacks
 from .tokenizer import check_tokenizer_beside, check_tokenizer_size, load_tokenizer
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str], whole: bool = False) -> Checkpoint:
     """Opens and validates a checkpoint; only headers are read.
 
     Args:
         path: a directory with config.json and safetensors files (float, quantized or packed), or a .gguf file.
+        whole: open a multimodal model as it is, instead of its language model (see `language_part`).
 
     Raises:
         CheckpointError: it is damaged, incomplete, or contains only pickled weights, which are never opened. The error names
@@ -47,12 +48,14 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     try:
         if is_packed(config):
             return PackedCheckpoint(path, config, files, tensors)
-        config, tensors, left_out = language_part(config, tensors)
+        published = config
+        config, tensors, left_out = (config, tensors, []) if whole else language_part(config, tensors)
         family = config.get("model_type")
         tensors, parts = joined_parts(with_parameter_names(tensors, family), family)
         kind = QuantizedCheckpoint if method_of(config) else SafetensorsCheckpoint
         checkpoint = kind(path, config, files, tensors)
         checkpoint.left_out, checkpoint.parts_of = left_out, parts
+        checkpoint.whole = published if any(line.startswith(VISION) for line in left_out) else None
         checkpoint.transposed = transposed_stacks(tensors, family)
         return checkpoint
     except BaseException:

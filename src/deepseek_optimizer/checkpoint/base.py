@@ -44,6 +44,7 @@ class Checkpoint(ABC):
         sampling: sampling parameters that the files recommend, besides those of a generation_config.json.
         mapper: maps packed weights into memory, to be used in place; None: they are read into memory.
         left_out: one line for each part of the files that is not loaded.
+        whole: the config of the multimodal model whose language model this is, if its vision tower is left out; otherwise None.
     """
 
     kind: ClassVar[str]
@@ -55,6 +56,7 @@ class Checkpoint(ABC):
         self.path = path
         self.tensors = tensors
         self.left_out: list[str] = []
+        self.whole: dict[str, Any] | None = None
         self._config = config
 
     def config(self) -> dict[str, Any]:

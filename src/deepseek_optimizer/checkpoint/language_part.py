@@ -32,13 +32,14 @@ class LanguagePart:
     shares_kv: bool = False
 
 
+VISION: Final = "the vision tower"
 _MTP: Final = {"multi-token prediction": r"mtp\..*"}
-_QWEN: Final = {"the vision tower": r"model\.visual\..*", **_MTP}
+_QWEN: Final = {VISION: r"model\.visual\..*", **_MTP}
 _IN_MODEL: Final = {"model.language_model.": "model."}
-_IMAGES: Final = {"the vision tower": r"(model\.)?(vision_tower|vision_model|multi_modal_projector)\..*"}
+_IMAGES: Final = {VISION: r"(model\.)?(vision_tower|vision_model|multi_modal_projector)\..*"}
 _GLM_5: Final = {"multi-token prediction": r"model\.layers\.78\..*"}
 _TOWERS: Final = {
-    "the vision tower": r"model\.(vision_tower|embed_vision|vision_embedder)\..*",
+    VISION: r"model\.(vision_tower|embed_vision|vision_embedder)\..*",
     "the audio tower": r"model\.(audio_tower|embed_audio)\..*",
 }
 _PARTS: Final[Mapping[str, LanguagePart]] = {

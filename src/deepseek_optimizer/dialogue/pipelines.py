@@ -311,7 +311,7 @@ def _loaded(path: str, kwargs: Mapping[str, Any], fields: dict[str, Any]) -> Any
         if dtype not in _PRECISIONS:
             raise ConfigError(f"dtype={dtype} is not supported for optimized models; use float32 or bfloat16")
         fields = {**fields, "precision": _PRECISIONS[dtype]}
-    return load(path, None, fields)
+    return load(path, None, fields, language_alone="the pipeline takes text")
 
 
 def _optimized(model: Any, fields: dict[str, Any]) -> Any:

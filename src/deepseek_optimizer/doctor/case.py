@@ -101,10 +101,12 @@ class Case:
         return twin
 
     def load(self, **fields: Any) -> Any:
-        """Loads the optimized model; `fields` override those of the case."""
+        """Loads the optimized model; `fields` override those of the case. Of a multimodal checkpoint that is the language
+        model, if it can be loaded alone."""
         from ..optimized_model import load_model
 
-        return load_model(self.checkpoint.path, **{**self.fields, **fields})
+        alone = {} if self.checkpoint.whole is None else {"vision": "off"}
+        return load_model(self.checkpoint.path, **{**alone, **self.fields, **fields})
 
     @cached_property
     def loaded(self) -> Any:

@@ -27,7 +27,8 @@ class Encoder:
     Attributes:
         family: the `model_type`.
         layers, hidden, inner, vocab: number of layers; hidden size; width of the MLPs; vocabulary size.
-        heads: number of heads, which divide the hidden size.
+        heads, kv_heads: number of query heads; of key and value heads, which divide it.
+        head_dim: number of elements of a head.
         max_positions: context length in tokens.
         eps: epsilon of the norms.
         activation: op of the MLPs' activation.
@@ -39,13 +40,11 @@ class Encoder:
     inner: int
     vocab: int
     heads: int
+    kv_heads: int
+    head_dim: int
     max_positions: int
     eps: float
     activation: str
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden // self.heads
 
 
 @dataclass(frozen=True)
@@ -78,6 +77,8 @@ def read_encoder(
     hidden: str = "hidden_size",
     inner: str = "intermediate_size",
     heads: str = "num_attention_heads",
+    kv_heads: str = "",
+    head_dim: str = "",
     eps: str = "layer_norm_eps",
     activation: str = "hidden_act",
     fixed_eps: float | None = None,
@@ -89,6 +90,8 @@ def read_encoder(
         fields: the config.
         family: the `model_type`.
         layers, hidden, inner, heads, eps, activation: names of the fields.
+        kv_heads: name of the field; "": as many as query heads.
+        head_dim: name of a field that may be missing; without it, heads divide the hidden size.
         fixed_eps: the norms' epsilon in families without such a field.
         activations: the op of each activation that the MLPs may have.
 
@@ -96,19 +99,26 @@ def read_encoder(
         UnsupportedModelError, ConfigError: a field has a value that is not supported, or not valid.
     """
     width, count = fields.integer(hidden, MAX_WIDTH), fields.integer(heads, MAX_HEADS)
-    if width % count:
+    if head_dim and fields.get(head_dim) is not None:
+        size = fields.integer(head_dim, MAX_WIDTH)
+    elif width % count:
         raise ConfigError(f"config.{heads}: {count} does not divide {hidden} {width}")
-    if (size := width // count) % 2 or size > MAX_HEAD_DIM:
+    else:
+        size = width // count
+    if size % 2 or size > MAX_HEAD_DIM:
         raise UnsupportedModelError(
             f"config.{heads}: heads of {size} elements are not supported, must be even and up to {MAX_HEAD_DIM}"
         )
+    kv_count = fields.integer(kv_heads, MAX_HEADS) if kv_heads else count
+    if count % kv_count:
+        raise ConfigError(f"config.{kv_heads}: {kv_count} does not divide {heads} {count}")
     act = fields.get(activation)
     if not isinstance(act, str) or act not in activations:
         names = ", ".join(map(repr, activations))
         raise UnsupportedModelError(f"config.{activation} {shown(act)} is not supported. Supported: {names}.")
     return Encoder(
         family=family, layers=fields.integer(layers, MAX_LAYERS), hidden=width, inner=fields.integer(inner, MAX_WIDTH),
-        vocab=fields.integer("vocab_size", MAX_VOCAB), heads=count,
+        vocab=fields.integer("vocab_size", MAX_VOCAB), heads=count, kv_heads=kv_count, head_dim=size,
         max_positions=fields.integer("max_position_embeddings", MAX_POSITIONS),
         eps=fields.epsilon(eps) if fixed_eps is None else fixed_eps, activation=activations[act],
     )  # fmt: skip
@@ -143,11 +153,13 @@ def encoder_graph(
     return Graph(e.family, nodes, e.vocab, e.hidden, e.layers + 1, NO_CACHE, e.max_positions)
 
 
-def attention(nodes: list[Node], e: Encoder, qkv: tuple[Value, Value, Value], name: str, window: int = 0) -> Value:
-    """Bidirectional attention; `window` as in the op."""
+def attention(
+    nodes: list[Node], e: Encoder, qkv: tuple[Value, Value, Value], name: str, window: int = 0, scale: float | None = None
+) -> Value:
+    """Bidirectional attention; `window` as in the op. `scale`: None: 1 / sqrt(head_dim)."""
     return emit(
-        nodes, "encoder_attention", qkv, name, e.hidden, heads=e.heads, kv_heads=e.heads, head_dim=e.head_dim,
-        scale=e.head_dim**-0.5, window=window,
+        nodes, "encoder_attention", qkv, name, qkv[0].width, heads=e.heads, kv_heads=e.kv_heads, head_dim=e.head_dim,
+        scale=e.head_dim**-0.5 if scale is None else scale, window=window,
     )  # fmt: skip
 
 

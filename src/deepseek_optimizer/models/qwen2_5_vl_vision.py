@@ -15,4 +15,4 @@ def build(fields: Fields) -> Tower:
     e = read_tower(fields, "qwen2_5_vl_vision", gated=True, layers="depth", heads="num_heads", fixed_eps=1e-6)
     whole = fields.layers("fullatt_block_indexes")
     windowed = tuple(layer not in whole for layer in range(e.layers))
-    return Tower(tower_graph(e, LAYER, axial_rope(fields, e.head_dim)), windowed)
+    return Tower(tower_graph(e, LAYER, (axial_rope(fields, e.head_dim),)), windowed)

@@ -14,4 +14,4 @@ LAYER = TowerLayer(
 def build(fields: Fields, family: str = "qwen3_vl_vision") -> Tower:
     e = read_tower(fields, family, layers="depth", heads="num_heads", fixed_eps=1e-6)
     ends = fields.layers("deepstack_visual_indexes") if fields.get("deepstack_visual_indexes") else ()
-    return Tower(tower_graph(e, LAYER, axial_rope(fields, e.head_dim)), (False,) * e.layers, ends)
+    return Tower(tower_graph(e, LAYER, (axial_rope(fields, e.head_dim),)), (False,) * e.layers, ends)

@@ -6,6 +6,7 @@ Weights are named by their path in the module whose layers these are.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +17,9 @@ from .blocks import add, emit, linear, rms_norm
 from .decoder import MAX_POSITIONS
 from .encoder import ACTIVATIONS, Encoder, attention, encoder_graph, layer_norm, read_encoder
 from .fields import Fields, positive
-from .rope import RopeSpec
+from .rope import Frequencies, RopeSpec
 
-GATED_ACTIVATIONS = {"silu": "swiglu"}
+GATED_ACTIVATIONS = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu"}
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,15 @@ class TowerLayer:
     Attributes:
         path: of layer i, with {} for i.
         attention_norm, mlp_norm: norms before attention and MLP.
+        attention_out, mlp_out: norms of what attention and MLP add to the residual; "": there are none.
         q, k, v: projections of the attention; the same module thrice, if it has the rows of all.
+        q_norm, k_norm: norms of each query and key head; "": there are none.
+        v_norm: whether each value head is normalized, without a weight.
         o: the projection of its result.
         gate, up, down: projections of the MLP. gate "": there is none.
+        last: norm after the last layer; "": there is none.
         rms: whether norms are RMS norms.
-        qkv_bias: whether q, k and v have biases; all other products have.
+        qkv_bias, o_bias, mlp_bias: whether the products have biases.
     """
 
     path: str
@@ -66,8 +71,16 @@ class TowerLayer:
     up: str
     down: str
     gate: str = ""
+    attention_out: str = ""
+    mlp_out: str = ""
+    q_norm: str = ""
+    k_norm: str = ""
+    v_norm: bool = False
+    last: str = ""
     rms: bool = False
     qkv_bias: bool = True
+    o_bias: bool = True
+    mlp_bias: bool = True
 
 
 def read_tower(fields: Fields, family: str, *, gated: bool = False, **names: str | float) -> Encoder:
@@ -88,57 +101,91 @@ def read_tower(fields: Fields, family: str, *, gated: bool = False, **names: str
 
 def axial_rope(fields: Fields, head_dim: int) -> RopeSpec:
     """The RoPE of Qwen's towers: the first half of the frequencies takes the height, the second the width."""
-    if head_dim % 4:
-        raise UnsupportedModelError(f"config.num_heads: heads of {head_dim} elements cannot be rotated by height and width")
-    parameters = fields.get("rope_parameters") or {}
-    if (kind := parameters.get("rope_type", "axial")) != "axial":
-        raise UnsupportedModelError(f"config.rope_parameters['rope_type'] {shown(kind)} is not supported. Supported: 'axial'.")
-    theta = positive("rope_parameters['rope_theta']", parameters.get("rope_theta", 10000.0))
-    half = head_dim // 2
-    exponents = np.arange(0, half, 2, dtype=np.float32) / np.float32(half)
-    frequencies = (1.0 / np.power(np.float32(theta), exponents)).astype(np.float32)
+    frequencies = axial_frequencies(fields, head_dim, "num_heads", 10000.0)
     return RopeSpec(
         "default", head_dim, np.concatenate([frequencies, frequencies]), context=MAX_POSITIONS, room=MAX_POSITIONS,
         axes=(1,) * len(frequencies) + (2,) * len(frequencies),
     )  # fmt: skip
 
 
-def tower_graph(e: Encoder, names: TowerLayer, rope: RopeSpec | None = None) -> Graph:
-    """The graph of a tower whose layers are y = x + attention(norm(x)), then y + MLP(norm(y))."""
-    table: Value | None = None
+def axial_frequencies(fields: Fields, head_dim: int, name: str, theta: float) -> Frequencies:
+    """The frequencies by which one half of a head's elements is rotated: those of a RoPE over `head_dim / 2` elements.
+
+    Args:
+        fields: the config.
+        head_dim: number of elements of a head.
+        name: the field that it depends on.
+        theta: `rope_theta` if the config has none.
+    """
+    if head_dim % 4:
+        raise UnsupportedModelError(f"config.{name}: heads of {head_dim} elements cannot be rotated by height and width")
+    parameters = fields.get("rope_parameters") or {}
+    if (kind := parameters.get("rope_type", "axial")) != "axial":
+        raise UnsupportedModelError(f"config.rope_parameters['rope_type'] {shown(kind)} is not supported. Supported: 'axial'.")
+    base = positive("rope_parameters['rope_theta']", parameters.get("rope_theta", theta))
+    half = head_dim // 2
+    exponents = np.arange(0, half, 2, dtype=np.float32) / np.float32(half)
+    return (1.0 / np.power(np.float32(base), exponents)).astype(np.float32)
+
+
+def tower_graph(e: Encoder, names: TowerLayer, ropes: Sequence[RopeSpec] = (), scale: float | None = None) -> Graph:
+    """The graph of a tower whose layers are y = x + attention(norm(x)), then y + MLP(norm(y)).
+
+    Args:
+        e: the sizes.
+        names: the modules.
+        ropes: of the parts of a head, one after the other.
+        scale: of the scores; None: 1 / sqrt(head_dim).
+    """
+    tables: list[Value] = []
 
     def norm(nodes: list[Node], x: Value, name: str, path: str) -> Value:
         return rms_norm(nodes, x, name, path, e.eps) if names.rms else layer_norm(nodes, e, x, name, path)
 
     def layer(nodes: list[Node], x: Value, index: int) -> Value:
-        nonlocal table
-        if rope is not None and table is None:
-            table = emit(nodes, "rope_table", (), "rope", rope.rot, rope=rope)
+        if not tables:
+            tables.extend(emit(nodes, "rope_table", (), f"rope{i or ''}", r.rot, rope=r) for i, r in enumerate(ropes))
         name, path = f"l{index}", names.path.format(index)
         normed = norm(nodes, x, f"{name}.attn_in", f"{path}.{names.attention_norm}")
         q, k, v = (_projection(nodes, e, names, normed, f"{name}.{'qkv'[i]}", path, i) for i in range(3))
-        if table is not None:
-            q, k = (_rotated(nodes, e, value, table) for value in (q, k))
-        attended = attention(nodes, e, (q, k, v), f"{name}.attn")
-        x = add(nodes, x, linear(nodes, attended, f"{name}.o", e.hidden, f"{path}.{names.o}", True), f"{name}.attn_out")
+        q, k = (_rotated(nodes, e, value, tables) for value in (q, k))
+        attended = attention(nodes, e, (q, k, v), f"{name}.attn", scale=scale)
+        delta = linear(nodes, attended, f"{name}.o", e.hidden, f"{path}.{names.o}", names.o_bias)
+        if names.attention_out:
+            delta = norm(nodes, delta, f"{name}.attn_normed", f"{path}.{names.attention_out}")
+        x = add(nodes, x, delta, f"{name}.attn_out")
         normed = norm(nodes, x, f"{name}.mlp_in", f"{path}.{names.mlp_norm}")
-        up = linear(nodes, normed, f"{name}.up", e.inner, f"{path}.{names.up}", True)
+        up = linear(nodes, normed, f"{name}.up", e.inner, f"{path}.{names.up}", names.mlp_bias)
         inputs: tuple[Value, ...] = (up,)
         if names.gate:
-            inputs = (linear(nodes, normed, f"{name}.gate", e.inner, f"{path}.{names.gate}", True), up)
+            inputs = (linear(nodes, normed, f"{name}.gate", e.inner, f"{path}.{names.gate}", names.mlp_bias), up)
         inner = emit(nodes, e.activation, inputs, f"{name}.h", e.inner)
-        return add(nodes, x, linear(nodes, inner, f"{name}.down", e.hidden, f"{path}.{names.down}", True), f"{name}.out")
+        delta = linear(nodes, inner, f"{name}.down", e.hidden, f"{path}.{names.down}", names.mlp_bias)
+        if names.mlp_out:
+            delta = norm(nodes, delta, f"{name}.mlp_normed", f"{path}.{names.mlp_out}")
+        return add(nodes, x, delta, f"{name}.out")
 
-    return encoder_graph(e, layer)
+    return encoder_graph(e, layer, (lambda nodes, x: norm(nodes, x, "last", names.last)) if names.last else None)
 
 
 def _projection(nodes: list[Node], e: Encoder, names: TowerLayer, x: Value, name: str, path: str, part: int) -> Value:
-    """q, k or v: of its own matrix, or the rows of one matrix of all three, q's first."""
-    module = (names.q, names.k, names.v)[part]
-    rows = (part * e.hidden, (part + 1) * e.hidden, 3 * e.hidden) if names.q == names.k else None
-    return linear(nodes, x, name, e.hidden, f"{path}.{module}", names.qkv_bias, rows)
+    """q, k or v: of its own matrix, or the rows of one matrix of all three, q's first; with the norm of its heads."""
+    module, heads = (names.q, names.k, names.v)[part], e.heads if part == 0 else e.kv_heads
+    width = heads * e.head_dim
+    rows = (part * width, (part + 1) * width, 3 * width) if names.q == names.k else None
+    value = linear(nodes, x, name, width, f"{path}.{module}", names.qkv_bias, rows)
+    norm = (names.q_norm, names.k_norm, "")[part]
+    if not norm and not (part == 2 and names.v_norm):
+        return value
+    weight = f"{path}.{norm}.weight" if norm else ""
+    return emit(nodes, "head_norm", (value,), f"{name}_norm", width, weight, eps=e.eps, heads=heads, head_dim=e.head_dim)
 
 
-def _rotated(nodes: list[Node], e: Encoder, x: Value, table: Value) -> Value:
-    shape = {"heads": e.heads, "head_dim": e.head_dim, "interleaved": False}
-    return emit(nodes, "rope", (x, table), f"{x.name}_rope", x.width, **shape)
+def _rotated(nodes: list[Node], e: Encoder, x: Value, tables: Sequence[Value]) -> Value:
+    """Query or key heads, each part rotated by its RoPE."""
+    name, offset = x.name, 0
+    for i, table in enumerate(tables):
+        shape = {"heads": x.width // e.head_dim, "head_dim": e.head_dim, "interleaved": False, "offset": offset}
+        x = emit(nodes, "rope", (x, table), f"{name}_rope{i or ''}", x.width, **shape)
+        offset += table.width
+    return x

@@ -135,7 +135,7 @@ class PruneJob:
         Raises:
             NotEnoughMemoryError, CheckpointError, ConfigError: as in `load_model` and `TrainingJob`.
         """
-        original = load_model(self.source, precision="auto", calibration=None)
+        original = load_model(self.source, precision="auto", calibration=None, vision="off")
         with torch.inference_mode(), one_torch_thread():
             left_out, selection = self._choose(original)
         with open_checkpoint(self.source) as checkpoint, atomic_directory(self.pruned, self.config.overwrite) as folder:

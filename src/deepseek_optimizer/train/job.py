@@ -259,7 +259,7 @@ class TrainingJob:
         if self.frozen:
             from ..optimized_model import load_model
 
-            model = load_model(self.source, **self._packed_fields())
+            model = load_model(self.source, vision="off", **self._packed_fields())
         else:
             dtype = DTYPES["bf16" if self.args.bf16 else "fp32"]
             model = load_for_training(self.source, dtype)

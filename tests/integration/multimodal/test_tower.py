@@ -15,7 +15,15 @@ from deepseek_optimizer.integration.bind.packed_model import OptimizerWarning
 from support.multimodal import FAMILIES, make_model, make_prompts
 
 TOLERANCE = 1e-4  # of the largest value of a row
-TOWERS = ["qwen2_5_vl", "qwen3_vl", "qwen3_5", "gemma3", "smolvlm", "janus", "deepseek_vl", "deepseek_vl_hybrid"]
+PADDED = "smolvlm, padded"
+TOWERS = [
+    "qwen2_5_vl", "qwen3_vl", "qwen3_5", "gemma3", "smolvlm", PADDED, "janus", "deepseek_vl", "deepseek_vl_hybrid", "gemma4",
+    "deepseek_ocr2",
+]  # fmt: skip
+
+
+def model_of(family):
+    return make_model(FAMILIES[family.split(",")[0]])
 
 
 def optimized(model, **settings):
@@ -25,14 +33,28 @@ def optimized(model, **settings):
 
 def pictures_of(family, count, seed=0):
     """The arguments of `get_image_features` for pictures of odd shapes; Qwen's have random ones."""
-    arguments = make_prompts(FAMILIES[family], [count], seed).arguments
+    if family == PADDED:
+        return padded_pictures(count, seed)
+    text = {"input_ids", "attention_mask", FAMILIES[family].types}
+    arguments = {n: v for n, v in make_prompts(FAMILIES[family], [count], seed).arguments.items() if n not in text}
     if "image_grid_thw" not in arguments:
-        return {name: value for name, value in arguments.items() if "pixel" in name}
+        return arguments
     generator = torch.Generator().manual_seed(seed)
     grid = torch.ones(count, 3, dtype=torch.long)
     grid[:, 1:] = 2 * torch.randint(1, 8, (count, 2), generator=generator)
     pixels = torch.randn(int(grid.prod(-1).sum()), arguments["pixel_values"].shape[1], generator=generator)
     return {"pixel_values": pixels, "image_grid_thw": grid}
+
+
+def padded_pictures(count, seed):
+    """SmolVLM pads pictures of other shapes on the right and below."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randn(1, count, 3, 24, 24, generator=generator)
+    mask = torch.zeros(1, count, 24, 24, dtype=torch.bool)
+    for i in range(count):
+        height, width = 4 * torch.randint(1, 7, (2,), generator=generator)
+        mask[0, i, :height, :width] = True
+    return {"pixel_values": pixels, "pixel_attention_mask": mask}
 
 
 @torch.no_grad()
@@ -58,15 +80,15 @@ def assert_close(ours, theirs, tolerance=TOLERANCE):
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("family", TOWERS)
 def test_results_are_those_of_transformers(family, backend):
-    model = make_model(FAMILIES[family])
+    model = model_of(family)
     ours = optimized(model, backend=backend)
-    assert ours.report().towers
+    assert set(ours.report().towers.values()) == {"plan"}
     for count in range(1, 6):
         arguments = pictures_of(family, count, seed=count)
         assert_close(features(ours, arguments), features(model, arguments))
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "gemma3"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "gemma3", "gemma4", "deepseek_ocr2"])
 @pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.05), ("int8", 0.05), ("int4", 1.0)])
 def test_weight_formats(family, precision, tolerance):
     """A tower keeps its precision unless `formats` names it."""
@@ -83,9 +105,9 @@ def test_weight_formats(family, precision, tolerance):
     assert not torch.equal(made[0], expected[0])
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "gemma3"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "gemma3", PADDED, "gemma4", "deepseek_ocr2"])
 def test_pieces_do_not_change_results(family):
-    ours = optimized(make_model(FAMILIES[family]))
+    ours = optimized(model_of(family))
     arguments = pictures_of(family, 5)
     whole = features(ours, arguments)
     pieces = []
@@ -128,18 +150,82 @@ def test_gradients_of_pictures(family):
     torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-3 * grads[1].abs().max().item())
 
 
-def test_padded_pictures():
-    """SmolVLM pads pictures of other shapes: Transformers' own forward masks them."""
-    model = make_model(FAMILIES["smolvlm"])
+def test_masks_that_are_not_of_padding():
+    model = model_of(PADDED)
     ours = optimized(model)
-    pixels = torch.randn(1, 1, 3, 24, 24, generator=torch.Generator().manual_seed(0))
-    mask = torch.ones(1, 1, 24, 24, dtype=torch.bool)
-    mask[..., 16:] = False
+    x = torch.randn(2, 6, 24, generator=torch.Generator().manual_seed(0))
+    triangle = torch.ones(6, 6, dtype=torch.bool).tril().expand(2, 1, 6, 6)
+    hidden = torch.ones(2, 1, 6, 6, dtype=torch.bool)
+    hidden[1] = False
     with torch.no_grad():
-        expected = model.model.get_image_features(pixel_values=pixels, pixel_attention_mask=mask).pooler_output
-        with pytest.warns(OptimizerWarning, match="padded"):
-            made = ours.model.get_image_features(pixel_values=pixels, pixel_attention_mask=mask).pooler_output
-    torch.testing.assert_close(made, expected, atol=1e-5, rtol=0)
+        for mask, reason in ((triangle, "not one of padding"), (hidden, "nothing but padding")):
+            expected = model.model.vision_model.encoder(x, mask).last_hidden_state
+            with pytest.warns(OptimizerWarning, match=reason):
+                made = ours.model.vision_model.encoder(x, mask).last_hidden_state
+            torch.testing.assert_close(made, expected, atol=1e-5, rtol=0, equal_nan=True)
+
+
+def test_padding_with_eager_attention():
+    """The mask is then what is added to scores."""
+    model = model_of(PADDED)
+    arguments = pictures_of(PADDED, 3)
+    expected = features(model, arguments)
+    model.set_attn_implementation("eager")
+    assert_close(features(optimized(model), arguments), expected)
+
+
+def test_half_precision_keeps_its_keys_and_values():
+    """They would lose three bits in bf16. Between the rows that go in and those that come out, everything is fp32."""
+    model = make_model(FAMILIES["gemma3"]).half()
+    x = torch.randn(2, 40, 24, generator=torch.Generator().manual_seed(0)).half()
+    made, expected = (
+        one.model.vision_tower.encoder(inputs_embeds=x.to(one.dtype)).last_hidden_state
+        for one in (optimized(model, precision="auto"), optimized(model.float()))
+    )
+    assert made.dtype is torch.float16 and torch.equal(made, expected.half())
+
+
+def _other_parameter(block, generator):
+    block.norm1.weight = torch.nn.Parameter(torch.rand(32, generator=generator))
+
+
+def _other_storage(block, generator):
+    block.norm2.bias.data = torch.rand(32, generator=generator)
+
+
+def _written(block, generator):
+    with torch.no_grad():
+        block.norm2.weight.mul_(1.5)
+
+
+def _other_module(block, generator):
+    norm = torch.nn.LayerNorm(32, eps=1e-6)
+    norm.weight.data.uniform_(generator=generator)
+    block.norm1 = norm
+
+
+@pytest.mark.parametrize("change", [_other_parameter, _other_storage, _written, _other_module])
+def test_changed_parameters(change):
+    """A plan that holds a copy or another storage is compiled again."""
+    model = make_model(FAMILIES["qwen3_vl"])
+    ours, arguments = optimized(model), pictures_of("qwen3_vl", 2)
+    before = features(ours, arguments)
+    for one in (ours, model):
+        change(one.model.visual.blocks[1], torch.Generator().manual_seed(1))
+    after = features(ours, arguments)
+    assert not torch.equal(before[0], after[0])
+    assert_close(after, features(model, arguments))
+
+
+def test_replaced_tiles():
+    ours, arguments = optimized(make_model(FAMILIES["qwen3_vl"])), pictures_of("qwen3_vl", 2)
+    before = features(ours, arguments)
+    parameters = ours.model.visual.blocks[1].mlp.linear_fc1._parameters
+    tiles = parameters["weight"]
+    parameters["weight"] = torch.nn.Parameter(torch.zeros_like(tiles), requires_grad=False)
+    assert not torch.equal(before[0], features(ours, arguments)[0])
+    parameters["weight"] = tiles
+    assert all(torch.equal(one, other) for one, other in zip(features(ours, arguments), before, strict=True))
 
 
 def test_copies():

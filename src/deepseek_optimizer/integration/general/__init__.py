@@ -3,7 +3,7 @@
 from .head import head_name
 from .names import renamed_for, stored_as
 from .runtime import GeneralRuntime, bind
-from .settings import check_settings, encoder_reason, is_encoder, why_general
+from .settings import check_settings, encoder_reason, is_encoder, needs_a_plan, why_general
 from .swap import pack_in_place, packable_layers, packs_experts, swap_on_meta
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "encoder_reason",
     "head_name",
     "is_encoder",
+    "needs_a_plan",
     "pack_in_place",
     "packable_layers",
     "packs_experts",

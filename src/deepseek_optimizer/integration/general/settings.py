@@ -71,10 +71,15 @@ def check_settings(config: DeepSeekConfig, reason: str, language: bool = False) 
         reason: why there is none.
         language: whether there is one for a multimodal model's language model, which most settings are for.
     """
+    if (name := needs_a_plan(config, language)) is not None:
+        raise ConfigError(
+            f"{name}={getattr(config, name)!r} needs an execution plan for decoding, which this model does not have: leave "
+            f"{name} unset. The reason: {reason}"
+        )
+
+
+def needs_a_plan(config: DeepSeekConfig, language: bool) -> str | None:
+    """The first setting that needs an execution plan; None: there is none. `language`: as in `check_settings`."""
     default = DeepSeekConfig()
-    for name in CHOOSE_FORMATS if language else NEED_A_PLAN:
-        if (value := getattr(config, name)) not in (getattr(default, name), None):
-            raise ConfigError(
-                f"{name}={value!r} needs an execution plan for decoding, which this model does not have: leave {name} unset. "
-                f"The reason: {reason}"
-            )
+    names = CHOOSE_FORMATS if language else NEED_A_PLAN
+    return next((name for name in names if getattr(config, name) not in (getattr(default, name), None)), None)

@@ -9,9 +9,10 @@ import torch
 from ...checkpoint import Checkpoint, GgufCheckpoint, PackedCheckpoint, SafetensorsCheckpoint
 from ...config import DeepSeekConfig
 from ...errors import CheckpointError, ConfigError, DeepSeekOptimizerError, UnsupportedModelError
-from ...models import ENCODERS
+from ...models import ENCODERS, MULTIMODAL
 from ..configs import check_config
-from ..general import check_settings, encoder_reason
+from ..general import check_settings, encoder_reason, needs_a_plan
+from ..multimodal import why_no_language_plan
 
 _LISTED = 3  # names listed in an error or note
 
@@ -38,6 +39,39 @@ def why_general_path(checkpoint: Checkpoint, config: DeepSeekConfig | None, fiel
         if strict or isinstance(checkpoint, GgufCheckpoint) or model_class(raw) is None:
             raise
         return str(error)
+
+
+def why_language_alone(checkpoint: Checkpoint, settings: DeepSeekConfig) -> str | None:
+    """Why `load_model` loads the language model of a multimodal checkpoint alone; "": on request, or as in all models of its
+    family; None: it loads the whole model.
+
+    Args:
+        checkpoint: it, opened as its language model.
+        settings: the settings.
+
+    Raises:
+        ConfigError: a field of its config is not valid.
+    """
+    raw = checkpoint.whole
+    assert raw is not None
+    if settings.vision == "off" or raw["model_type"] not in MULTIMODAL:
+        return ""
+    if type(checkpoint) is not SafetensorsCheckpoint:
+        return "its files are quantized"
+    if settings.strict:
+        return "strict=True, and only its language model is a plan as a whole"
+    if (name := needs_a_plan(settings, language=True)) is not None:
+        return f"{name}={getattr(settings, name)!r} needs an execution plan of the whole model"
+    return why_no_language_plan(_transformers_config(checkpoint, raw))
+
+
+def _transformers_config(checkpoint: Checkpoint, raw: dict[str, Any]) -> Any:
+    from transformers import CONFIG_MAPPING
+
+    try:
+        return CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+    except Exception as error:  # a wrong field may cause any error in Transformers
+        raise ConfigError(f"{checkpoint.path}: Transformers cannot use this config: {' '.join(str(error).split())}") from error
 
 
 def model_class(raw: dict[str, Any]) -> Any:
@@ -93,13 +127,16 @@ def load_general(checkpoint: Checkpoint, settings: DeepSeekConfig, reason: str) 
     """
     from transformers import CONFIG_MAPPING
 
-    check_settings(settings, reason)
+    raw = checkpoint.config()
+    sees = raw["model_type"] in MULTIMODAL
+    check_settings(settings, reason, language=sees)  # whether its language model has a plan, the quantizer tells
+    if sees and settings.vision == "off":
+        raise ConfigError(f"vision='off': the language model of this {raw['model_type']} checkpoint cannot be loaded alone")
     if type(checkpoint) not in (SafetensorsCheckpoint, PackedCheckpoint):
         raise CheckpointError(
             f"is quantized ({checkpoint.kind}), which the general path cannot read; use the original checkpoint",
             file=checkpoint.path,
         )
-    raw = checkpoint.config()
     raw.pop("quantization_config", None)
     own = model_class(raw)
     dtype = torch.float32 if settings.precision == "fp32" else "auto"

@@ -40,7 +40,7 @@ from ..compat import causal_lm_class
 from ..configs import check_config
 from ..model.bind_plan import bind
 from .calibrate import calibrate, calibration_for, without_rounding
-from .general import load_general, why_general_path
+from .general import load_general, why_general_path, why_language_alone
 from .kl_budget import adapt, calibration_tokens
 from .memory import check_memory
 from .mtp_layers import add_mtp_layers, own_tensors, same_tensor, stored_mtp_layers
@@ -50,9 +50,22 @@ from .resolve import resolve
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: dict[str, Any]) -> Any:
-    """Implements `load_model`, which documents the arguments; `fields` override `config`."""
+def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: dict[str, Any], language_alone: str = "") -> Any:
+    """Implements `load_model`, which documents the arguments.
+
+    Args:
+        path, config: as there.
+        fields: override those of `config`.
+        language_alone: why of a multimodal checkpoint its language model is to be loaded alone, if it can; "": the settings
+            decide.
+    """
     with open_checkpoint(resolve(path)) as checkpoint:
+        if checkpoint.whole is not None:
+            settings = _settings(checkpoint.config().get("quantization_config"), checkpoint, config, fields)
+            if (alone := language_alone or why_language_alone(checkpoint, settings)) is None:
+                with open_checkpoint(checkpoint.path, whole=True) as whole:
+                    return load_general(whole, settings, why_general_path(whole, config, fields) or "")
+            checkpoint.left_out += [f"this model does not read pictures: {alone}"] if alone else []
         if (checkpoint.path / "modules.json").is_file():
             checkpoint.name_as_causal()
         if (reason := why_general_path(checkpoint, config, fields)) is not None:
@@ -70,7 +83,7 @@ def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: di
             checkpoint, settings, *expected_tensors(model), model.config.max_position_embeddings
         )
         if calibration is not None:
-            original = load(checkpoint.path, None, without_rounding(settings))
+            original = load(checkpoint.path, None, without_rounding(settings), language_alone="it is calibrated")
             calibrate(original, settings, calibration)
             return original
         with show_reading(checkpoint) as progress:

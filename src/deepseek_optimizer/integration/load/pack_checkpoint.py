@@ -136,7 +136,7 @@ def _write_calibrated(
 ) -> Mapping[str, Any]:
     """Writes the given shards of the model rounded with calibration, which is in memory meanwhile; returns its
     `Manifest.rounding`."""
-    model = load(checkpoint.path, None, without_rounding(settings))
+    model = load(checkpoint.path, None, without_rounding(settings), language_alone="it is calibrated")
     calibrate(model, settings, calibration)
     tensors = stored_tensors(model)
     for shard in shards:

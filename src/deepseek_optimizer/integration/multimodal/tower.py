@@ -44,12 +44,17 @@ class Patches:
     Attributes:
         pictures: number of rows of each picture (of each frame of a video).
         windows: number of rows of each window, which divide the pictures; (): the tower has none.
-        axes: int32 [rows, 3], the position of each row in time, height and width; None: the tower has no RoPE.
+        axes: int32 [rows, 3], the position of each row in time, height and width; None: RoPE does not need it.
+        positions: int32 [rows], the position of each row, for RoPE without axes; None: all are 0.
+        sees: int32 [rows], how many of its picture's first rows each row attends to, at least one; None: all. Within a picture
+            it is one number, or does not descend and includes the row itself.
     """
 
     pictures: list[int]
     windows: list[int]
     axes: Int32 | None = None
+    positions: Int32 | None = None
+    sees: Int32 | None = None
 
 
 class Pace(threading.local):
@@ -135,6 +140,7 @@ class TowerPlans:
 
     def _begin(self) -> None:
         self._stretches: list[Stretch] = []
+        self._bound: list[tuple[torch.Tensor, int]] = []  # what the plans were compiled from, see `_replaced`
         self._cache_graph: Graph | None = None
         self._stores: dict[str, KvStore] = {}  # by dtype
         self._running = threading.Lock()
@@ -165,7 +171,10 @@ class TowerPlans:
     def forget(self) -> None:
         """Call after the storage of the weights or the backend has changed."""
         with self._running:
-            self._stretches, self._stores = [], {}
+            self._discard()
+
+    def _discard(self) -> None:
+        self._stretches, self._stores, self._bound = [], {}, []
 
     def run(self, x: torch.Tensor, patches: Patches) -> dict[int, torch.Tensor]:
         """The results of the last layer and of the tower's `ends`, by layer, in the dtype of `x`.
@@ -200,8 +209,20 @@ class TowerPlans:
             made.append(function(rows))
         return torch.cat(made)
 
+    def _replaced(self) -> bool:
+        """Whether a parameter has other storage than the plans were compiled from, or has been written to. The storage is kept
+        meanwhile, so that nothing else can be at its address."""
+        parameters = list(self.model.parameters())
+        return len(parameters) != len(self._bound) or any(
+            parameter.data_ptr() != bound.data_ptr() or _writes(parameter) != version
+            for parameter, (bound, version) in zip(parameters, self._bound, strict=True)
+        )
+
     def _compiled(self) -> list[Stretch]:
+        if self._stretches and self._replaced():
+            self._discard()
         if not self._stretches:
+            self._bound = [(parameter.detach(), _writes(parameter)) for parameter in self.model.parameters()]
             for begin, end in self.tower.stretches():
                 graph = graph_between(self.tower.graph, begin, end)
                 if self.tower.windowed[begin]:
@@ -235,20 +256,22 @@ class TowerPlans:
     ) -> torch.Tensor:
         starts = [0, *accumulate(patches.pictures)]
         store, tables = self._cache(patches.pictures, dtype)
+        sees = np.repeat(patches.pictures, patches.pictures).astype(np.int32) if patches.sees is None else patches.sees
         result = torch.empty_like(x)
         for piecewise in (writes, results):
             begin = 0
             while begin < len(x):
                 part = slice(begin, min(len(x), begin + piecewise.rows(self.runtime.pace)))
                 inside = list(_overlaps(starts, part))
+                if piecewise is results:
+                    inside = list(_last_rows(inside, sees[part]))
                 batch = _batch(x, part, [count for _, _, count in inside], patches)
                 batch.block_table = tables[[picture for picture, _, _ in inside]]
+                batch.context_len = np.array([context for _, context, _ in inside], np.int32)
                 if piecewise is writes:
-                    batch.context_len = np.array([offset for _, offset, _ in inside], np.int32)
                     batch.last_hidden = False
-                else:  # its rows as the last ones of the picture, which see all
-                    totals = np.array([patches.pictures[picture] for picture, _, _ in inside], np.int32)
-                    batch.context_len, batch.visible_to = totals - batch.query_len, np.repeat(totals, batch.query_len)
+                else:
+                    batch.visible_to = np.ascontiguousarray(sees[part])
                 made = piecewise.run(batch, store)
                 if made is not None:
                     result[part] = made
@@ -258,7 +281,7 @@ class TowerPlans:
     def _cache(self, pictures: Sequence[int], dtype: torch.dtype) -> tuple[KvStore, Int32]:
         """A store for keys and values of all rows, and the blocks of each picture: int32 [pictures, blocks]."""
         blocks = [-(-rows // BLOCK_TOKENS) for rows in pictures]
-        kind = "fp32" if dtype is torch.float32 else "bf16"
+        kind = "bf16" if dtype is torch.bfloat16 else "fp32"
         if kind not in self._stores or self._stores[kind].num_blocks < sum(blocks):
             assert self._cache_graph is not None
             self._stores[kind] = self.runtime.backend.new_store(self._cache_graph, kind, sum(blocks))
@@ -289,7 +312,9 @@ class TowerPlans:
 
 def _batch(x: torch.Tensor, part: slice, lengths: list[int], patches: Patches) -> Any:
     """A step over some of the rows, which belong to so many sequences."""
-    batch = step_batch(x[part], np.zeros(part.stop - part.start, np.int32), lengths, hidden=False)
+    count = part.stop - part.start
+    positions = np.zeros(count, np.int32) if patches.positions is None else np.ascontiguousarray(patches.positions[part])
+    batch = step_batch(x[part], positions, lengths, hidden=False)
     if patches.axes is not None:
         batch.axes = np.ascontiguousarray(patches.axes[part])
     return batch
@@ -301,3 +326,25 @@ def _overlaps(starts: list[int], part: slice) -> Iterator[tuple[int, int, int]]:
         first, last = max(start, part.start), min(end, part.stop)
         if first < last:
             yield picture, first - start, last - first
+
+
+def _last_rows(inside: list[tuple[int, int, int]], sees: Int32) -> Iterator[tuple[int, int, int]]:
+    """The rows of a part as the last ones that they see, in sequences of at most as many rows: for each its picture, the number
+    of rows before it, and its own.
+
+    Args:
+        inside: from `_overlaps`.
+        sees: of these rows.
+    """
+    begin = 0
+    for picture, _, count in inside:
+        end = begin + count
+        while begin < end:
+            stop = min(end, begin + int(sees[end - 1]))
+            yield picture, int(sees[stop - 1]) - (stop - begin), stop - begin
+            begin = stop
+
+
+def _writes(parameter: torch.Tensor) -> int:
+    """Changes when the parameter is written to."""
+    return 0 if parameter.is_inference() else parameter._version

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPast, BaseModelOutputWithPooling
 
 from ...errors import ConfigError, UnsupportedModelError
 from ...models import TOWERS, build_tower
@@ -59,21 +59,82 @@ class TowerForward(Replacement):
 
 
 class EncoderLayers(TowerForward):
-    """SigLIP's encoder: rows of pictures of one size, without windows."""
+    """SigLIP's encoder: rows of pictures of one size, without windows. Padding is encoded too, but nothing attends to it."""
 
     served = frozenset({"inputs_embeds", "attention_mask"})
 
     def _unserved(self, call: dict[str, Any]) -> str | None:
         mask = call.get("attention_mask")
-        if mask is not None and not bool((mask if mask.dtype is torch.bool else mask == 0).all()):
-            return "pictures are padded"
+        if mask is not None:
+            batch, rows, _ = call["inputs_embeds"].shape
+            if mask.dim() != 4 or mask.shape[0] != batch or mask.shape[3] != rows or not bool((mask == mask[:, :1, :1]).all()):
+                return "the attention mask is not one of padding"
+            if not bool(_kept(mask).any(1).all()):
+                return "a picture is nothing but padding"
         return super()._unserved(call)
 
     def _planned(self, module: Any, plans: TowerPlans, call: dict[str, Any]) -> Any:
-        x = call["inputs_embeds"]
+        x, mask = call["inputs_embeds"], call.get("attention_mask")
         count, rows, width = x.shape
-        results = plans.run(x.reshape(-1, width), Patches([rows] * count, []))
-        return BaseModelOutput(last_hidden_state=results[len(plans.tower.windowed) - 1].view_as(x))
+        last = len(plans.tower.windowed) - 1
+        if mask is None or bool((kept := _kept(mask)).all()):
+            results = plans.run(x.reshape(-1, width), Patches([rows] * count, []))
+            return BaseModelOutput(last_hidden_state=results[last].view_as(x))
+        order = torch.argsort(~kept, dim=1, stable=True)[..., None].expand_as(x)  # padding after the rest
+        sees = kept.sum(1).repeat_interleave(rows).cpu().numpy().astype(np.int32)
+        results = plans.run(x.gather(1, order).view(-1, width), Patches([rows] * count, [], sees=sees))
+        return BaseModelOutput(last_hidden_state=torch.empty_like(x).scatter_(1, order, results[last].view_as(x)))
+
+
+class Gemma4Layers(TowerForward):
+    """Gemma 4's encoder: pictures of any shapes, padded to the same number of rows. Padding is not encoded: what follows
+    discards it."""
+
+    served = frozenset({"inputs_embeds", "attention_mask", "pixel_position_ids"})
+
+    def _unserved(self, call: dict[str, Any]) -> str | None:
+        mask = call.get("attention_mask")
+        if call.get("pixel_position_ids") is None or mask is None or mask.dim() != 2:
+            return "places of patches, or a mask of them, are missing"
+        return super()._unserved(call)
+
+    def _planned(self, module: Any, plans: TowerPlans, call: dict[str, Any]) -> Any:
+        x, kept = call["inputs_embeds"], call["attention_mask"].bool()
+        axes = np.zeros((int(kept.sum()), 3), np.int32)
+        axes[:, 2:0:-1] = call["pixel_position_ids"][kept].cpu().numpy()  # (x, y)
+        results = plans.run(x[kept], Patches([rows for rows in kept.sum(1).tolist() if rows], [], axes))
+        made = torch.zeros_like(x)
+        made[kept] = results[len(plans.tower.windowed) - 1]
+        return BaseModelOutputWithPast(last_hidden_state=made)
+
+
+class QueryEncoder(TowerForward):
+    """DeepSeek-OCR-2's second encoder: the features of a picture, which see each other, then queries."""
+
+    served = frozenset({"inputs_embeds", "num_patches", "position_ids", "return_dict"})
+
+    def _unserved(self, call: dict[str, Any]) -> str | None:
+        if call.get("return_dict") is False:
+            return "a tuple is requested"
+        return super()._unserved(call)
+
+    def _planned(self, module: Any, plans: TowerPlans, call: dict[str, Any]) -> Any:
+        x, positions = call["inputs_embeds"], call.get("position_ids")
+        count, rows, width = x.shape
+        places = torch.arange(rows).expand(count, rows) if positions is None else positions.expand(count, rows).cpu()
+        sees = np.maximum(np.arange(1, rows + 1), call["num_patches"]).astype(np.int32)
+        patches = Patches(
+            [rows] * count, [], positions=places.numpy().astype(np.int32).ravel(), sees=np.tile(sees, count)
+        )  # fmt: skip
+        results = plans.run(x.reshape(-1, width), patches)
+        return BaseModelOutputWithPast(last_hidden_state=results[len(plans.tower.windowed) - 1].view_as(x))
+
+
+def _kept(mask: torch.Tensor) -> torch.Tensor:
+    """Which rows of each picture are not padding, given a mask [pictures, heads, rows, rows] of that: of booleans, or of
+    numbers that are added to scores."""
+    keys = mask[:, 0, 0]
+    return keys if keys.dtype is torch.bool else keys == 0
 
 
 class QwenTower(TowerForward):
@@ -139,6 +200,13 @@ def _rows_of(order: torch.Tensor, unit: int) -> torch.Tensor:
     return (order[:, None] * unit + torch.arange(unit, dtype=order.dtype, device=order.device)).flatten()
 
 
+# By model_type; the others have SigLIP's encoder.
+_FORMS: dict[str, type[TowerForward]] = {
+    "qwen2_5_vl_vision": QwenTower, "qwen3_vl_vision": QwenTower, "qwen3_5_vision": QwenTower, "gemma4_vision": Gemma4Layers,
+    "deepseek_ocr2_encoder": QueryEncoder,
+}  # fmt: skip
+
+
 def plan_towers(runtime: Any, model: Any) -> tuple[dict[str, TowerPlans], dict[str, str]]:
     """Sets the forwards of all vision towers that have plans.
 
@@ -154,8 +222,8 @@ def plan_towers(runtime: Any, model: Any) -> tuple[dict[str, TowerPlans], dict[s
         kind = getattr(getattr(module, "config", None), "model_type", None)
         if kind not in TOWERS or not isinstance(module, PreTrainedModel):
             continue
-        form = QwenTower if hasattr(module, "blocks") else EncoderLayers
-        layers: Any = module if form is QwenTower else module.encoder
+        form = _FORMS.get(kind, EncoderLayers)
+        layers: Any = getattr(module, "encoder", module)
         try:
             with torch.device("cpu"):
                 tower = build_tower(module.config)
