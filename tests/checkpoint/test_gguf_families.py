@@ -23,9 +23,7 @@ from support.models import random_model
 Edit = Callable[[dict[str, Any], dict[str, np.ndarray]], None]
 SLIDING, FULL = "sliding_attention", "full_attention"
 # llama.cpp has no architecture for them, or one that is not read yet.
-WITHOUT_FILES = {
-    "deepseek_v32", "deepseek_v4", "gemma4_unified_text", "glm_moe_dsa", "llama4_text", "ministral", "mistral4",
-}  # fmt: skip
+WITHOUT_FILES = {"deepseek_v4", "gemma4_unified_text", "ministral"}
 
 
 def opened(path: Path, name: str, kind: str = "F32", edit: Edit | None = None) -> Any:
@@ -103,6 +101,22 @@ def test_config_is_json(tmp_path: Path, name: str) -> None:
         ("mistral3", change(attention__temperature_scale=0.0), {"model_type": "mistral"}),
         ("glm4_moe_lite", change(tokenizer__ggml__pre="glm4"), {"model_type": "glm4_moe_lite"}),
         ("glm4_moe_lite", change(), {"model_type": "deepseek_v3"}),
+        ("llama4", change(), {
+            "layer_types": ["chunked_attention"] * 3 + [FULL], "attention_chunk_size": 8192, "attn_temperature_tuning": True,
+            "intermediate_size": 64, "intermediate_size_mlp": 160, "use_qk_norm": True,
+        }),
+        ("llama4", change(expert_count=128), {"use_qk_norm": False}),
+        ("mistral4", change(attention__temperature_scale=0.5), {
+            "rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 10000.0, "factor": 64.0, "original_max_position_embeddings": 19,
+                "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5,
+            },
+        }),
+        ("glm_moe_dsa", change(), {"indexer_types": ["full", "full", "shared", "shared"], "index_topk": 16}),
+        ("glm_moe_dsa", change(attention__indexer__types=None), {"indexer_types": ["full"] * 4}),
+        ("glm_moe_dsa", change(attention__indexer__types=None, context_length=1 << 20), {
+            "indexer_types": ["full", "full", "full", "shared"],
+        }),
         ("qwen2", change(tokenizer__ggml__eos_token_id=7), {"eos_token_id": 7, "bos_token_id": None, "pad_token_id": None}),
     ],
 )  # fmt: skip
@@ -197,6 +211,12 @@ REFUSED = [
     ("kimi_linear", drop("blk.0.ssm_conv1d_k.weight"), CheckpointError, "without model.layers.0.self_attn.k_conv1d.weight"),
     ("kimi_linear", drop("blk.1.attn_v_b.weight"), CheckpointError, "without model.layers.1.self_attn.v_b_proj.weight"),
     ("kimi_linear", change(expert_gating_func=1), UnsupportedModelError, "expert_gating_func must be 2"),
+    ("glm_moe_dsa", change(expert_gating_func=1), UnsupportedModelError, "must be 2 .sigmoid. with architecture 'glm-dsa'"),
+    ("glm_moe_dsa", change(attention__indexer__top_k=None), CheckpointError, "glm-dsa.attention.indexer.top_k is missing"),
+    ("mistral4", change(expert_gating_func=2), UnsupportedModelError, "must be 1 .softmax. with architecture 'mistral4'"),
+    ("mistral4", change(rope__scaling__type="linear"), UnsupportedModelError, "must be 'yarn' in Mistral 4"),
+    ("llama4", change(interleave_moe_layer_step=None), CheckpointError, "llama4.interleave_moe_layer_step is missing"),
+    ("llama4", lambda metadata, arrays: arrays["rope_freqs.weight"].fill(3.0), CheckpointError, "not llama3's"),
     ("phi3-longrope", drop("rope_factors_short.weight"), CheckpointError, "rope_factors_short.weight': is missing"),
     ("kimi_linear", change(attention__head_count=6), CheckpointError, "attn_k_b.weight': has shape"),
     ("lfm2", drop("token_embd.weight"), CheckpointError, "'token_embd.weight': is missing"),
