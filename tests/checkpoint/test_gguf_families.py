@@ -179,16 +179,20 @@ def test_rearranged_matrices_are_packed_without_loss(tmp_path: Path, name: str) 
 
 
 def test_columns_that_cannot_move_undecoded(tmp_path: Path) -> None:
-    """With value heads of 16 elements, half a block of Q8_0, the output projection is packed anew."""
+    """With value heads of 16 elements, half a block of Q8_0, the columns of the output projection stay as stored."""
     case = CASES["qwen3_5"]
     config = case.config()
     config.linear_value_head_dim = 16
-    model = random_model(config)
+    model = rounded(random_model(config), "F32")
     checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", case, model, "Q8_0"))
     name = "model.layers.0.linear_attn.out_proj.weight"
-    assert checkpoint.lossless_format(name) is None and checkpoint.natural_format(name) == "int8"
-    checkpoint.packed(name, "int8")
-    assert checkpoint.conversions() == ["1 matrix stored as Q8_0 converted to int8, which rounds them again"]
+    assert checkpoint.lossless_format(name) == checkpoint.natural_format(name) == "int8"
+    packed = checkpoint.packed(name, "int8")
+    assert packed.order == quant.ColumnOrder(2, 3) and checkpoint.conversions() == []
+    assert torch.equal(quant.unpack(packed), checkpoint.read(name))
+    assert (checkpoint.read(name) - model.get_parameter(name)).abs().max() < 0.01
+    other = checkpoint.packed(name, "bf16")  # from the decoded matrix, in the model's order
+    assert other.order is None and torch.equal(quant.unpack(other), checkpoint.read(name).bfloat16().float())
 
 
 REFUSED = [
