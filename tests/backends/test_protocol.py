@@ -24,7 +24,7 @@ from deepseek_optimizer.errors import BackendError
 from deepseek_optimizer.graph import rules
 from deepseek_optimizer.graph.attention_mode import AttentionMode, apply_mode
 from deepseek_optimizer.models import build_graph
-from deepseek_optimizer.quant import FORMATS, SUPERBLOCKS, PackedMatrix, reference_packer, unpack
+from deepseek_optimizer.quant import FORMATS, SUPERBLOCKS, ColumnOrder, PackedMatrix, reference_packer, unpack
 from deepseek_optimizer.system.backend_entries import BUILT_IN, names
 from support.family_configs import llama
 from support.models import assert_close_rows, random_ids, random_model, weights_of
@@ -161,14 +161,15 @@ def test_blocks_can_be_saved(backend, model):
         made.store.write_block(1, data[1:])
 
 
+@pytest.mark.parametrize("order", [None, ColumnOrder(2, 4)])
 @pytest.mark.parametrize("format_name", FORMATS)
-def test_products_of_packed_matrices(backend, format_name):
+def test_products_of_packed_matrices(backend, format_name, order):
     """Against float64 with the dequantized weights, within the format's bound."""
     if format_name not in backend.capabilities.weight_formats:
         pytest.skip("not among its formats")
     torch.manual_seed(1)
     cols = 256 if format_name in SUPERBLOCKS else 72
-    matrix = PackedMatrix(format_name, 200, cols, backend.pack(torch.randn(200, cols), format_name))
+    matrix = PackedMatrix(format_name, 200, cols, backend.pack(torch.randn(200, cols), format_name), order)
     dense, x, grad, bias = unpack(matrix), torch.randn(2, 5, cols), torch.randn(3, 200), torch.randn(200)
     assert torch.equal(backend.unpack(matrix), dense) and torch.equal(backend.unpack(matrix, 48, 131), dense[48:131])
     made, exact = backend.linear(x, matrix, bias), x.double() @ dense.double().T + bias.double()

@@ -190,7 +190,7 @@ REFUSED = [
     (change(attention__indexer__top_k=8), UnsupportedModelError, "attention.indexer.top_k: sparse attention"),
     (change(rope__scaling__attn_factor=2.0), UnsupportedModelError, "rope.scaling.attn_factor"),
     (change(nextn_predict_layers=3), CheckpointError, "nextn_predict_layers is 3, but must be less than block_count, 3"),
-    (change(architecture="deepseek32"), UnsupportedModelError, "'deepseek32' is not supported.*deepseek2"),
+    (change(architecture="deepseek4"), UnsupportedModelError, "'deepseek4' is not supported.*deepseek2"),
     (drop("blk.1.attn_v_b.weight"), CheckpointError, "k_b_proj.weight.*without model.layers.1.self_attn.v_b_proj"),
     (reshape("blk.1.attn_k_b.weight", 3, 32, 64), CheckpointError, r"blk.1.attn_k_b.weight'.*\(3, 32, 64\).*\(3, 64, 32\)"),
     (reshape("blk.1.attn_v_b.weight", 192, 64), CheckpointError, r"blk.1.attn_v_b.weight'.*\(192, 64\)"),

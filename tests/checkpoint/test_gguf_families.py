@@ -23,9 +23,7 @@ from support.models import random_model
 Edit = Callable[[dict[str, Any], dict[str, np.ndarray]], None]
 SLIDING, FULL = "sliding_attention", "full_attention"
 # llama.cpp has no architecture for them, or one that is not read yet.
-WITHOUT_FILES = {
-    "deepseek_v32", "deepseek_v4", "gemma4_unified_text", "glm_moe_dsa", "llama4_text", "ministral", "mistral4",
-}  # fmt: skip
+WITHOUT_FILES = {"deepseek_v4", "gemma4_unified_text", "ministral"}
 
 
 def opened(path: Path, name: str, kind: str = "F32", edit: Edit | None = None) -> Any:
@@ -103,6 +101,22 @@ def test_config_is_json(tmp_path: Path, name: str) -> None:
         ("mistral3", change(attention__temperature_scale=0.0), {"model_type": "mistral"}),
         ("glm4_moe_lite", change(tokenizer__ggml__pre="glm4"), {"model_type": "glm4_moe_lite"}),
         ("glm4_moe_lite", change(), {"model_type": "deepseek_v3"}),
+        ("llama4", change(), {
+            "layer_types": ["chunked_attention"] * 3 + [FULL], "attention_chunk_size": 8192, "attn_temperature_tuning": True,
+            "intermediate_size": 64, "intermediate_size_mlp": 160, "use_qk_norm": True,
+        }),
+        ("llama4", change(expert_count=128), {"use_qk_norm": False}),
+        ("mistral4", change(attention__temperature_scale=0.5), {
+            "rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 10000.0, "factor": 64.0, "original_max_position_embeddings": 19,
+                "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5,
+            },
+        }),
+        ("glm_moe_dsa", change(), {"indexer_types": ["full", "full", "shared", "shared"], "index_topk": 16}),
+        ("glm_moe_dsa", change(attention__indexer__types=None), {"indexer_types": ["full"] * 4}),
+        ("glm_moe_dsa", change(attention__indexer__types=None, context_length=1 << 20), {
+            "indexer_types": ["full", "full", "full", "shared"],
+        }),
         ("qwen2", change(tokenizer__ggml__eos_token_id=7), {"eos_token_id": 7, "bos_token_id": None, "pad_token_id": None}),
     ],
 )  # fmt: skip
@@ -165,16 +179,20 @@ def test_rearranged_matrices_are_packed_without_loss(tmp_path: Path, name: str) 
 
 
 def test_columns_that_cannot_move_undecoded(tmp_path: Path) -> None:
-    """With value heads of 16 elements, half a block of Q8_0, the output projection is packed anew."""
+    """With value heads of 16 elements, half a block of Q8_0, the columns of the output projection stay as stored."""
     case = CASES["qwen3_5"]
     config = case.config()
     config.linear_value_head_dim = 16
-    model = random_model(config)
+    model = rounded(random_model(config), "F32")
     checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", case, model, "Q8_0"))
     name = "model.layers.0.linear_attn.out_proj.weight"
-    assert checkpoint.lossless_format(name) is None and checkpoint.natural_format(name) == "int8"
-    checkpoint.packed(name, "int8")
-    assert checkpoint.conversions() == ["1 matrix stored as Q8_0 converted to int8, which rounds them again"]
+    assert checkpoint.lossless_format(name) == checkpoint.natural_format(name) == "int8"
+    packed = checkpoint.packed(name, "int8")
+    assert packed.order == quant.ColumnOrder(2, 3) and checkpoint.conversions() == []
+    assert torch.equal(quant.unpack(packed), checkpoint.read(name))
+    assert (checkpoint.read(name) - model.get_parameter(name)).abs().max() < 0.01
+    other = checkpoint.packed(name, "bf16")  # from the decoded matrix, in the model's order
+    assert other.order is None and torch.equal(quant.unpack(other), checkpoint.read(name).bfloat16().float())
 
 
 REFUSED = [
@@ -197,6 +215,12 @@ REFUSED = [
     ("kimi_linear", drop("blk.0.ssm_conv1d_k.weight"), CheckpointError, "without model.layers.0.self_attn.k_conv1d.weight"),
     ("kimi_linear", drop("blk.1.attn_v_b.weight"), CheckpointError, "without model.layers.1.self_attn.v_b_proj.weight"),
     ("kimi_linear", change(expert_gating_func=1), UnsupportedModelError, "expert_gating_func must be 2"),
+    ("glm_moe_dsa", change(expert_gating_func=1), UnsupportedModelError, "must be 2 .sigmoid. with architecture 'glm-dsa'"),
+    ("glm_moe_dsa", change(attention__indexer__top_k=None), CheckpointError, "glm-dsa.attention.indexer.top_k is missing"),
+    ("mistral4", change(expert_gating_func=2), UnsupportedModelError, "must be 1 .softmax. with architecture 'mistral4'"),
+    ("mistral4", change(rope__scaling__type="linear"), UnsupportedModelError, "must be 'yarn' in Mistral 4"),
+    ("llama4", change(interleave_moe_layer_step=None), CheckpointError, "llama4.interleave_moe_layer_step is missing"),
+    ("llama4", lambda metadata, arrays: arrays["rope_freqs.weight"].fill(3.0), CheckpointError, "not llama3's"),
     ("phi3-longrope", drop("rope_factors_short.weight"), CheckpointError, "rope_factors_short.weight': is missing"),
     ("kimi_linear", change(attention__head_count=6), CheckpointError, "attn_k_b.weight': has shape"),
     ("lfm2", drop("token_embd.weight"), CheckpointError, "'token_embd.weight': is missing"),

@@ -10,6 +10,7 @@ import torch
 
 from deepseek_optimizer.checkpoint.gguf_header import GgufTensor
 from deepseek_optimizer.checkpoint.gguf_parameters import Parameter, halves_first
+from deepseek_optimizer.quant import ColumnOrder
 from deepseek_optimizer.quant.ggml import GGML_TYPES
 
 TYPES = {kind.name: kind for kind in GGML_TYPES.values()}
@@ -75,15 +76,20 @@ def test_only_needed_rows_are_read() -> None:
 
 
 def test_columns_move_with_their_blocks() -> None:
-    """Blocks of Q8_0 have 32 columns: runs of 32 columns move undecoded, shorter ones do not."""
+    """Blocks of Q8_0 have 32 columns: runs of 32 columns are brought into order undecoded, shorter ones stay as stored."""
     file = File()
     tensor = file.tensor("t", 9)
-    columns = np.concatenate([np.arange(32, 64), np.arange(32)])
-    moved = Parameter((tensor,), (9, COLS), columns=columns, column_run=32)
-    first, second = file.data["t"].view(9, 2, 34).unbind(1)
-    assert torch.equal(moved.blocks(2, 9, file.read), torch.cat([second, first], 1)[2:9])
-    assert torch.equal(moved.floats(0, 9, file.read, decode), decode(tensor, file.data["t"])[:, torch.from_numpy(columns)])
-    assert Parameter((tensor,), (9, COLS), columns=columns, column_run=16).type is None
+    wide = GgufTensor("w", TYPES["Q8_0"], (9, 2 * COLS), 0, 9 * 4 * 34)
+    file.data["w"] = torch.arange(9 * 4).repeat_interleave(34).to(torch.uint8).view(9, 4 * 34)
+    order = ColumnOrder(2, 2)
+    moved = Parameter((wide,), (9, 2 * COLS), columns=order)
+    first, second, third, fourth = file.data["w"].view(9, 4, 34).unbind(1)
+    assert moved.stored_order is None
+    assert torch.equal(moved.blocks(2, 9, file.read), torch.cat([first, third, second, fourth], 1)[2:9])
+    short = Parameter((tensor,), (9, COLS), columns=order)
+    assert short.stored_order == order and torch.equal(short.blocks(2, 9, file.read), file.data["t"][2:9])
+    columns = [*range(16), *range(32, 48), *range(16, 32), *range(48, 64)]
+    assert torch.equal(short.floats(0, 9, file.read, decode), decode(tensor, file.data["t"])[:, columns])
 
 
 def test_vectors() -> None:

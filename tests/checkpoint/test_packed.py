@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from deepseek_optimizer.checkpoint import open_checkpoint, stream_weights
 from deepseek_optimizer.checkpoint.manifest import Manifest
 from deepseek_optimizer.config import DeepSeekConfig
 from deepseek_optimizer.errors import CheckpointError, ConfigError
-from deepseek_optimizer.quant import FORMATS, SUPERBLOCKS, PackedMatrix, pack
+from deepseek_optimizer.quant import FORMATS, SUPERBLOCKS, ColumnOrder, PackedMatrix, pack, unpack
 from support.checkpoint_files import safetensors_bytes, safetensors_header, with_header
 from support.packed_files import packed_fields, save_packed
 
@@ -55,6 +56,22 @@ def test_round_trip(tmp_path: Path) -> None:
             assert torch.equal(checkpoint.read_rows(name, 3, 20), checkpoint.read(name)[3:20])
     save_packed(tmp_path / "again", config, loaded, precision="int4")
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "p" / "model.safetensors").read_bytes()
+
+
+def test_the_order_of_columns_is_kept(tmp_path: Path) -> None:
+    made = replace(weights()["m.int8.weight"], order=ColumnOrder(4, 3))
+    save_packed(tmp_path / "p", CONFIG, {"m.int8.weight": made}, precision="int8")
+    checkpoint = open_checkpoint(tmp_path / "p")
+    assert checkpoint.packed("m.int8.weight", "int8").order == ColumnOrder(4, 3)
+    assert torch.equal(checkpoint.read("m.int8.weight"), unpack(made))
+    assert not torch.equal(unpack(made), unpack(made.as_stored))
+
+
+@pytest.mark.parametrize("order", [[4], [4, 5], [0, 3], [4, -3], [4.0, 3], "43", None])
+def test_wrong_orders_of_columns(order: Any) -> None:
+    config = {"packed_manifest": {"version": 3, "modules": {"m": {"format": "int8", "shape": [33, 48], "column_order": order}}}}
+    with pytest.raises(CheckpointError, match="column_order must be two positive integers whose product divides"):
+        Manifest.read(config, Path("config.json"))
 
 
 def test_files_are_plain_safetensors_and_aligned(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ Names of tensors come from llama.cpp's package (`gguf.get_tensor_name_map`); key
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ class Case:
     keys: metadata besides the common ones, or other values for them; None removes a key.
     convert: makes the stored tensors of a parameter from its name, value and the config.
     extra: tensors that are not parameters.
+    names: the architecture whose tensors' names it shares, if the installed package does not know it yet.
     """
 
     arch: str
@@ -41,6 +42,7 @@ class Case:
     keys: Callable[[Any], dict[str, Any]] = lambda c: {}
     convert: Convert = lambda name, value, c: [(name, value)]
     extra: Callable[[Any], dict[str, list[float]]] = field(default=lambda c: {})
+    names: str = ""
 
 
 def of_layer(config: Any, layer: int) -> Any:
@@ -105,6 +107,15 @@ def window(c: Any) -> dict[str, Any]:
 
 def llama_keys(c: Any) -> dict[str, Any]:
     return {"vocab_size": c.vocab_size, "rope.dimension_count": head_dim(c)}
+
+
+def llama4_keys(c: Any) -> dict[str, Any]:
+    """Llama4Model.set_gguf_parameters."""
+    return {
+        **llama_keys(c), "feed_forward_length": c.intermediate_size_mlp, "expert_feed_forward_length": c.intermediate_size,
+        "interleave_moe_layer_step": c.interleave_moe_layer_step,
+        "attention.sliding_window": None if "chunked_attention" in c.layer_types else 0,
+    }  # fmt: skip
 
 
 def ministral3_keys(c: Any) -> dict[str, Any]:
@@ -190,6 +201,28 @@ def latent_keys(c: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def mistral4_keys(c: Any) -> dict[str, Any]:
+    """Mistral4Model, DeepseekV2Model.set_gguf_parameters, without the growth of the queries."""
+    return {
+        **latent_keys(c), "expert_weights_norm": c.norm_topk_prob, "leading_dense_block_count": c.first_k_dense_replace,
+        "rope.scaling.yarn_log_multiplier": 0.1 * c.rope_parameters["mscale_all_dim"],
+    }  # fmt: skip
+
+
+def indexed_keys(c: Any) -> dict[str, Any]:
+    """DeepseekV32Model.set_gguf_parameters."""
+    return {
+        **latent_keys(c), "expert_weights_norm": c.norm_topk_prob, "expert_gating_func": 2,
+        "leading_dense_block_count": c.mlp_layer_types.count("dense"), "attention.indexer.head_count": c.index_n_heads,
+        "attention.indexer.key_length": c.index_head_dim, "attention.indexer.top_k": c.index_topk,
+    }  # fmt: skip
+
+
+def glm_indexed_keys(c: Any) -> dict[str, Any]:
+    """GlmMoeDsaModel.set_gguf_parameters."""
+    return {**indexed_keys(c), "attention.indexer.types": [kind == "full" for kind in c.indexer_types]}
+
+
 def kimi_keys(c: Any) -> dict[str, Any]:
     return {
         **latent_keys(c), "attention.head_count_kv": [int(kind == "full_attention") for kind in c.layer_types],
@@ -243,9 +276,11 @@ def llama3_factors(c: Any) -> dict[str, list[float]]:
     low, high, original = rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
     for i in range(0, head_dim(c), 2):
         length = 2 * math.pi * rope["rope_theta"] ** (i / head_dim(c))
-        smooth = (original / length - low) / (high - low)
-        between = 1 / ((1 - smooth) / rope["factor"] + smooth)
-        factors.append(1.0 if length < original / high else rope["factor"] if length > original / low else between)
+        if length < original / high or length > original / low:
+            factors.append(1.0 if length < original / high else rope["factor"])
+        else:
+            smooth = (original / length - low) / (high - low)
+            factors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
     return {"rope_freqs.weight": factors}
 
 
@@ -268,6 +303,16 @@ def latent(name: str, value: np.ndarray, c: Any) -> Tensors:
     kv_b = value.reshape(c.num_attention_heads, c.qk_nope_head_dim + c.v_head_dim, -1)
     yield name.replace("kv_b", "k_b"), kv_b[:, : c.qk_nope_head_dim].transpose(0, 2, 1)
     yield name.replace("kv_b", "v_b"), kv_b[:, c.qk_nope_head_dim :]
+
+
+def llama4(name: str, value: np.ndarray, c: Any) -> Tensors:
+    """Llama4Model.modify_tensors."""
+    yield name, value.transpose(0, 2, 1) if ".experts." in name else value
+
+
+def mistral4(name: str, value: np.ndarray, c: Any) -> Tensors:
+    """Mistral4Model.modify_tensors: gate and up of experts stay one tensor."""
+    yield from latent(f"{name}.weight" if name.endswith((".gate_up_proj", ".down_proj")) else name, value, c)
 
 
 def kimi(name: str, value: np.ndarray, c: Any) -> Tensors:
@@ -324,7 +369,7 @@ def tensors(case: Case, model: PreTrainedModel) -> dict[str, np.ndarray]:
     """The stored tensors by their GGUF names, in float32."""
     config = model.config
     architectures = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(architectures[case.arch], config.num_hidden_layers)
+    names = gguf.get_tensor_name_map(architectures[case.names or case.arch], config.num_hidden_layers)
     stored: dict[str, np.ndarray] = {}
     for path, parameter in model.state_dict().items():
         if path == "lm_head.weight" and config.tie_word_embeddings:
@@ -351,7 +396,7 @@ def kind_of(name: str, value: np.ndarray, kind: str) -> str:
 
     Nor for kv_b_proj, part of which is transposed, so that blocks of rounded rows would be rounded again.
     """
-    never = ("norm", "ffn_gate_inp", "ssm_conv1d", "shortconv.conv", "attn_k_b", "attn_v_b")
+    never = ("norm", "ffn_gate_inp", "ssm_conv1d", "shortconv.conv", "attn_k_b", "attn_v_b", "indexer.proj")
     if value.ndim not in (2, 3) or value.shape[-1] % BLOCK[kind] or any(part in name for part in never):
         return "F32"
     return kind
@@ -369,9 +414,11 @@ def rounded(model: PreTrainedModel, kind: str) -> PreTrainedModel:
     for name, parameter in model.named_parameters():
         if parameter.ndim not in (2, 3) or kind == "F32":
             continue
-        if parameter.shape[-1] % BLOCK[kind] == 0 and not name.endswith("kv_b_proj.weight"):
-            exact = quants.dequantize(quants.quantize(parameter.detach().float().numpy(), code), code)
-            parameter.data = torch.from_numpy(exact.reshape(parameter.shape).copy())
+        transposed = model.config.model_type == "llama4_text" and parameter.ndim == 3
+        rows = parameter.detach().float().transpose(-1, -2).contiguous() if transposed else parameter.detach().float()
+        if rows.shape[-1] % BLOCK[kind] == 0 and not name.endswith("kv_b_proj.weight"):
+            exact = quants.dequantize(quants.quantize(rows.numpy(), code), code).reshape(rows.shape)
+            parameter.data = torch.from_numpy((exact.swapaxes(-1, -2) if transposed else exact).copy())
         elif parameter.ndim == 2 and kind == "Q8_0":
             parameter.data = parameter.data.bfloat16().float()
     return model
@@ -384,10 +431,12 @@ def write_gguf(
     kind: str = "F32",
     *,
     edit: Callable[[dict[str, Any], dict[str, np.ndarray]], None] | None = None,
+    blocks: Mapping[str, tuple[str, np.ndarray]] | None = None,
 ) -> Path:
     """Args:
     kind: the type of matrices.
     edit: changes metadata and tensors before they are written.
+    blocks: tensors to write in another type: the type and the blocks, uint8 [rows, bytes of a row], by name.
     """
     values = {key: value for key, value in (common(model.config) | case.keys(model.config)).items() if value is not None}
     arrays = tensors(case, model)
@@ -401,6 +450,9 @@ def write_gguf(
         else:
             add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
             add[type(value)](name, value)
+    for name, (other, rows) in (blocks or {}).items():
+        del arrays[name]
+        writer.add_tensor(name, rows, raw_dtype=GGMLQuantizationType[other])
     for name, array in arrays.items():
         code = GGMLQuantizationType[kind_of(name, array, kind)]
         writer.add_tensor(name, quants.quantize(np.ascontiguousarray(array, np.float32), code), raw_dtype=code)

@@ -18,8 +18,10 @@ from .gguf_converter import (
     gemma4,
     gemma4_frequencies,
     gemma4_keys,
+    glm_indexed_keys,
     glm_moe_keys,
     granite_keys,
+    indexed_keys,
     kimi,
     kimi_keys,
     latent,
@@ -27,9 +29,13 @@ from .gguf_converter import (
     lfm2_keys,
     lfm2_width,
     llama3_factors,
+    llama4,
+    llama4_keys,
     llama_keys,
     long_factors,
     ministral3_keys,
+    mistral4,
+    mistral4_keys,
     permuted,
     phi3_keys,
     plus_one,
@@ -49,13 +55,17 @@ _LATENT = {"qk_nope_head_dim": 32, "kv_lora_rank": 64, "v_head_dim": 32, "qk_rop
 _HYBRID = {"head_dim": 32, "linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_key_heads": 2}
 _EVEN, _ODD = [1.0, 1.1, 1.2, 1.4, 1.6, 1.7, 1.8, 1.9], [1.5, 2.0, 3.0, 5.0, 9.0, 10.0, 11.0, 12.0]
 _GEMMA4 = {**_WIDE, "head_dim": 32, "global_head_dim": 64}
+_LLAMA4 = {
+    **_WIDE, "head_dim": 32, "intermediate_size": 64, "intermediate_size_mlp": 160, "attention_chunk_size": 8192,
+    "floor_scale": 8192, "attn_scale": 0.1,
+}  # fmt: skip
 _KIMI = {**_MOE, **_LATENT, "n_group": 1, "topk_group": 1, "linear_head_dim": 32}
 
 
-def _growing(all_dim: float) -> dict[str, Any]:
+def _growing(all_dim: float, beta: float = 0.4) -> dict[str, Any]:
     return m.rope(
         "yarn", factor=64.0, original_max_position_embeddings=19, mscale=1.0, mscale_all_dim=all_dim, beta_fast=32.0,
-        beta_slow=1.0, llama_4_scaling_beta=0.4,
+        beta_slow=1.0, llama_4_scaling_beta=beta,
     )  # fmt: skip
 
 
@@ -71,10 +81,29 @@ CASES: dict[str, Case] = {
         ),
         llama_keys, permuted, llama3_factors,
     ),
+    "llama4": Case(
+        "llama4",
+        lambda: m.llama4_text(
+            **_LLAMA4, no_rope_layers=[1, 1, 1, 0],
+            **m.rope("llama3", factor=16.0, low_freq_factor=1.0, high_freq_factor=1.0, original_max_position_embeddings=8192),
+        ),
+        llama4_keys, llama4, llama3_factors,
+    ),
+    "llama4-full": Case(
+        "llama4",
+        lambda: m.llama4_text(
+            **_LLAMA4, no_rope_layers=[1] * 4, layer_types=["full_attention"] * 4, attn_temperature_tuning=False,
+            interleave_moe_layer_step=1, tie_word_embeddings=True,
+        ),
+        llama4_keys, llama4,
+    ),
     "mistral": Case("llama", lambda: m.mistral(**_WIDE, head_dim=32), llama_keys, permuted),
     "mistral3": Case("mistral3", lambda: m.mistral(**_WIDE, head_dim=32), llama_keys, permuted),
     "ministral3": Case("mistral3", lambda: m.ministral3(**_WIDE, **_growing(1.0)), ministral3_keys, permuted),
     "ministral3-multiplier": Case("mistral3", lambda: m.ministral3(**_WIDE, **_growing(0.5)), ministral3_keys, permuted),
+    "mistral4": Case(
+        "mistral4", lambda: m.mistral4(**_MOE, **_LATENT, q_lora_rank=32, **_growing(1.0, 0.1)), mistral4_keys, mistral4,
+    ),
     "mixtral": Case("llama", lambda: m.mixtral(**_SMALL_MOE), llama_keys, permuted),
     "qwen2": Case("qwen2", lambda: m.qwen2(**_WIDE)),
     "qwen2_moe": Case("qwen2moe", lambda: m.qwen2_moe(**_QWEN_MOE), experts_keys),
@@ -135,6 +164,10 @@ CASES: dict[str, Case] = {
     "glm4_moe_lite": Case(
         "deepseek2", lambda: m.glm4_moe_lite(**_MOE, **_LATENT, q_lora_rank=32),
         lambda c: {**latent_keys(c), "expert_weights_norm": True}, latent,
+    ),
+    "glm_moe_dsa": Case("glm-dsa", lambda: m.glm_moe_dsa(**_MOE, **_LATENT, q_lora_rank=32), glm_indexed_keys, latent),
+    "deepseek_v32": Case(
+        "deepseek32", lambda: m.deepseek_v32(**_MOE, **_LATENT, q_lora_rank=32), indexed_keys, latent, names="glm-dsa",
     ),
     "granite": Case("granite", lambda: m.granite(**_WIDE), granite_keys, permuted),
     "granitemoe": Case("granitemoe", lambda: m.granitemoe(**_SMALL_MOE), granite_keys, permuted),

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..errors import CheckpointError
-from ..quant import PackedMatrix, PackedStack, Packer, get_format, reference_packer
+from ..quant import ColumnOrder, PackedMatrix, PackedStack, Packer, get_format, reference_packer
 from ..quant.base import TILE_ROWS
 from ..quant.tiles import empty_stack, empty_tiles, panels
 from .files import Mapper
@@ -130,7 +130,11 @@ class Checkpoint(ABC):
         rows, cols = self.matrix_shape(name)
         out = empty_tiles(rows, cols, get_format(format).tile_bytes)
         self.pack_rows(name, 0, rows, format, packer, out)
-        return PackedMatrix(format, rows, cols, out)
+        return PackedMatrix(format, rows, cols, out, self.column_order(name, format))
+
+    def column_order(self, name: str, format: str) -> ColumnOrder | None:
+        """The order of the columns of a matrix that is packed in this format, see `PackedMatrix`."""
+        return None
 
     def packed_stack(self, name: str, format: str, shape: StackShape, packer: Packer = reference_packer) -> PackedStack:
         """A stack in `format`, packed matrix by matrix as in `packed`."""
@@ -141,7 +145,7 @@ class Checkpoint(ABC):
         return PackedStack(format, count, rows, cols, out)
 
     def pack_rows(self, name: str, begin: int, end: int, format: str, packer: Packer, out: torch.Tensor) -> None:
-        """Rows [begin, end) of a stored matrix, packed as a matrix of their own into the tiles `out`."""
+        """Rows [begin, end) of a stored matrix, packed as a matrix of their own into the tiles `out`, in `column_order`."""
         for top, bottom in panels(end - begin, self.shape(name)[-1], PANEL_ELEMENTS):
             panel = self.read_rows(name, begin + top, begin + bottom)
             self.check_finite(name, panel)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..errors import CheckpointError
-from ..quant import Packer, ggml
+from ..quant import ColumnOrder, Packer, ggml
 from ..quant.base import TILE_ROWS
 from ..quant.tiles import panels
 from .base import PANEL_ELEMENTS, Checkpoint, TensorInfo
@@ -88,9 +88,16 @@ class GgufCheckpoint(Checkpoint):
         return (gate, up) if name.endswith(".experts.gate_up_proj") and name not in self.tensors else None
 
     def lossless_format(self, name: str) -> str | None:
-        stored = self.info(name).dtype
-        exact = None if self._parameters[name].type is None else ggml.lossless_format(stored)
-        return _FLOAT_FORMATS.get(stored) or exact
+        return _FLOAT_FORMATS.get(self.info(name).dtype) or self._block_format(name)
+
+    def _block_format(self, name: str) -> str | None:
+        """The format that has the stored blocks without decoding them, if there is one."""
+        parameter = self._parameters[name]
+        return None if parameter.type is None else ggml.lossless_format(parameter.type.name)
+
+    def column_order(self, name: str, format: str) -> ColumnOrder | None:
+        known = name in self.tensors and self._block_format(name) == format
+        return self._parameters[name].stored_order if known else None
 
     def natural_format(self, name: str) -> str:
         stored = self.info(name).dtype
@@ -103,7 +110,7 @@ class GgufCheckpoint(Checkpoint):
     def pack_rows(self, name: str, begin: int, end: int, format: str, packer: Packer, out: torch.Tensor) -> None:
         stored, cols = self.info(name).dtype, self.shape(name)[-1]
         parameter = self._parameters[name]
-        if parameter.type is None or ggml.lossless_format(stored) != format:
+        if self._block_format(name) != format:
             if stored not in _FLOAT_FORMATS:
                 self._converted[stored, format] += 1
             return super().pack_rows(name, begin, end, format, packer, out)

@@ -13,8 +13,15 @@ from typing import Any
 
 import torch
 
-from . import gguf_gemma4
-from .gguf_deepseek2 import deepseek2_config, kimi_config, split_kv_b
+from . import gguf_gemma4, gguf_llama4
+from .gguf_deepseek2 import (
+    deepseek2_config,
+    glm_sparse_config,
+    kimi_config,
+    mistral4_config,
+    sparse_config,
+    split_kv_b,
+)
 from .gguf_delta import convolution_channels, group_value_heads, join_convolutions, join_projections
 from .gguf_fields import (
     Reader,
@@ -131,6 +138,13 @@ _LATENT: Names = {
     "attn_k_b": "self_attn.k_b_proj",
     "attn_v_b": "self_attn.v_b_proj",
 }
+_INDEXED: Names = {
+    **_LATENT,
+    "indexer.k_norm": "self_attn.indexer.k_norm",
+    "indexer.proj": "self_attn.indexer.weights_proj",
+    "indexer.attn_k": "self_attn.indexer.wk",
+    "indexer.attn_q_b": "self_attn.indexer.wq_b",
+}
 # Norms before and after attention and MLP, as in Gemma 2; or after them only, as in OLMo 2.
 _SANDWICH: Names = {
     "post_attention_norm": "post_attention_layernorm",
@@ -138,12 +152,12 @@ _SANDWICH: Names = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 _AFTER: Names = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
-_QWEN_SHARED: Names = {
-    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+_ONE_SHARED: Names = {
     "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
     "ffn_up_shexp": "mlp.shared_expert.up_proj",
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }
+_QWEN_SHARED: Names = {**_ONE_SHARED, "ffn_gate_inp_shexp": "mlp.shared_expert_gate"}
 _QWEN_EXPERTS: Mapping[str, Reader] = {
     **_USED,
     **_EXPERT_WIDTH,
@@ -213,6 +227,17 @@ ARCHITECTURES: Mapping[str, tuple[Architecture, ...]] = {
             fields={**_HEAD_DIM, **_USED, "num_local_experts": count("expert_count"), "sliding_window": fixed(None)},
         ),
         Architecture(model=("llama", "Llama"), rope="pairs", fields={**_HEAD_DIM, **_BIASES}),
+    ),
+    "llama4": (
+        Architecture(
+            model=("llama4_text", "Llama4"), mlp="feed_forward", rest=gguf_llama4.llama4_config,
+            names={**_ONE_SHARED, "ffn_gate_inp": "mlp.router"},
+            fields={
+                **_HEAD_DIM, **_ATTENTION_BIAS, **_USED, "num_local_experts": count("expert_count"),
+                "intermediate_size": count("expert_feed_forward_length"), "intermediate_size_mlp": count("feed_forward_length"),
+                "interleave_moe_layer_step": count("interleave_moe_layer_step"),
+            },
+        ),
     ),
     "mistral3": (
         Architecture(
@@ -334,6 +359,19 @@ ARCHITECTURES: Mapping[str, tuple[Architecture, ...]] = {
             model=("deepseek_v3", "DeepseekV3"), others=("deepseek_v2", "youtu"), names=_LATENT, rest=deepseek2_config,
             rearrange=(split_kv_b,),
         ),
+    ),
+    "deepseek32": (
+        Architecture(
+            model=("deepseek_v32", "DeepseekV32"), names=_INDEXED, rest=sparse_config, rearrange=(split_kv_b,),
+        ),
+    ),
+    "glm-dsa": (
+        Architecture(
+            model=("glm_moe_dsa", "GlmMoeDsa"), names=_INDEXED, rest=glm_sparse_config, rearrange=(split_kv_b,),
+        ),
+    ),
+    "mistral4": (
+        Architecture(model=("mistral4", "Mistral4"), names=_LATENT, rest=mistral4_config, rearrange=(split_kv_b,)),
     ),
     "granite": (Architecture(model=("granite", "Granite"), rope="pairs", fields=_GRANITE),),
     "granitemoe": (

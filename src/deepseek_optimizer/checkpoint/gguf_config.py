@@ -250,22 +250,23 @@ def _longrope(meta: Metadata, factors: Mapping[str, torch.Tensor]) -> dict[str, 
 def _llama3(meta: Metadata, factors: torch.Tensor, theta: float) -> dict[str, Any]:
     """Recovers llama3's RoPE parameters from the factors in the file; each frequency is divided by its factor.
 
-    Every published model has the bounds 1 and 4 over 8192 positions. These and the largest factor determine all factors, which
-    are compared with those in the file.
+    Every published model has the bounds 1 and 4 over 8192 positions, except Llama 4, which has 1 and 1. These and the largest
+    factor determine all factors, which are compared with those in the file.
     """
-    low, high, original = 1.0, 4.0, 8192
+    low, original = 1.0, 8192
     factor = float(factors.max())
     n = factors.numel()
     inverse = theta ** (-torch.arange(n, dtype=torch.float64, device="cpu") / n)
     rotations = original * inverse / (2 * math.pi)
-    smooth = ((rotations - low) / (high - low)).clamp(0, 1)
-    expected = 1 / ((1 - smooth) / factor + smooth) if factor > 0 else torch.zeros_like(rotations)
-    if not torch.allclose(expected, factors.double(), rtol=1e-3):
-        raise CheckpointError("contains RoPE factors that are not llama3's", file=meta.path, tensor=ROPE_FREQS)
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": low,
-        "high_freq_factor": high,
-        "original_max_position_embeddings": original,
-    }
+    for high in (4.0, 1.0):
+        smooth = ((rotations - low) / (high - low)).clamp(0, 1) if high > low else (rotations >= low).double()
+        expected = 1 / ((1 - smooth) / factor + smooth) if factor > 0 else torch.zeros_like(rotations)
+        if torch.allclose(expected, factors.double(), rtol=1e-3):
+            return {
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": low,
+                "high_freq_factor": high,
+                "original_max_position_embeddings": original,
+            }
+    raise CheckpointError("contains RoPE factors that are not llama3's", file=meta.path, tensor=ROPE_FREQS)

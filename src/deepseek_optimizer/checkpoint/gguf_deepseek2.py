@@ -1,4 +1,5 @@
-"""GGUF's `deepseek2`: DeepSeek-V2, V2-Lite, Coder-V2 (softmax gating), V3, R1, Kimi-K2 (sigmoid), Youtu (no experts).
+"""GGUF's `deepseek2`: DeepSeek-V2, V2-Lite, Coder-V2 (softmax gating), V3, R1, Kimi-K2 (sigmoid), Youtu (no experts); and the
+architectures with the same attention: `deepseek32`, `glm-dsa`, `mistral4`, `kimi-linear`.
 
 This module reverses the changes that llama.cpp's converter makes:
 
@@ -9,8 +10,9 @@ This module reverses the changes that llama.cpp's converter makes:
 - the experts of a layer are merged into one tensor for each of gate, up and down;
 - `yarn_log_multiplier` is a tenth of `mscale_all_dim`, and `mscale` is assumed to be the same.
 
-Rows are not permuted for RoPE: here, llama.cpp rotates adjacent elements (LLAMA_ROPE_TYPE_NORM), as DeepSeek does.
-Sources: llama.cpp's convert_hf_to_gguf.py (DeepseekV2Model), src/models/deepseek2.cpp, llama-model.cpp.
+Rows are not permuted for RoPE: here, llama.cpp rotates adjacent elements (LLAMA_ROPE_TYPE_NORM), as DeepSeek does. Nor are an
+indexer's: llama.cpp rotates adjacent elements in GLM's, and halves in DeepSeek-V3.2's, as Transformers does.
+Sources: llama.cpp's conversion/deepseek.py, glm.py and mistral3.py, src/models/deepseek2.cpp, deepseek32.cpp, glm-dsa.cpp.
 """
 
 from __future__ import annotations
@@ -40,11 +42,58 @@ def deepseek2_config(meta: Metadata, rope: dict[str, Any]) -> dict[str, Any]:
     """
     _refuse(meta)
     config = _latent(meta) | {"attention_bias": False, "rope_parameters": _yarn(meta, rope)}
-    layers = meta.layers
-    dense = meta.integer(meta.of_model("leading_dense_block_count"), 0, minimum=0)
-    if meta.integer(meta.of_model("expert_count"), 0, minimum=0) == 0 or dense >= layers:
+    if meta.integer(meta.of_model("expert_count"), 0, minimum=0) == 0 or _dense_layers(meta) >= meta.layers:
         return config | {"model_type": "youtu", "architectures": ["YoutuForCausalLM"], "rope_interleave": True}
-    return config | _experts(meta, dense)
+    return config | _experts(meta)
+
+
+def sparse_config(meta: Metadata, rope: dict[str, Any]) -> dict[str, Any]:
+    """Config fields of `deepseek32` besides the common ones: as DeepSeek-V3, with an indexer.
+
+    Raises:
+        UnsupportedModelError: a gating that is not supported.
+        CheckpointError: a value is missing or invalid.
+    """
+    _expect_gating(meta, _SIGMOID, "2 (sigmoid)")
+    return _latent(meta) | _routing(meta) | _layer_kinds(meta) | {
+        "attention_bias": False,
+        "index_head_dim": meta.integer(meta.of_model("attention.indexer.key_length")),
+        "index_n_heads": meta.integer(meta.of_model("attention.indexer.head_count")),
+        "index_topk": meta.integer(meta.of_model("attention.indexer.top_k")),
+        "rope_parameters": _yarn(meta, rope),
+    }  # fmt: skip
+
+
+def glm_sparse_config(meta: Metadata, rope: dict[str, Any]) -> dict[str, Any]:
+    """Config fields of `glm-dsa`, as `sparse_config`, whose indexers several layers may share.
+
+    Files without this list are of GLM-5 and 5.1, in which no layers do, or, with a context of 2^20 tokens, of GLM-5.2.
+    """
+    every = 4 if meta.integer(meta.of_model("context_length")) >= 1 << 20 else 1
+    full = meta.per_layer("attention.indexer.types") or [max(layer - 2, 0) % every == 0 for layer in range(meta.layers)]
+    return sparse_config(meta, rope) | {"indexer_types": ["full" if own else "shared" for own in full]}
+
+
+def mistral4_config(meta: Metadata, rope: dict[str, Any]) -> dict[str, Any]:
+    """Config fields of `mistral4` besides the common ones.
+
+    Files that were converted from Transformers' format lack the growth of the queries; it is 0.1 in the published model.
+
+    Raises:
+        UnsupportedModelError: a gating or scaling of RoPE that is not supported.
+        CheckpointError: a value is missing or invalid.
+    """
+    _expect_gating(meta, _SOFTMAX, "1 (softmax)")
+    if rope["rope_type"] != "yarn":
+        raise UnsupportedModelError(f"{meta.path}: {meta.of_model('rope.scaling.type')} must be 'yarn' in Mistral 4")
+    growth = meta.number(meta.of_model("attention.temperature_scale"), 0.1)
+    latent = _latent(meta)
+    return latent | _routing(meta) | {
+        "attention_bias": False,
+        "head_dim": latent["qk_nope_head_dim"] + latent["qk_rope_head_dim"],
+        "rope_interleave": True,
+        "rope_parameters": _yarn(meta, rope) | {"llama_4_scaling_beta": growth},
+    }  # fmt: skip
 
 
 def kimi_config(meta: Metadata, rope: dict[str, Any]) -> dict[str, Any]:
@@ -53,14 +102,11 @@ def kimi_config(meta: Metadata, rope: dict[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: a value is missing or invalid.
     """
-    dense = meta.integer(meta.of_model("leading_dense_block_count"), 0, minimum=0)
-    if _gating(meta) != _SIGMOID:
-        raise UnsupportedModelError(f"{meta.path}: {meta.of_model('expert_gating_func')} must be 2 (sigmoid) in Kimi Linear")
-    return _latent(meta) | {
+    _expect_gating(meta, _SIGMOID, "2 (sigmoid)")
+    return _latent(meta) | _layer_kinds(meta) | {
         "linear_conv_kernel_dim": meta.integer(meta.of_model("ssm.conv_kernel")),
         "linear_head_dim": meta.integer(meta.of_model("kda.head_dim")),
         "linear_num_heads": meta.integer(meta.of_model("attention.head_count")),
-        "mlp_layer_types": ["dense" if layer < dense else "sparse" for layer in range(meta.layers)],
         "moe_intermediate_size": meta.integer(meta.of_model("expert_feed_forward_length")),
         "n_group": meta.integer(meta.of_model("expert_group_count"), 1),
         "n_shared_experts": meta.integer(meta.of_model("expert_shared_count")),
@@ -69,7 +115,16 @@ def kimi_config(meta: Metadata, rope: dict[str, Any]) -> dict[str, Any]:
         "num_local_experts": meta.integer(meta.of_model("expert_count")),
         "routed_scaling_factor": meta.number(meta.of_model("expert_weights_scale"), 1.0),
         "topk_group": meta.integer(meta.of_model("expert_group_used_count"), 1),
-    }
+    }  # fmt: skip
+
+
+def _dense_layers(meta: Metadata) -> int:
+    return meta.integer(meta.of_model("leading_dense_block_count"), 0, minimum=0)
+
+
+def _layer_kinds(meta: Metadata) -> dict[str, Any]:
+    dense = _dense_layers(meta)
+    return {"mlp_layer_types": ["dense" if layer < dense else "sparse" for layer in range(meta.layers)]}
 
 
 def _latent(meta: Metadata) -> dict[str, Any]:
@@ -93,14 +148,12 @@ def _latent(meta: Metadata) -> dict[str, Any]:
     }
 
 
-def _experts(meta: Metadata, dense: int) -> dict[str, Any]:
-    gating = _gating(meta)
-    groups = meta.integer(meta.of_model("expert_group_count"), 1)
+def _routing(meta: Metadata) -> dict[str, Any]:
     scale = meta.values.get(meta.of_model("expert_weights_scale"), 1.0)
-    fields: dict[str, Any] = {
-        "first_k_dense_replace": dense,
+    return {
+        "first_k_dense_replace": _dense_layers(meta),
         "moe_intermediate_size": meta.integer(meta.of_model("expert_feed_forward_length")),
-        "n_group": groups,
+        "n_group": meta.integer(meta.of_model("expert_group_count"), 1),
         "n_routed_experts": meta.integer(meta.of_model("expert_count")),
         "n_shared_experts": meta.integer(meta.of_model("expert_shared_count")),
         "norm_topk_prob": meta.flag(meta.of_model("expert_weights_norm")),
@@ -109,6 +162,10 @@ def _experts(meta: Metadata, dense: int) -> dict[str, Any]:
         "routed_scaling_factor": 1.0 if scale == 0 else meta.number(meta.of_model("expert_weights_scale"), 1.0),
         "topk_group": meta.integer(meta.of_model("expert_group_used_count"), 1),
     }
+
+
+def _experts(meta: Metadata) -> dict[str, Any]:
+    gating, fields = _gating(meta), _routing(meta)
     biased = [name for name in meta.tensors if name.endswith(".exp_probs_b.bias")]
     if gating == _SIGMOID:
         return fields | {"num_nextn_predict_layers": 0, "rope_interleave": True}
@@ -121,7 +178,7 @@ def _experts(meta: Metadata, dense: int) -> dict[str, Any]:
     return fields | {
         "model_type": "deepseek_v2",
         "architectures": ["DeepseekV2ForCausalLM"],
-        "topk_method": "group_limited_greedy" if groups > 1 else "greedy",
+        "topk_method": "group_limited_greedy" if fields["n_group"] > 1 else "greedy",
     }
 
 
@@ -136,20 +193,30 @@ def _gating(meta: Metadata) -> int:
     return gating
 
 
+def _expect_gating(meta: Metadata, gating: int, named: str) -> None:
+    """Raises UnsupportedModelError for any other gating than that of the architecture."""
+    if _gating(meta) != gating:
+        raise UnsupportedModelError(
+            f"{meta.path}: {meta.of_model('expert_gating_func')} must be {named} with architecture {meta.architecture!r}"
+        )
+
+
 def _refuse(meta: Metadata) -> None:
     """Raises UnsupportedModelError for features of other models that use the same architecture name."""
     for key, value in meta.values.items():
         if key.startswith(meta.of_model("attention.indexer.")):
-            raise UnsupportedModelError(f"{meta.path}: {key}: sparse attention is not supported in GGUF files")
+            raise UnsupportedModelError(
+                f"{meta.path}: {key}: sparse attention is supported with architectures 'deepseek32' and 'glm-dsa' only"
+            )
         if key == meta.of_model("attention.temperature_scale") and value:
             raise UnsupportedModelError(f"{meta.path}: {key}: attention whose scale grows with the position is not supported")
-    if meta.number(meta.of_model("rope.scaling.attn_factor"), 1.0) != 1.0:
-        key = meta.of_model("rope.scaling.attn_factor")
-        raise UnsupportedModelError(f"{meta.path}: {key} is not supported with latent attention")
 
 
 def _yarn(meta: Metadata, rope: dict[str, Any]) -> dict[str, Any]:
-    """`rope` with YaRN's mscale, if the file has it."""
+    """`rope` with YaRN's mscale, if the file has it; UnsupportedModelError for a factor of cosines and sines."""
+    if meta.number(meta.of_model("rope.scaling.attn_factor"), 1.0) != 1.0:
+        key = meta.of_model("rope.scaling.attn_factor")
+        raise UnsupportedModelError(f"{meta.path}: {key} is not supported with latent attention")
     key = meta.of_model("rope.scaling.yarn_log_multiplier")
     rope = {name: value for name, value in rope.items() if name != "attention_factor"}
     if rope["rope_type"] != "yarn" or key not in meta.values:

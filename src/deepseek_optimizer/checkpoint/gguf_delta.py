@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from ..errors import CheckpointError
+from ..quant.packed import ColumnOrder
 from .gguf_parameters import Order, Parameter
 
 _MAX_WIDTH = 1 << 20
@@ -81,7 +82,7 @@ def group_value_heads(parameters: dict[str, Parameter], config: Mapping[str, Any
                     file=path,
                     tensor=name,
                 )
-            parameters[name] = replace(parameter, columns=values, column_run=heads.value_dim)
+            parameters[name] = replace(parameter, columns=ColumnOrder(heads.keys, heads.values // heads.keys))
 
 
 def join_projections(parameters: dict[str, Parameter], config: Mapping[str, Any], path: Path) -> None:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from ..quant.ggml import GgmlType
+from ..quant.packed import ColumnOrder
 from .gguf_header import GgufTensor
 
 # Rows [begin, end) of a stored tensor, undecoded; all dimensions but the last count as rows.
@@ -36,7 +37,7 @@ class Parameter:
         sources: the tensors, whose rows are numbered consecutively.
         shape: in the model; the number of elements of a row is that of the sources.
         order: for each row of the parameter (for a vector: each element), the number of a source's; None: all in order.
-        columns: for each column of the parameter the stored one; None: in order. Ranges of `column_run` columns stay together.
+        columns: the order in which the columns are stored; None: that of the model.
         convert: changes the stored values into the model's.
         fallback: the format in which it is packed by default if its rows must be decoded and the file has quantized them.
     """
@@ -46,8 +47,7 @@ class Parameter:
     sources: tuple[GgufTensor, ...]
     shape: tuple[int, ...]
     order: Order | None = None
-    columns: Order | None = None
-    column_run: int = 1
+    columns: ColumnOrder | None = None
     convert: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @property
@@ -65,8 +65,15 @@ class Parameter:
     def type(self) -> GgmlType | None:
         """The type of the rows that `blocks` returns; None if the rows must be decoded."""
         kind = self.sources[0].type
-        moved = self.columns is not None and self.column_run % kind.block != 0
-        return None if self.convert or moved or any(source.type != kind for source in self.sources) else kind
+        return None if self.convert or any(source.type != kind for source in self.sources) else kind
+
+    @property
+    def stored_order(self) -> ColumnOrder | None:
+        """The order of the columns in the rows that `blocks` returns: the model's, unless a block has parts of two runs."""
+        if self.columns is None:
+            return None
+        run = self.shape[-1] // (self.columns.groups * self.columns.each)
+        return self.columns if run % self.sources[0].type.block else None
 
     def misshapen(self) -> bool:
         """Whether the sources do not have the rows or elements that the parameter is made of."""
@@ -81,14 +88,9 @@ class Parameter:
         return sum(source.nbytes for source in self.sources)
 
     def blocks(self, begin: int, end: int, read: ReadRows) -> torch.Tensor:
-        """Rows [begin, end), undecoded: uint8 [rows, bytes of a row]. Only if `type` is not None."""
+        """Rows [begin, end), undecoded: uint8 [rows, bytes of a row]; columns in `stored_order`. Only if `type` is not None."""
         data = self._gather(begin, end, read)
-        if self.columns is None:
-            return data
-        kind = self.sources[0].type
-        first = self.columns[:: kind.block] // kind.block
-        whole = data.view(len(data), -1, kind.block_bytes).numpy()[:, first]
-        return torch.from_numpy(whole).reshape(data.shape)
+        return data if self.columns is None or self.stored_order is not None else self.columns.restored(data)
 
     def floats(self, begin: int, end: int, read: ReadRows, decode: Decode) -> torch.Tensor:
         """Rows [begin, end) of a matrix, float [rows, columns]."""
@@ -98,7 +100,7 @@ class Parameter:
         else:
             values = self._gather(begin, end, lambda tensor, *span: decode(tensor, read(tensor, *span)).float())
         if self.columns is not None:
-            values = values[:, torch.from_numpy(self.columns)]
+            values = self.columns.restored(values)
         return values if self.convert is None else self.convert(values)
 
     def vector(self, read: Callable[[GgufTensor], torch.Tensor]) -> torch.Tensor:

@@ -11,22 +11,22 @@
     }
 
 A module's matrix is its `.weight`; a stack of experts' matrices has the name of its parameter, and its shape is count, rows,
-cols. `curve` lists the choices of formats that were measured for a `kl_budget`, smallest first; it is empty without one.
-`rounding` says how the weights were rounded if that depended on a calibration text; it is empty otherwise.
+cols. An entry has "column_order": [groups, each] if its tiles have the columns in a `ColumnOrder`. `curve` lists the choices of
+formats that were measured for a `kl_budget`, smallest first; it is empty without one. `rounding` says how the weights were
+rounded if that depended on a calibration text; it is empty otherwise.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
-import torch
-
 from ..errors import CheckpointError, ConfigError
-from ..quant import SUPERBLOCKS, PackedMatrix, PackedStack, PackedWeight, get_format
+from ..quant import SUPERBLOCKS, ColumnOrder, PackedMatrix, PackedStack, PackedWeight, get_format
 from ..quant.blocks import SUPERBLOCK
 from ..quant.tiles import tile_counts
 
@@ -37,23 +37,26 @@ _OTHER_FP8 = 3  # a version that differs only in the order of fp8's codes
 
 @dataclass(frozen=True)
 class PackedEntry:
-    """One packed matrix [rows, cols], or stack of matrices [count, rows, cols]."""
+    """One packed matrix [rows, cols], or stack of matrices [count, rows, cols]. `order`: see `PackedMatrix`."""
 
     format: str
     shape: tuple[int, ...]
+    order: ColumnOrder | None = None
+
+    @classmethod
+    def of(cls, weight: PackedWeight) -> PackedEntry:
+        return cls(weight.format, tuple(weight.shape), weight.order if isinstance(weight, PackedMatrix) else None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry as JSON types."""
+        order = {} if self.order is None else {"column_order": [self.order.groups, self.order.each]}
+        return {"format": self.format, "shape": list(self.shape), **order}
 
     @property
     def tiles(self) -> tuple[int, ...]:
         """Shape of the uint8 tensor that stores it."""
         *count, rows, cols = self.shape
         return (*count, *tile_counts(rows, cols), get_format(self.format).tile_bytes)
-
-    def promise(self) -> PackedWeight:
-        """The weight without its data, on the meta device."""
-        tiles = torch.empty(self.tiles, dtype=torch.uint8, device="meta")
-        if len(self.shape) == 3:
-            return PackedStack(self.format, self.shape[0], self.shape[1], self.shape[2], tiles)
-        return PackedMatrix(self.format, self.shape[0], self.shape[1], tiles)
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class Manifest:
         for name, weight in packed.items():
             if name.endswith(".weight") == isinstance(weight, PackedStack):
                 raise ValueError(f"a packed matrix must be a module's .weight, and a stack must not: {name!r}")
-        modules = {name.removesuffix(".weight"): PackedEntry(w.format, tuple(w.shape)) for name, w in packed.items()}
+        modules = {name.removesuffix(".weight"): PackedEntry.of(weight) for name, weight in packed.items()}
         return cls(modules, tuple(curve), rounding or {})
 
     @classmethod
@@ -131,7 +134,7 @@ class Manifest:
 
     def to_dict(self) -> dict[str, Any]:
         """The manifest as JSON types, as stored under `KEY` in config.json."""
-        modules = {name: {"format": entry.format, "shape": list(entry.shape)} for name, entry in self.modules.items()}
+        modules = {name: entry.to_dict() for name, entry in self.modules.items()}
         content = {"version": VERSION, "modules": modules, "curve": [dict(point) for point in self.curve]}
         return {**content, "rounding": dict(self.rounding)} if self.rounding else content
 
@@ -143,6 +146,11 @@ class Manifest:
         """Format by module name."""
         return {name: entry.format for name, entry in self.modules.items()}
 
+    def column_order(self, name: str, format: str) -> ColumnOrder | None:
+        """The order of the columns of a parameter, see `PackedMatrix`. `format`: its only one."""
+        entry = self.modules.get(name.removesuffix(".weight"))
+        return None if entry is None else entry.order
+
     def renamed(self, rename: Callable[[str], str]) -> Manifest:
         """A copy whose modules have the names that `rename` returns for theirs."""
         return Manifest({rename(name): entry for name, entry in self.modules.items()}, self.curve, self.rounding)
@@ -153,8 +161,10 @@ def _other_version(field: str) -> str:
 
 
 def _read_entry(module: str, entry: Any, file: Path) -> PackedEntry:
-    if not isinstance(entry, dict) or entry.keys() != {"format", "shape"}:
-        raise CheckpointError(f"entry of {KEY}.modules must have format and shape, and nothing else", file=file, tensor=module)
+    if not isinstance(entry, dict) or entry.keys() - {"column_order"} != {"format", "shape"}:
+        raise CheckpointError(
+            f"entry of {KEY}.modules must have format and shape, and nothing else but column_order", file=file, tensor=module
+        )
     try:
         get_format(entry["format"])
     except ConfigError as error:
@@ -169,4 +179,18 @@ def _read_entry(module: str, entry: Any, file: Path) -> PackedEntry:
             file=file,
             tensor=module,
         )
-    return PackedEntry(entry["format"], tuple(shape))
+    return PackedEntry(entry["format"], tuple(shape), _read_order(module, entry, file))
+
+
+def _read_order(module: str, entry: Mapping[str, Any], file: Path) -> ColumnOrder | None:
+    if "column_order" not in entry:
+        return None
+    numbers, shape = entry["column_order"], entry["shape"]
+    whole = isinstance(numbers, list) and len(numbers) == 2 and all(type(n) is int and 0 < n < 1 << 31 for n in numbers)
+    if not whole or len(shape) != 2 or shape[-1] % math.prod(numbers):
+        raise CheckpointError(
+            f"column_order must be two positive integers whose product divides the columns of a matrix, not {numbers!r}",
+            file=file,
+            tensor=module,
+        )
+    return ColumnOrder(*numbers)

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..errors import CheckpointError
-from ..quant import QUANT_METHOD, PackedMatrix, PackedStack, Packer, reference_packer, unpack
+from ..quant import QUANT_METHOD, ColumnOrder, PackedMatrix, PackedStack, Packer, reference_packer, unpack
 from .base import TensorInfo
 from .directory import CONFIG, SafetensorsCheckpoint
 from .files import DataFile
@@ -84,7 +84,10 @@ class PackedCheckpoint(SafetensorsCheckpoint):
         if name not in self._entries:
             return super().packed(name, format, packer)
         rows, cols = self.matrix_shape(name)
-        return PackedMatrix(format, rows, cols, self._tiles(name, format))
+        return PackedMatrix(format, rows, cols, self._tiles(name, format), self.column_order(name, format))
+
+    def column_order(self, name: str, format: str) -> ColumnOrder | None:
+        return self.manifest.column_order(name, format)
 
     def packed_stack(self, name: str, format: str, shape: StackShape, packer: Packer = reference_packer) -> PackedStack:
         """The stack as stored, see `packed`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Final
 
@@ -19,7 +20,7 @@ from .int3 import Int3
 from .int4 import Int4
 from .int8 import Int8
 from .kquants import BLOCK_FORMATS
-from .packed import PackedMatrix, PackedStack, PackedWeight
+from .packed import ColumnOrder, PackedMatrix, PackedStack, PackedWeight
 from .q4_1 import Q4_1
 
 FORMATS: Mapping[str, WeightFormat] = MappingProxyType(
@@ -82,7 +83,8 @@ def pack(
 
 def unpack(matrix: PackedMatrix, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Returns the whole matrix as float [rows, cols]."""
-    return get_format(matrix.format).unpack(matrix.data, matrix.rows, matrix.cols, dtype)
+    values = get_format(matrix.format).unpack(matrix.data, matrix.rows, matrix.cols, dtype)
+    return values if matrix.order is None else matrix.order.restored(values)
 
 
 def take_rows(matrix: PackedMatrix, index: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -96,7 +98,7 @@ def take_rows(matrix: PackedMatrix, index: torch.Tensor, dtype: torch.dtype = to
         raise IndexError(f"row index out of range: it must be in [0, {matrix.rows})")
     # A tile row holds 16 rows; unpack each one that is needed, once.
     tiles, place = torch.unique(flat // TILE_ROWS, return_inverse=True)
-    rows = get_format(matrix.format).unpack(matrix.data[tiles], tiles.numel() * TILE_ROWS, matrix.cols, dtype)
+    rows = unpack(replace(matrix, rows=tiles.numel() * TILE_ROWS, data=matrix.data[tiles]), dtype)
     return rows[place * TILE_ROWS + flat % TILE_ROWS].reshape(*index.shape, matrix.cols)
 
 
@@ -109,6 +111,7 @@ __all__ = [
     "TILE_COLS",
     "TILE_ROWS",
     "WEIGHED",
+    "ColumnOrder",
     "GroupFormat",
     "PackedMatrix",
     "PackedStack",

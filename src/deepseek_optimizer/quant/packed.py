@@ -2,19 +2,43 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 
 @dataclass(frozen=True)
+class ColumnOrder:
+    """Columns that are stored in another order than the model has them (`checkpoint/gguf_delta.py`).
+
+    The columns are `groups` x `each` runs of one length. First the first run of every group is stored, then the second of every
+    group, and so on.
+    """
+
+    groups: int
+    each: int
+
+    def stored(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., cols], with the columns in the stored order."""
+        return x.unflatten(-1, (self.groups, self.each, -1)).transpose(-3, -2).flatten(-3)
+
+    def restored(self, x: torch.Tensor) -> torch.Tensor:
+        """The inverse of `stored`."""
+        return ColumnOrder(self.each, self.groups).stored(x)
+
+
+@dataclass(frozen=True)
 class PackedMatrix:
-    """A matrix [rows, cols] in a weight format. `data`: uint8 [ceil(rows/16), ceil(cols/32), tile_bytes], see `base.py`."""
+    """A matrix [rows, cols] in a weight format. `data`: uint8 [ceil(rows/16), ceil(cols/32), tile_bytes], see `base.py`.
+
+    `order`: of the columns in `data`; None: as in the model. Products and `unpack` take and return them in the model's order.
+    """
 
     format: str
     rows: int
     cols: int
     data: torch.Tensor
+    order: ColumnOrder | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -23,6 +47,11 @@ class PackedMatrix:
     @property
     def nbytes(self) -> int:
         return self.data.numel()
+
+    @property
+    def as_stored(self) -> PackedMatrix:
+        """The matrix whose columns are those of `data` in order."""
+        return replace(self, order=None)
 
 
 @dataclass(frozen=True)

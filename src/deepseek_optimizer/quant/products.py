@@ -3,9 +3,11 @@ whole float matrix is in memory."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from . import get_format
+from . import unpack
 from .base import TILE_ROWS
 from .packed import PackedMatrix
 from .tiles import panels
@@ -20,7 +22,7 @@ def unpack_rows(matrix: PackedMatrix, begin: int = 0, end: int | None = None) ->
     """
     end = matrix.rows if end is None else end
     tiles = matrix.data[begin // TILE_ROWS : -(-end // TILE_ROWS)]
-    return get_format(matrix.format).unpack(tiles, end - begin, matrix.cols)
+    return unpack(replace(matrix, rows=end - begin, data=tiles))
 
 
 def linear(x: torch.Tensor, matrix: PackedMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:

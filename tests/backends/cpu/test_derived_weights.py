@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from deepseek_optimizer.backends.cpu.derived_weights import with_derived_weights
+from deepseek_optimizer.backends.cpu.packer import weight_struct
+from deepseek_optimizer.backends.reference.ops import FUNCTIONS
 from deepseek_optimizer.errors import BackendError
 from deepseek_optimizer.graph.ir import CacheSpec, Graph, Node, Value
-from deepseek_optimizer.quant import pack, unpack
+from deepseek_optimizer.quant import ColumnOrder, pack, unpack
 
 WIDTH = 40
 
@@ -48,6 +52,28 @@ def test_other_rows_are_cut_from_the_whole_product():
         ("columns", {"groups": 1, "begin": 0, "end": 24}, "y0", 24),
         ("columns", {"groups": 1, "begin": 24, "end": 60}, "y1", 36),
     ]
+
+
+def test_inputs_in_the_order_of_the_columns():
+    """For a matrix whose columns are stored in another order, with two and with three runs in a group."""
+    for order in (ColumnOrder(5, 2), ColumnOrder(4, 3)):
+        width = 4 * order.groups * order.each
+        stored = pack(torch.randn(7, width, generator=torch.Generator().manual_seed(0)), "fp32")
+        x, y = Value("x", width), Value("y", 7)
+        node = Node("linear", (x,), (y,), ("W",), {"biases": ("b",)})
+        graph, derived = with_derived_weights(graph_of(node), {"W": replace(stored, order=order)})
+        assert derived == {"W as stored": stored}
+        values = {x: torch.arange(2 * width).view(2, width)}
+        for made in graph.nodes[:-1]:
+            values[made.outputs[0]] = FUNCTIONS[made.op](*(values[v] for v in made.inputs), **made.attrs)
+        assert graph.nodes[-1] == node.with_(inputs=graph.nodes[-2].outputs, weights=("W as stored",))
+        assert torch.equal(values[graph.nodes[-2].outputs[0]], order.stored(values[x]))
+
+
+def test_a_merged_product_does_not_read_another_order():
+    stored = pack(torch.randn(7, WIDTH), "fp32")
+    with pytest.raises(BackendError, match="in their stored order"):
+        weight_struct(replace(stored, order=ColumnOrder(2, 2)))
 
 
 @pytest.mark.parametrize("activation, op", [("silu", "swiglu"), ("gelu", "geglu")])

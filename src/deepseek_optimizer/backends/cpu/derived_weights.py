@@ -2,6 +2,7 @@
 
 - A product with some rows of a matrix (attribute `rows`) reads a view of its tiles if the rows begin at a tile. Otherwise the
   whole matrix is multiplied, and `columns` nodes take the parts.
+- A product with a matrix whose columns are stored in another order reads its input in that order.
 - The factor of a norm with `unit_offset` is 1 + w.
 - A layer norm without a bias has one of zeros, and a norm of heads without a weight one of ones.
 - The factor of `scale_by` is a constant of the step, as in `scale`.
@@ -22,7 +23,7 @@ from ...errors import BackendError
 from ...graph.ir import Graph, Node, Value
 from ...graph.ops.products import GATED, rows_of
 from ...quant.base import TILE_ROWS
-from ...quant.packed import PackedMatrix, PackedWeight
+from ...quant.packed import ColumnOrder, PackedMatrix, PackedWeight
 from ...quant.transposed_stack import biases_of
 
 Weights = dict[str, PackedWeight | torch.Tensor]
@@ -44,6 +45,8 @@ def _derived(node: Node, weights: Mapping[str, PackedWeight | torch.Tensor], der
     if node.attrs.get("rows"):
         aligned = all(part is None or part[0] % TILE_ROWS == 0 for part in rows_of(node))
         return [_with_views(node, weights, derived)] if aligned else _whole_products(node)
+    if node.op == "linear" and (order := _column_order(node, weights)) is not None:
+        return _reordered(node, order, weights, derived)
     if node.attrs.get("unit_offset"):
         (name,) = node.weights
         derived[f"1 + {name}"] = 1 + _vector(weights, name).float()
@@ -80,6 +83,34 @@ def _derived(node: Node, weights: Mapping[str, PackedWeight | torch.Tensor], der
         derived[f"{width} zeros"] = torch.zeros(width, dtype=torch.float32, device="cpu")
         return [node.with_(weights=(*node.weights, f"{width} zeros"))]
     return [node]
+
+
+def _column_order(node: Node, weights: Mapping[str, PackedWeight | torch.Tensor]) -> ColumnOrder | None:
+    """The order of the columns that a product with one matrix reads."""
+    weight = weights.get(node.weights[0]) if len(node.weights) == 1 else None
+    return weight.order if isinstance(weight, PackedMatrix) else None
+
+
+def _reordered(
+    node: Node, order: ColumnOrder, weights: Mapping[str, PackedWeight | torch.Tensor], derived: Weights
+) -> list[Node]:
+    """The product after nodes that bring its input into the order of the matrix's columns."""
+    (x,), (name,) = node.inputs, node.weights
+    matrix = weights[name]
+    assert isinstance(matrix, PackedMatrix)
+    derived[f"{name} as stored"] = matrix.as_stored
+    run = x.width // (order.groups * order.each)
+    parts = [replace(x, name=f"run {i} for {name}", width=order.groups * run) for i in range(order.each)]
+    nodes = [
+        Node("columns", (x,), (part,), attrs={"groups": order.groups, "begin": i * run, "end": (i + 1) * run})
+        for i, part in enumerate(parts)
+    ]
+    whole = parts[0]
+    for i, part in enumerate(parts[1:], 1):
+        joined = replace(x, name=f"runs to {i} for {name}", width=whole.width + part.width)
+        nodes.append(Node("concat", (whole, part), (joined,)))
+        whole = joined
+    return [*nodes, node.with_(inputs=(whole,), weights=(f"{name} as stored",))]
 
 
 def _with_views(node: Node, weights: Mapping[str, PackedWeight | torch.Tensor], derived: Weights) -> Node:

@@ -87,6 +87,8 @@ def _tiles_for(context: Context, rows: int, cols: int, format_name: str, out: to
 
 def weight_struct(matrix: PackedMatrix) -> Weight:
     """The C view of a packed matrix; the caller keeps `matrix.data` alive."""
+    if matrix.order is not None:
+        raise BackendError("the native library reads columns in their stored order; pass matrix.as_stored, and its input alike")
     if matrix.format not in FORMATS:
         raise BackendError(f"the cpu backend does not support format {matrix.format!r}; choose one of {', '.join(FORMATS)}")
     shape = (*tile_counts(matrix.rows, matrix.cols), get_format(matrix.format).tile_bytes)
@@ -114,8 +116,8 @@ def unpack(context: Context, matrix: PackedMatrix, begin: int = 0, end: int | No
     shape = max(end - begin, 0), matrix.cols
     out = context.outputs.empty(shape, torch.float32)
     target = address(out, "out", torch.float32, shape)
-    context.call("dso_unpack", context.handle, C.byref(weight_struct(matrix)), begin, end, target, out=out)
-    return out
+    context.call("dso_unpack", context.handle, C.byref(weight_struct(matrix.as_stored)), begin, end, target, out=out)
+    return out if matrix.order is None else matrix.order.restored(out)
 
 
 def linear(
@@ -134,6 +136,8 @@ def linear(
         decode_rows: number of leading rows computed by the decode family; the others: prefill.
     """
     kind = activation or get_format(matrix.format).activation
+    if matrix.order is not None:
+        x, matrix = matrix.order.stored(x), matrix.as_stored
     flat = x.detach().reshape(-1, matrix.cols).float().contiguous()
     rows, f32 = flat.shape[0], torch.float32
     out = context.outputs.empty((rows, matrix.rows), f32, short_lived=True)

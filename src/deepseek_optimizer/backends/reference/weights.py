@@ -13,9 +13,9 @@ def as_dense(weight: PackedWeight | torch.Tensor, device: torch.device, dtype: t
     if isinstance(weight, PackedStack):
         return torch.stack([as_dense(weight.matrix(i), device, dtype) for i in range(weight.count)])
     if isinstance(weight, PackedMatrix):
-        from ...quant import get_format
+        from ...quant import unpack
 
-        weight = get_format(weight.format).unpack(weight.data, weight.rows, weight.cols)
+        weight = unpack(weight)
     return weight.detach().to(device, dtype)
 
 

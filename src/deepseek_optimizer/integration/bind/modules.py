@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ...errors import ConfigError, UnsupportedRequestError
-from ...quant import SUPERBLOCKS, PackedMatrix, PackedWeight, get_format, take_rows, unpack
+from ...quant import SUPERBLOCKS, ColumnOrder, PackedMatrix, PackedWeight, get_format, take_rows, unpack
 from ...quant.base import TILE_ROWS
 from ...quant.blocks import SUPERBLOCK
 from ...quant.products import linear, linear_gradient
@@ -112,10 +112,12 @@ class PackedLinear(Packed, nn.Linear):
 
     Attributes:
         weight: uint8 [ceil(N/16), ceil(K/32), tile_bytes], without gradient.
+        order: of the columns in it, see `PackedMatrix`.
         product, gradient: functions that compute x W^T and the gradient in x; the runtime sets the backend's.
     """
 
     weight: nn.Parameter
+    order: ColumnOrder | None = None
 
     def __init__(
         self, in_features: int, out_features: int, format: str, *, bias: bool = False, dtype: torch.dtype, device: Any = None
@@ -134,7 +136,7 @@ class PackedLinear(Packed, nn.Linear):
     def packed(self) -> PackedMatrix:
         tiles = self._parameters["weight"]
         assert tiles is not None
-        return PackedMatrix(self.format, self.out_features, self.in_features, tiles.data)
+        return PackedMatrix(self.format, self.out_features, self.in_features, tiles.data, self.order)
 
     def held(self) -> dict[str, PackedWeight]:
         return {"weight": self.packed}

@@ -16,7 +16,7 @@ from ...errors import BackendError, ConfigError, UnsupportedModelError
 from ...graph.analysis import stack_shapes
 from ...graph.ir import Graph
 from ...graph.min_formats import exact_weights, min_formats
-from ...quant import PackedMatrix, PackedStack, PackedWeight, Packer, get_format
+from ...quant import ColumnOrder, PackedMatrix, PackedStack, PackedWeight, Packer, get_format
 from ...quant.tiles import empty_stack
 from ...quant.transposed_stack import StackLayout, stacked_matrices
 from .lora_layers import without_adapter
@@ -176,6 +176,17 @@ def swap_on_meta(
         setattr(site.parent, site.child, twin)
 
 
+def order_columns(model: nn.Module, order: Callable[[str, str], ColumnOrder | None]) -> None:
+    """Sets the order of the columns of packed matrices.
+
+    Args:
+        order: returns it, given the weight's name and format.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            module.order = order(f"{name}.weight", module.format)
+
+
 def pack_in_place(
     model: Any, graph: Graph, config: DeepSeekConfig, packer: Packer, packed: Mapping[str, str] | None = None
 ) -> None:
@@ -222,6 +233,8 @@ def put_in_place(places: Iterable[Site], matrices: Mapping[str, PackedWeight]) -
         twin = packed_twin(module, formats, module.dtype)
         for leaf, weight in site.weights.items():
             setattr(twin, leaf, parameters.setdefault(weight, nn.Parameter(matrices[weight].data, requires_grad=False)))
+        if isinstance(twin, PackedLinear):
+            twin.order = matrices[site.weights["weight"]].order  # type: ignore[union-attr]  # a matrix
         twin.training = module.training
         setattr(site.parent, site.child, twin)
 

@@ -35,7 +35,7 @@ from ..bind.classes import check_causal
 from ..bind.context_extension import extended
 from ..bind.graphs import whole_graph
 from ..bind.modules import Packed
-from ..bind.swap import expected_tensors, swap_on_meta
+from ..bind.swap import expected_tensors, order_columns, swap_on_meta
 from ..compat import causal_lm_class
 from ..configs import check_config
 from ..model.bind_plan import bind
@@ -134,6 +134,7 @@ def sketch(
         add_mtp_layers(model, own_tensors(checkpoint, model.config))
     packed = checkpoint.manifest.formats() if isinstance(checkpoint, PackedCheckpoint) else None
     swap_on_meta(model, whole_graph(model), settings, dtype, checkpoint.own_format, packed)
+    order_columns(model, checkpoint.column_order)
     check_causal(checkpoint, model)
     return model, settings, dtype
 

@@ -17,7 +17,6 @@ from ...backends.registry import choose_backend
 from ...checkpoint import Checkpoint, Manifest, PackedCheckpoint, open_checkpoint
 from ...checkpoint.atomic import naming
 from ...checkpoint.layout import Stored
-from ...checkpoint.manifest import PackedEntry
 from ...checkpoint.sentence_transformers import copy_embedding_files
 from ...checkpoint.shards import SHARD_BYTES, Shard, plan_shards, write_index, write_shard
 from ...checkpoint.unfinished import Unfinished
@@ -148,15 +147,12 @@ def _write_calibrated(
 
 def _planned(model: Any, checkpoint: Checkpoint, cast: torch.dtype | None) -> dict[str, Stored]:
     """The tensors to write, on the meta device, in the model's order."""
-    (formats, shapes), dtypes = expected_tensors(model), plain_dtypes(model)
-    planned: dict[str, Stored] = {}
-    for name, format in formats.items():
-        if format is None:
+    planned, dtypes = stored_tensors(model), plain_dtypes(model)
+    for name, tensor in planned.items():
+        if isinstance(tensor, torch.Tensor):
             own = checkpoint.float_dtype(name)
             dtype = dtypes.get(name, cast or own) if own.is_floating_point else own
-            planned[name] = torch.empty(shapes[name], dtype=dtype, device="meta")
-        else:
-            planned[name] = PackedEntry(format, shapes[name]).promise()
+            planned[name] = torch.empty(tensor.shape, dtype=dtype, device="meta")
     return planned
 
 

@@ -40,7 +40,7 @@ from ..bind.classes import check_class, renamed_for, stored_as
 from ..bind.context_extension import extended
 from ..bind.graphs import has_head, plan_graph, whole_graph
 from ..bind.modules import Packed
-from ..bind.swap import expected_tensors, float_shape, swap_on_meta
+from ..bind.swap import expected_tensors, float_shape, order_columns, swap_on_meta
 from ..model.bind_plan import bind
 from .calibrate import Calibration, calibrate, calibration_for, without_rounding
 from .kl_budget import adapt, calibration_tokens
@@ -160,6 +160,8 @@ class PackingQuantizer(HfQuantizer):
         graph = whole_graph(model)
         packed = self.manifest.formats() if self.manifest is not None else None
         swap_on_meta(model, graph, self.quantization_config, dtype, packed=packed)
+        if self.manifest is not None:
+            order_columns(model, self.manifest.column_order)
         if not self.pre_quantized and has_head(model) and _is_standard(checkpoint_files):
             self.calibration, self.notes = self._calibration(model, Path(checkpoint_files[0]).parent)
         if self.calibration is not None:
@@ -187,6 +189,8 @@ class PackingQuantizer(HfQuantizer):
             self.manifest = general.renamed_for(model, manifest)
         kind = multimodal if self.multimodal else general
         kind.swap_on_meta(model, self.quantization_config, dtype, self.manifest.formats() if self.manifest else None)
+        if self.manifest is not None:
+            order_columns(model, self.manifest.column_order)
         if _is_standard(files):
             with open_checkpoint(Path(files[0]).parent) as checkpoint:
                 check_tokenizer_beside(checkpoint)

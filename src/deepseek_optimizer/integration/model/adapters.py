@@ -87,7 +87,8 @@ class _LayerMethod:
         merged = base.dequantized().add_(layer.get_delta_weight(adapter).float(), alpha=sign)
         if check and not merged.isfinite().all():
             raise ValueError(f"the merged weights are not finite; adapter {adapter!r} is probably damaged")
-        base.weight.data.copy_(runtime.backend.pack(merged, base.format))
+        order = base.packed.order
+        base.weight.data.copy_(runtime.backend.pack(merged if order is None else order.stored(merged), base.format))
         runtime.rebind()
         if base.format not in _EXACT:
             runtime.warn_once(
