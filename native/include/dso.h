@@ -64,11 +64,12 @@ DSO_API int32_t dso_read_bandwidth_of(dso_context* c, const void* const* starts,
                                       double seconds, double* bytes_per_second);
 
 /* ---- attention outside a plan ---------------------------------------------------------------------------
- * o = softmax(scale q k^T + mask) v over keys and values that the caller keeps, in fp32; with bf16 tensors and more than a few
- * queries, products are those of bf16. q is [batch, heads, queries, qk_width], k and v are [batch, kv_heads, keys, qk_width and
- * v_width], o is [batch, heads, queries, v_width], all of one type; query head h reads kv head h / (heads / kv_heads). A mask
- * is [batch, heads, queries, keys]: bytes, of which 0 hides a key, or numbers of that type, which are added. CAUSAL: query i
- * sees keys up to i + keys - queries, and `mask` is not read. A query whose keys are all hidden gets zeros.
+ * o = softmax(scale q k^T + mask) v over keys and values that the caller keeps, in fp32; with more than a few queries, products
+ * of bf16 tensors are those of bf16, and so are those of fp32 tensors that are `rounded`. q is [batch, heads, queries,
+ * qk_width], k and v are [batch, kv_heads, keys, qk_width and v_width], o is [batch, heads, queries, v_width], all of one type;
+ * query head h reads kv head h / (heads / kv_heads). A mask is [batch, heads, queries, keys]: bytes, of which 0 hides a key, or
+ * numbers of that type, which are added. CAUSAL: query i sees keys up to i + keys - queries, and `mask` is not read. A query
+ * whose keys are all hidden gets zeros; one to whose keys the lowest finite number is added gets the mean of the values.
  */
 enum { DSO_TYPE_F32 = 0, DSO_TYPE_BF16 = 1 };
 enum { DSO_MASK_NONE = 0, DSO_MASK_BYTES = 1, DSO_MASK_NUMBERS = 2, DSO_MASK_CAUSAL = 3 };

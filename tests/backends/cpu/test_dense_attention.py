@@ -42,7 +42,10 @@ def mask_of(kind, shape, dtype, generator):
         hidden[0, 0, 0] = True  # a query that sees nothing
         return ~hidden
     bias = torch.randn(1, heads, queries, keys, generator=generator).to(dtype)
-    return bias.masked_fill(hidden & (torch.arange(keys) > 0), torch.finfo(dtype).min)
+    bias = bias.masked_fill(hidden & (torch.arange(keys) > 0), torch.finfo(dtype).min)
+    bias[0, 0, 0] = torch.finfo(dtype).min  # a query that sees all keys equally
+    bias[0, 0, -1] = bias[0, 0, -1] if queries == 1 else -torch.inf
+    return bias
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
