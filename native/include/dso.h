@@ -18,7 +18,7 @@ extern "C" {
 #define DSO_API
 #endif
 
-#define DSO_ABI_VERSION 14
+#define DSO_ABI_VERSION 15
 DSO_API int32_t dso_abi_version(void);
 
 enum {
@@ -82,7 +82,7 @@ typedef struct dso_dense_attention {
   int64_t batch, heads, kv_heads, queries, keys, qk_width, v_width;
   dso_dense_heads q, k, v, o, mask;
   float scale;
-  int32_t reserved;
+  int32_t rounded; /* of fp32 tensors: 1: q, k, v and the weights may be rounded to bf16 */
 } dso_dense_attention;
 DSO_API int32_t dso_attend(dso_context* c, const dso_dense_attention* a);
 

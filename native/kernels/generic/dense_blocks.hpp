@@ -1,5 +1,5 @@
 // Attention of many queries over keys and values in ordinary tensors: the forward kernel of training, with as many keys as
-// there are, and with the mask of the task. Products of bf16 tensors are those of training in bf16.
+// there are, and with the mask of the task. Products of bf16 tensors, and of rounded ones, are those of training in bf16.
 #pragma once
 #include "dense_attention.hpp"
 #include "train_attention_forward.hpp"

@@ -88,6 +88,17 @@ def test_the_default_context_is_found_without_reading_limits_again(monkeypatch):
     assert shared_context(None, None) is first
 
 
+@pytest.mark.parametrize("queries", [8, 9, 150])
+def test_rounded_products(isa, queries):
+    """Products of fp32 tensors in bf16 have its errors, and only with many queries."""
+    q, k, v = (torch.randn(2, 3, n, 40, generator=torch.Generator().manual_seed(n)) for n in (queries, 130, 131))
+    context, v = shared_context(isa, 2), v[:, :, :130]
+    exact, rounded = (attend(context, q, k, v, 0.2, rounded=kind) for kind in (False, True))
+    error = float((rounded - exact).abs().max())
+    assert error <= 2**-6 * float(exact.abs().max())
+    assert (error > 1e-4) is (queries > 8 and context.isa in ("avx512-bf16", "amx", "amx-emulated"))
+
+
 @pytest.mark.parametrize("queries", [1, 100])
 def test_is_the_same_for_any_number_of_threads(queries):
     q, k, v = torch.randn(3, 6, queries, 64), torch.randn(3, 2, 300, 64), torch.randn(3, 2, 300, 64)

@@ -19,7 +19,7 @@ from ...graph.ir import CacheSpec, LatentSpec, RowsSpec, StateSpec
 from . import native_train
 from .buffers import Outputs, checking
 
-ABI_VERSION = 14
+ABI_VERSION = 15
 BLOCK_TOKENS = 32
 
 FORMATS = {
@@ -132,7 +132,7 @@ class DenseAttention(C.Structure):
     _fields_ = [
         ("type", I32), ("mask_type", I32),
         *((n, I64) for n in ("batch", "heads", "kv_heads", "queries", "keys", "qk_width", "v_width")),
-        *((n, DenseHeads) for n in ("q", "k", "v", "o", "mask")), ("scale", C.c_float), ("reserved", I32),
+        *((n, DenseHeads) for n in ("q", "k", "v", "o", "mask")), ("scale", C.c_float), ("rounded", I32),
     ]  # fmt: skip
 
 
