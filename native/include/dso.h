@@ -193,12 +193,16 @@ DSO_API int32_t dso_linear(dso_context* c, const dso_weight* w, const float* bia
                            int64_t T, int64_t decode_rows, float* y);
 /* y[T, down.rows] = W_down act(W_up x + b_up) + b_down, where act is the element-wise op `op` with one input; with `gate`, a
  * matrix of the shape of `up`, act(W_gate x + b_gate, W_up x + b_up) of an op with two. x and y are fp32, row-major and dense.
- * Bitwise equal to products and op one after the other. activation, inner: the kinds of rows that the first and the second
- * product read. */
+ * With norm_weight [up.cols], the products read the norm of x instead (dso_norm); with `residual`, x is added to the result.
+ * Bitwise equal to norm, products, op and addition one after the other. activation, inner: the kinds of rows that the first and
+ * the second product read. */
 typedef struct dso_feed_forward {
   const dso_weight *gate, *up, *down; /* gate: NULL without one */
   const float *gate_bias, *up_bias, *down_bias;
-  int32_t op, activation, inner, reserved;
+  const float *norm_weight, *norm_bias;
+  int32_t op, activation, inner, residual;
+  float eps;
+  int32_t reserved;
 } dso_feed_forward;
 DSO_API int32_t dso_run_feed_forward(dso_context* c, const dso_feed_forward* f, const float* x, int64_t T, float* y);
 /* The norm of each row of x[T, width], dense, by the kernels of a plan's LAYER_NORM, or without a bias of its RMS_NORM. */

@@ -104,6 +104,13 @@ void convert(Context& c, int32_t kind, const float* x, int64_t T, int64_t width,
   });
 }
 
+void norm_row(const Kernels& k, const float* x, const float* weight, const float* bias, int64_t width, float eps, float* y) {
+  if (bias)
+    k.layer_norm(x, weight, bias, width, eps, y);
+  else
+    k.rms_norm(x, weight, width, eps, y);
+}
+
 void norm(Context& c, const float* x, int64_t T, int64_t width, const float* weight, const float* bias, float eps, float* y) {
   if (T < 0 || width < 1 || width > INT32_MAX)
     fail(DSO_EINVAL, "T is %lld and width %lld, must be at least 0 and 1", (long long)T, (long long)width);
@@ -113,10 +120,7 @@ void norm(Context& c, const float* x, int64_t T, int64_t width, const float* wei
   const int64_t rows = std::max<int64_t>(1, kNormed / width);
   parallel(c, ceil_div(T, rows), [&](int64_t block, int) {
     for (int64_t t = block * rows; t < std::min(T, (block + 1) * rows); ++t)
-      if (bias)
-        c.kernels.layer_norm(x + t * width, weight, bias, width, eps, y + t * width);
-      else
-        c.kernels.rms_norm(x + t * width, weight, width, eps, y + t * width);
+      norm_row(c.kernels, x + t * width, weight, bias, width, eps, y + t * width);
   });
 }
 

@@ -141,7 +141,8 @@ class FeedForward(C.Structure):
 
     _fields_ = [
         *((n, C.POINTER(Weight)) for n in ("gate", "up", "down")), *((n, PTR) for n in ("gate_bias", "up_bias", "down_bias")),
-        *((n, I32) for n in ("op", "activation", "inner", "reserved")),
+        *((n, PTR) for n in ("norm_weight", "norm_bias")), *((n, I32) for n in ("op", "activation", "inner", "residual")),
+        ("eps", C.c_float), ("reserved", I32),
     ]  # fmt: skip
 
 
