@@ -82,7 +82,7 @@ def test_equals_float64(isa, dtype, mask, seed):
 
 
 def test_the_default_context_is_found_without_reading_limits_again(monkeypatch):
-    """Attention outside plans asks for it in every layer."""
+    """Operations of training ask for it at each call."""
     first = shared_context(None, None)
     monkeypatch.setattr(native, "library", lambda: pytest.fail("the library was called"))
     assert shared_context(None, None) is first

@@ -17,7 +17,6 @@ from .buffers import strided
 from .native import Context, DenseAttention, DenseHeads
 from .native_train import TYPES
 
-DTYPES = (torch.float32, torch.bfloat16)
 _MASK_BYTES, _MASK_NUMBERS, _MASK_CAUSAL = 1, 2, 3  # DSO_MASK_*
 
 
@@ -29,11 +28,10 @@ def attend(
     scale: float,
     mask: torch.Tensor | None = None,
     *,
-    rounded: bool = False,
     causal: bool = False,
+    rounded: bool = False,
 ) -> torch.Tensor:
-    """q [B, H, S, D], k [B, Hkv, T, D], v [B, Hkv, T, Dv] -> [B, H, S, Dv], all of one dtype in `DTYPES`, on the CPU, with
-    contiguous last dimensions; query head h uses kv head h // (H / Hkv).
+    """`Backend.attend` on the threads of `context`.
 
     Args:
         rounded: whether products of fp32 tensors may be those of bf16.

@@ -367,7 +367,7 @@ def shared_context(isa: str | None, threads: int | None) -> Context:
 
 @functools.cache
 def _default_threads() -> int:
-    """Read once: the limits are in many files, and attention outside plans asks for its context in every layer."""
+    """Read once: the limits are in many files, and operations of training ask for their context at each call."""
     return number(library().dso_default_threads())
 
 

@@ -14,6 +14,7 @@ from ...quant.blocks import BlockFormat
 from ...quant.packed import PackedMatrix, PackedStack
 from ...quant.search import check_importance
 from ...quant.tiles import empty_tiles, panels, tile_counts
+from ..base import Norm
 from .buffers import address, optional, strided
 from .native import FORMATS, SLOT_KINDS, Context, FeedForward, Weight
 from .native_train import ADD, EXACT, PRODUCT_FORMS, TYPES, Matrix
@@ -157,8 +158,10 @@ def feed_forward(
     *,
     activation: str,
     inner: str,
+    norm: Norm | None = None,
+    residual: bool = False,
 ) -> torch.Tensor:
-    """op(x W_1^T + b_1, ..) W^T + b as float32, bitwise equal to `linear`, the op and `linear`.
+    """`Backend.feed_forward`, bitwise equal to `norm`, `linear`, the op, `linear` and an addition one after the other.
 
     Args:
         first: matrix and bias of each product that the op reads: one, or gate and up.
@@ -174,10 +177,12 @@ def feed_forward(
     biases = [None if bias is None else bias.detach().float().contiguous() for _, bias in (*first, down)]
     places = [optional(bias, "bias", f32, (matrix.rows,)) for bias, (matrix, _) in zip(biases, (*first, down), strict=True)]
     weights = [C.pointer(weight_struct(matrix)) for matrix, _ in (*first, down)]
+    weight, shift, eps = norm or (None, None, 0.0)
     call = FeedForward(
         gate=weights[0] if gate else None, up=weights[-2], down=weights[-1], gate_bias=places[0] if gate else None,
         up_bias=places[-2], down_bias=places[-1], op=OPS[op].code, activation=SLOT_KINDS[activation],
-        inner=SLOT_KINDS[inner],
+        inner=SLOT_KINDS[inner], residual=residual, eps=eps, norm_weight=optional(weight, "weight", f32, (up[0].cols,)),
+        norm_bias=optional(shift, "bias", f32, (up[0].cols,)),
     )  # fmt: skip
     if rows:
         context.call(

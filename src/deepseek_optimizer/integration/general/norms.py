@@ -24,7 +24,7 @@ class FusedNorm(nn.Module):
     """A base of the classes that `fuse_norms` makes.
 
     Attributes:
-        fused: (x, weight, bias, epsilon) -> the norm of x; None: the backend has no such function.
+        fused: `Backend.norm`; None: torch's own is as fast.
     """
 
     fused: NoCopyCallable | None
