@@ -32,6 +32,7 @@ from .first_states import new_cache
 from .head import PackedHead, pack_head
 from .norms import FusedNorm, fuse_norms
 from .report import GeneralReport, make_report
+from .residual import fuse_residuals
 
 
 class GeneralRuntime(PackedModel):
@@ -205,6 +206,7 @@ def bind(
     if kind is GeneralRuntime:  # the modules of the others belong to a plan, and their own forward is for what it cannot serve
         fuse_feed_forward(model, runtime.feed_forward(backend))
         fuse_norms(model, runtime.norm(backend))
+        fuse_residuals(model)
     parallelize_activations(model, backend.threads)
     if backend.capabilities.dense_operations:
         use_native_attention(model)
