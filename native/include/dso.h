@@ -191,6 +191,9 @@ DSO_API int32_t dso_unpack(dso_context* c, const dso_weight* w, int64_t row_begi
  * others: prefill). */
 DSO_API int32_t dso_linear(dso_context* c, const dso_weight* w, const float* bias, int32_t activation, const float* x,
                            int64_t T, int64_t decode_rows, float* y);
+/* The same for rows that dso_convert wrote, of kind `activation`: for several products of the same rows. */
+DSO_API int32_t dso_linear_rows(dso_context* c, const dso_weight* w, const float* bias, int32_t activation, const void* rows,
+                                int64_t T, int64_t decode_rows, float* y);
 /* y[T, down.rows] = W_down act(W_up x + b_up) + b_down, where act is the element-wise op `op` with one input; with `gate`, a
  * matrix of the shape of `up`, act(W_gate x + b_gate, W_up x + b_up) of an op with two. x and y are fp32, row-major and dense.
  * With norm_weight [up.cols], the products read the norm of x instead (dso_norm); with `residual`, x is added to the result.
@@ -208,7 +211,7 @@ DSO_API int32_t dso_run_feed_forward(dso_context* c, const dso_feed_forward* f, 
 /* The norm of each row of x[T, width], dense, by the kernels of a plan's LAYER_NORM, or without a bias of its RMS_NORM. */
 DSO_API int32_t dso_norm(dso_context* c, const float* x, int64_t T, int64_t width, const float* weight, const float* bias,
                          float eps, float* y);
-/* The conversion alone, for tests: rows of x[T, width] to rows of dso_row_bytes(kind, width) bytes. */
+/* The conversion alone: rows of x[T, width] to rows of dso_row_bytes(kind, width) bytes. */
 DSO_API int64_t dso_row_bytes(int32_t slot_kind, int64_t width); /* bytes of a row of a slot, a multiple of 64 */
 DSO_API int32_t dso_convert(dso_context* c, int32_t slot_kind, const float* x, int64_t T, int64_t width, void* rows);
 

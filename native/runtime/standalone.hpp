@@ -19,7 +19,8 @@ constexpr int64_t kConvertedRows = 8;  // rows per conversion task
 void convert_block(const Kernels& k, int32_t kind, const float* x, int64_t T, int64_t width, uint8_t* rows, int64_t stride,
                    int64_t block);
 void convert(Context& c, int32_t slot_kind, const float* x, int64_t T, int64_t width, void* rows);
-void linear(Context& c, const dso_weight& w, const float* bias, int32_t activation, const float* x, int64_t T,
-            int64_t decode_rows, float* y);
+// Of x, or of `converted` rows.
+void linear(Context& c, const dso_weight& w, const float* bias, int32_t activation, const float* x, const void* converted,
+            int64_t T, int64_t decode_rows, float* y);
 
 }  // namespace dso

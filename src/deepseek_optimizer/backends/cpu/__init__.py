@@ -124,6 +124,7 @@ class CpuBackend(CpuSizes):
             with one_torch_thread():
                 yield
         finally:
+            self.context.kept_rows.clear()
             self.context.outputs.trim()
 
     def pack(

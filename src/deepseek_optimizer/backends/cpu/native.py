@@ -18,6 +18,7 @@ from ...errors import BackendError, CheckpointChangedError, NotEnoughMemoryError
 from ...graph.ir import CacheSpec, LatentSpec, RowsSpec, StateSpec
 from . import native_train
 from .buffers import Outputs, checking
+from .kept_rows import KeptRows
 
 ABI_VERSION = 15
 BLOCK_TOKENS = 32
@@ -177,6 +178,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "dso_pack_fp8": (I32, [PTR, PTR, PTR, I64, I64, I64, PTR]),
     "dso_unpack": (I32, [PTR, PTR, I64, I64, PTR]),
     "dso_linear": (I32, [PTR, PTR, PTR, I32, PTR, I64, I64, PTR]),
+    "dso_linear_rows": (I32, [PTR, PTR, PTR, I32, PTR, I64, I64, PTR]),
     "dso_run_feed_forward": (I32, [PTR, PTR, PTR, I64, PTR]),
     "dso_norm": (I32, [PTR, PTR, I64, I64, PTR, PTR, C.c_float, PTR]),
     "dso_row_bytes": (I64, [I32, I64]),
@@ -319,6 +321,7 @@ class Context:
         name = isa.encode() if isa else None
         self.handle = Handle(self.lib.dso_context_create, self.lib.dso_context_destroy, name, threads or 0)
         self.outputs = Outputs(checking())
+        self.kept_rows = KeptRows()
         if self.outputs.checked:
             check(self.lib.dso_context_set_checked(self.handle, 1))
 
