@@ -64,11 +64,12 @@ DSO_API int32_t dso_read_bandwidth_of(dso_context* c, const void* const* starts,
                                       double seconds, double* bytes_per_second);
 
 /* ---- attention outside a plan ---------------------------------------------------------------------------
- * o = softmax(scale q k^T + mask) v over keys and values that the caller keeps, in fp32; with bf16 tensors and more than a few
- * queries, products are those of bf16. q is [batch, heads, queries, qk_width], k and v are [batch, kv_heads, keys, qk_width and
- * v_width], o is [batch, heads, queries, v_width], all of one type; query head h reads kv head h / (heads / kv_heads). A mask
- * is [batch, heads, queries, keys]: bytes, of which 0 hides a key, or numbers of that type, which are added. CAUSAL: query i
- * sees keys up to i + keys - queries, and `mask` is not read. A query whose keys are all hidden gets zeros.
+ * o = softmax(scale q k^T + mask) v over keys and values that the caller keeps, in fp32; with more than a few queries, products
+ * of bf16 tensors are those of bf16, and so are those of fp32 tensors that are `rounded`. q is [batch, heads, queries,
+ * qk_width], k and v are [batch, kv_heads, keys, qk_width and v_width], o is [batch, heads, queries, v_width], all of one type;
+ * query head h reads kv head h / (heads / kv_heads). A mask is [batch, heads, queries, keys]: bytes, of which 0 hides a key, or
+ * numbers of that type, which are added. CAUSAL: query i sees keys up to i + keys - queries, and `mask` is not read. A query
+ * whose keys are all hidden gets zeros; one to whose keys the lowest finite number is added gets the mean of the values.
  */
 enum { DSO_TYPE_F32 = 0, DSO_TYPE_BF16 = 1 };
 enum { DSO_MASK_NONE = 0, DSO_MASK_BYTES = 1, DSO_MASK_NUMBERS = 2, DSO_MASK_CAUSAL = 3 };
@@ -81,7 +82,7 @@ typedef struct dso_dense_attention {
   int64_t batch, heads, kv_heads, queries, keys, qk_width, v_width;
   dso_dense_heads q, k, v, o, mask;
   float scale;
-  int32_t reserved;
+  int32_t rounded; /* of fp32 tensors: 1: q, k, v and the weights may be rounded to bf16 */
 } dso_dense_attention;
 DSO_API int32_t dso_attend(dso_context* c, const dso_dense_attention* a);
 
@@ -190,20 +191,27 @@ DSO_API int32_t dso_unpack(dso_context* c, const dso_weight* w, int64_t row_begi
  * others: prefill). */
 DSO_API int32_t dso_linear(dso_context* c, const dso_weight* w, const float* bias, int32_t activation, const float* x,
                            int64_t T, int64_t decode_rows, float* y);
+/* The same for rows that dso_convert wrote, of kind `activation`: for several products of the same rows. */
+DSO_API int32_t dso_linear_rows(dso_context* c, const dso_weight* w, const float* bias, int32_t activation, const void* rows,
+                                int64_t T, int64_t decode_rows, float* y);
 /* y[T, down.rows] = W_down act(W_up x + b_up) + b_down, where act is the element-wise op `op` with one input; with `gate`, a
  * matrix of the shape of `up`, act(W_gate x + b_gate, W_up x + b_up) of an op with two. x and y are fp32, row-major and dense.
- * Bitwise equal to products and op one after the other. activation, inner: the kinds of rows that the first and the second
- * product read. */
+ * With norm_weight [up.cols], the products read the norm of x instead (dso_norm); with `residual`, x is added to the result.
+ * Bitwise equal to norm, products, op and addition one after the other. activation, inner: the kinds of rows that the first and
+ * the second product read. */
 typedef struct dso_feed_forward {
   const dso_weight *gate, *up, *down; /* gate: NULL without one */
   const float *gate_bias, *up_bias, *down_bias;
-  int32_t op, activation, inner, reserved;
+  const float *norm_weight, *norm_bias;
+  int32_t op, activation, inner, residual;
+  float eps;
+  int32_t reserved;
 } dso_feed_forward;
 DSO_API int32_t dso_run_feed_forward(dso_context* c, const dso_feed_forward* f, const float* x, int64_t T, float* y);
 /* The norm of each row of x[T, width], dense, by the kernels of a plan's LAYER_NORM, or without a bias of its RMS_NORM. */
 DSO_API int32_t dso_norm(dso_context* c, const float* x, int64_t T, int64_t width, const float* weight, const float* bias,
                          float eps, float* y);
-/* The conversion alone, for tests: rows of x[T, width] to rows of dso_row_bytes(kind, width) bytes. */
+/* The conversion alone: rows of x[T, width] to rows of dso_row_bytes(kind, width) bytes. */
 DSO_API int64_t dso_row_bytes(int32_t slot_kind, int64_t width); /* bytes of a row of a slot, a multiple of 64 */
 DSO_API int32_t dso_convert(dso_context* c, int32_t slot_kind, const float* x, int64_t T, int64_t width, void* rows);
 

@@ -56,6 +56,7 @@ constexpr int64_t dense_attn_rows = 8;  // with more queries, products of matric
 struct DenseAttnTask {
   int32_t type;       // DSO_TYPE_* of q, k, v, o, and of a mask of numbers
   int32_t mask_type;  // DSO_MASK_*
+  bool rounded;       // fp32 tensors: with more than a few queries, their products are those of bf16
   int64_t queries, keys, qk_width, v_width;
   float scale;
   const void *q, *k, *v, *mask;

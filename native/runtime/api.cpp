@@ -114,7 +114,12 @@ int32_t dso_unpack(dso_context* c, const dso_weight* w, int64_t row_begin, int64
 }
 int32_t dso_linear(dso_context* c, const dso_weight* w, const float* bias, int32_t activation, const float* x, int64_t T,
                    int64_t decode_rows, float* y) {
-  return guarded([&] { linear(shared(c), given(w, "weight"), bias, activation, x, T, decode_rows, y); });
+  return guarded([&] { linear(shared(c), given(w, "weight"), bias, activation, x, nullptr, T, decode_rows, y); });
+}
+
+int32_t dso_linear_rows(dso_context* c, const dso_weight* w, const float* bias, int32_t activation, const void* rows, int64_t T,
+                        int64_t decode_rows, float* y) {
+  return guarded([&] { linear(shared(c), given(w, "weight"), bias, activation, nullptr, rows, T, decode_rows, y); });
 }
 int32_t dso_norm(dso_context* c, const float* x, int64_t T, int64_t width, const float* weight, const float* bias, float eps,
                  float* y) {

@@ -21,7 +21,7 @@ DenseAttnTask task_of(const dso_dense_attention& a, int64_t batch, int64_t head)
   const int64_t size = size_of(a.type), mask_size = a.mask_type == DSO_MASK_BYTES ? 1 : size;
   const int64_t kv_head = head / (a.heads / a.kv_heads);
   DenseAttnTask t{};
-  t.type = a.type, t.mask_type = a.mask_type, t.scale = a.scale;
+  t.type = a.type, t.mask_type = a.mask_type, t.scale = a.scale, t.rounded = a.rounded;
   t.queries = a.queries, t.keys = a.keys, t.qk_width = a.qk_width, t.v_width = a.v_width;
   t.q = at<const void*>(a.q, size, batch, head), t.o = at<void*>(a.o, size, batch, head);
   t.k = at<const void*>(a.k, size, batch, kv_head), t.v = at<const void*>(a.v, size, batch, kv_head);

@@ -1,5 +1,5 @@
-// Two products with an activation between them, outside a plan. The rows between the products exist in the kind that the second
-// one reads only.
+// Two products with an activation between them, outside a plan, with the norm before them and the addition after them on
+// request. The rows between norm and product, and between the products, exist in the kind that the product reads only.
 #include <algorithm>
 
 #include "check_arguments.hpp"
@@ -17,9 +17,11 @@ namespace {
 struct FeedForward {
   Matrix first[2], down;  // with a gate: first[0] is it
   const float *bias[2], *down_bias;
-  int count;  // of first products
-  const ElementwiseOp* op;
+  int count;                      // of first products
+  const ElementwiseOp *op, *add;  // add: null without a residual
   int32_t activation, inner;
+  const float *norm_weight, *norm_bias;
+  float eps;
 };
 
 void check_reads(const Matrix& w, int32_t kind, const char* name) {
@@ -45,6 +47,11 @@ FeedForward checked(const Context& c, const dso_feed_forward& f) {
   for (int i = 0; i < out.count; ++i) check_reads(out.first[i], f.activation, "activation");
   check_reads(out.down, f.inner, "inner");
   out.activation = f.activation, out.inner = f.inner;
+  out.norm_weight = f.norm_weight, out.norm_bias = f.norm_bias, out.eps = f.eps;
+  if (f.norm_weight && !(f.eps >= 0)) fail(DSO_EINVAL, "eps is %g, must not be negative", double(f.eps));
+  if (f.residual && out.down.rows != up.cols)
+    fail(DSO_EINVAL, "down has %d rows, and up %d columns: they must be equal for a residual", out.down.rows, up.cols);
+  out.add = f.residual ? find_elementwise(c.kernels, DSO_OP_ADD) : nullptr;
   return out;
 }
 
@@ -64,19 +71,24 @@ void run(Context& c, const FeedForward& f, const float* x, int64_t T, float* y) 
   Team& team = lease.team();
   const Matrix& up = f.first[0];
   const LinearGrid in = grid_of(up, f.activation, T, team.threads(), 2), out = grid_of(f.down, f.inner, T, team.threads(), 1);
-  const bool converted = f.activation != DSO_SLOT_F32;
+  const bool converted = f.activation != DSO_SLOT_F32, prepared = converted || f.norm_weight;
   const int64_t x_stride = stride_of(f.activation, up.cols), h_stride = stride_of(f.inner, up.rows);
   const int64_t block = in.block_rows * in.block_tiles * kTileRows;  // floats of a task's results
   const int64_t linear_scratch = round_up(int64_t(c.kernels.linear_scratch), 64);
-  const int64_t h_at = round_up(converted ? T * x_stride : 0, 4096), scratch_at = round_up(h_at + T * h_stride, 4096),
-                scratch = round_up(linear_scratch + f.count * 4 * block, 4096);
+  const int64_t h_at = round_up(prepared ? T * x_stride : 0, 4096), scratch_at = round_up(h_at + T * h_stride, 4096),
+                scratch = round_up(std::max(linear_scratch + f.count * 4 * block, int64_t(up.cols) * 4), 4096);
   c.scratch.reserve(scratch_at + scratch * team.threads());
-  uint8_t* const rows = converted ? c.scratch.data() : reinterpret_cast<uint8_t*>(const_cast<float*>(x));
+  uint8_t* const rows = prepared ? c.scratch.data() : reinterpret_cast<uint8_t*>(const_cast<float*>(x));
   uint8_t* const h = c.scratch.data() + h_at;
   const auto memory = [&](int thread) { return c.scratch.data() + scratch_at + thread * scratch; };
 
-  const auto convert_rows = [&](int64_t task, int) {
-    convert_block(c.kernels, f.activation, x, T, up.cols, rows, x_stride, task);
+  const auto prepare_rows = [&](int64_t task, int thread) {
+    if (!f.norm_weight) return convert_block(c.kernels, f.activation, x, T, up.cols, rows, x_stride, task);
+    for (int64_t t = task * kConvertedRows; t < std::min(T, (task + 1) * kConvertedRows); ++t) {
+      float* const normed = reinterpret_cast<float*>(converted ? memory(thread) : rows + t * x_stride);
+      norm_row(c.kernels, x + t * up.cols, f.norm_weight, f.norm_bias, up.cols, f.eps, normed);
+      if (converted) c.kernels.convert(f.activation, normed, 0, up.cols, up.cols, rows + t * x_stride);
+    }
   };
   const auto first = [&](int64_t task, int thread) {
     const int64_t row = in.first_row(task), n = in.end_row(task) - row, tile = in.first_tile(task);
@@ -98,12 +110,15 @@ void run(Context& c, const FeedForward& f, const float* x, int64_t T, float* y) 
     }
   };
   const auto second = [&](int64_t task, int thread) {
-    const int64_t row = out.first_row(task), tile = out.first_tile(task);
-    c.kernels.linear(f.down, f.down_bias, f.inner, h + row * h_stride, h_stride, out.end_row(task) - row, out.prefill, tile,
-                     std::min(tile + out.block_tiles, tile_rows(f.down)), y + row * f.down.rows, 4 * int64_t(f.down.rows),
-                     memory(thread));
+    const int64_t row = out.first_row(task), n = out.end_row(task) - row, tile = out.first_tile(task);
+    const int64_t tile_end = std::min(tile + out.block_tiles, tile_rows(f.down)), width = f.down.rows;
+    c.kernels.linear(f.down, f.down_bias, f.inner, h + row * h_stride, h_stride, n, out.prefill, tile, tile_end,
+                     y + row * width, 4 * width, memory(thread));
+    if (!f.add) return;
+    const int64_t column = tile * kTileRows, columns = std::min(tile_end * kTileRows, width) - column;
+    for (int64_t at = row * width + column, r = 0; r < n; ++r, at += width) f.add->row(y + at, x + at, columns, 0, y + at);
   };
-  Stages stages({{converted ? ceil_div(T, kConvertedRows) : 0, convert_rows}, {in.tasks(), first}, {out.tasks(), second}});
+  Stages stages({{prepared ? ceil_div(T, kConvertedRows) : 0, prepare_rows}, {in.tasks(), first}, {out.tasks(), second}});
   team.run(stages);
   for (int i = 0; i < f.count; ++i) check_intact(f.first[i].data);
   check_intact(f.down.data);

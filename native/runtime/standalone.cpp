@@ -104,6 +104,13 @@ void convert(Context& c, int32_t kind, const float* x, int64_t T, int64_t width,
   });
 }
 
+void norm_row(const Kernels& k, const float* x, const float* weight, const float* bias, int64_t width, float eps, float* y) {
+  if (bias)
+    k.layer_norm(x, weight, bias, width, eps, y);
+  else
+    k.rms_norm(x, weight, width, eps, y);
+}
+
 void norm(Context& c, const float* x, int64_t T, int64_t width, const float* weight, const float* bias, float eps, float* y) {
   if (T < 0 || width < 1 || width > INT32_MAX)
     fail(DSO_EINVAL, "T is %lld and width %lld, must be at least 0 and 1", (long long)T, (long long)width);
@@ -113,33 +120,31 @@ void norm(Context& c, const float* x, int64_t T, int64_t width, const float* wei
   const int64_t rows = std::max<int64_t>(1, kNormed / width);
   parallel(c, ceil_div(T, rows), [&](int64_t block, int) {
     for (int64_t t = block * rows; t < std::min(T, (block + 1) * rows); ++t)
-      if (bias)
-        c.kernels.layer_norm(x + t * width, weight, bias, width, eps, y + t * width);
-      else
-        c.kernels.rms_norm(x + t * width, weight, width, eps, y + t * width);
+      norm_row(c.kernels, x + t * width, weight, bias, width, eps, y + t * width);
   });
 }
 
-void linear(Context& c, const dso_weight& weight, const float* bias, int32_t kind, const float* x, int64_t T, int64_t decode,
-            float* y) {
+void linear(Context& c, const dso_weight& weight, const float* bias, int32_t kind, const float* x, const void* converted,
+            int64_t T, int64_t decode, float* y) {
   const Matrix w = check_matrix(weight, "weight");
   check_activation(w.format, kind);
   if (T < 0) fail(DSO_EINVAL, "T is %lld, must not be negative", (long long)T);
   if (decode < 0 || decode > T)
     fail(DSO_EINVAL, "decode_rows is %lld, must be from 0 to T, %lld", (long long)decode, (long long)T);
   if (T == 0) return;
-  if (!x || !y) fail(DSO_EINVAL, "x or y is NULL");
+  if ((!x && !converted) || !y) fail(DSO_EINVAL, "x or y is NULL");
 
   keep_handler();
   ThreadPool::Lease lease(c.pool);
   Team& team = lease.team();
-  const bool converted = kind != DSO_SLOT_F32;
-  const int64_t x_stride = converted ? row_bytes(kind, w.cols) : 4 * int64_t(w.cols);
-  const int64_t scratch_at = round_up(converted ? T * x_stride : 0, 4096),
+  const bool converts = kind != DSO_SLOT_F32 && !converted;
+  const int64_t x_stride = kind != DSO_SLOT_F32 ? row_bytes(kind, w.cols) : 4 * int64_t(w.cols);
+  const int64_t scratch_at = round_up(converts ? T * x_stride : 0, 4096),
                 scratch = round_up(int64_t(c.kernels.linear_scratch) + 1, 4096);
   c.scratch.reserve(scratch_at + scratch * team.threads());
-  uint8_t* rows = converted ? c.scratch.data()
-                            : reinterpret_cast<uint8_t*>(const_cast<float*>(x));  // in the other case the rows are only read
+  const void* const read = converted ? converted : x;
+  uint8_t* rows =
+      converts ? c.scratch.data() : static_cast<uint8_t*>(const_cast<void*>(read));  // in the other case they are only read
 
   const PhaseGrids grids = cut_by_phase(w, kind, T, decode, team.threads(), matrix_bytes(w));
   auto convert_rows = [&](int64_t block, int) { convert_block(c.kernels, kind, x, T, w.cols, rows, x_stride, block); };
@@ -153,7 +158,7 @@ void linear(Context& c, const dso_weight& weight, const float* bias, int32_t kin
                      c.scratch.data() + scratch_at + thread * scratch);
   };
   Stages stages(
-      {{converted ? ceil_div(T, kConvertedRows) : 0, convert_rows}, {grids.grid[0].tasks() + grids.grid[1].tasks(), product}});
+      {{converts ? ceil_div(T, kConvertedRows) : 0, convert_rows}, {grids.grid[0].tasks() + grids.grid[1].tasks(), product}});
   team.run(stages);
   check_intact(weight.data);
 }

@@ -170,6 +170,7 @@ class DeepSeekConfig(QuantizationConfigMixin):
         backend: "cpu" (native), "reference" (plain torch), the name of a backend registered by another package (see
             `backends/registry.py`), or "auto": the best one that can run on the model's device.
         activation: format of activations in integer products: "int8", "int16", or "auto": the one that the weight format needs.
+            With "int8", attention of models without a plan multiplies in bf16.
         batch_invariant: use one kernel family for prefill and decode, so that results do not depend, bit for bit, on chunking
             or recomputation.
         prefill_chunk: maximum number of tokens in one prefill step; limits the size of the plan's buffers.

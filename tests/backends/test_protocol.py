@@ -13,11 +13,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import deepseek_optimizer
 from deepseek_optimizer.backends import registry
 from deepseek_optimizer.backends.base import DECODE, PHASES, PREFILL, CompileOptions, check_supported
 from deepseek_optimizer.backends.reference import ReferenceBackend
+from deepseek_optimizer.backends.reference.dense_attention import attend
+from deepseek_optimizer.backends.reference.ops import FUNCTIONS
 from deepseek_optimizer.backends.reference.plan import choose_on_device
 from deepseek_optimizer.backends.sampling import GREEDY, NOT_FINITE, TokenChoice, choose_tokens
 from deepseek_optimizer.errors import BackendError
@@ -183,6 +186,100 @@ def test_products_of_packed_matrices(backend, format_name, order):
     made = backend.linear_gradient(grad, matrix)
     assert made.dtype == torch.float32
     assert_close_rows(made.double(), grad.double() @ dense.double(), 1e-5)
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 13, 70])
+@pytest.mark.parametrize(("op", "count"), [("relu", 1), ("gelu", 1), ("gelu_erf", 1), ("geglu", 2), ("swiglu", 2)])
+def test_feed_forward_blocks(backend, op, count, rows):
+    width, inner, out = 72, 50, 33
+    able = backend.capabilities
+    for format_name in {"fp32", "int8"} & set(able.weight_formats):
+        shapes = [(inner, width)] * count + [(out, inner)]
+        pairs = [
+            (PackedMatrix(format_name, *shape, backend.pack(random(*shape, seed=i), format_name)), random(shape[0], seed=9))
+            for i, shape in enumerate(shapes)
+        ]
+        first, down = [(w, bias if i else None) for i, (w, bias) in enumerate(pairs[:-1])], pairs[-1]
+        x = random(2, rows, width, seed=7)
+        hidden = FUNCTIONS[op](*(F.linear(x.double(), unpack(w).double(), _wide(bias)) for w, bias in first))
+        exact = F.linear(hidden, unpack(down[0]).double(), _wide(down[1]))
+        for activation in able.activations:
+            made = backend.feed_forward(x, first, op, down, CompileOptions(activation))
+            assert made.dtype == torch.float32 and made.shape == (2, rows, out)
+            coarse = format_name != "fp32" and activation == "int8"
+            if rows:
+                bound = FORMAT_TOLERANCE["int4" if coarse else format_name]
+                assert_close_rows(made.flatten(0, 1).double(), exact.flatten(0, 1), bound)
+
+
+@pytest.mark.parametrize("rows", [1, 70])
+@pytest.mark.parametrize("biased", [False, True], ids=["rms", "layer"])
+def test_feed_forward_blocks_with_what_is_around_them(backend, biased, rows):
+    shapes = (40, 72), (72, 40)
+    up, down = (
+        (PackedMatrix("fp32", *shape, backend.pack(random(*shape, seed=i), "fp32")), None) for i, shape in enumerate(shapes)
+    )
+    x, weight, bias = random(2, rows, 72, seed=7), random(72, seed=8), random(72, seed=9) if biased else None
+    for norm in (None, (weight, bias, 1e-5)):
+        rows_read = x if norm is None else backend.norm(x, *norm)
+        exact = F.linear(F.relu(F.linear(rows_read.double(), unpack(up[0]).double())), unpack(down[0]).double())
+        for residual in (False, True):
+            made = backend.feed_forward(x, [up], "relu", down, norm=norm, residual=residual)
+            expected = exact + x.double() if residual else exact
+            assert_close_rows(made.flatten(0, 1).double(), expected.flatten(0, 1), 1e-5)
+
+
+def _wide(bias):
+    return None if bias is None else bias.double()
+
+
+@pytest.mark.parametrize("shape", [(0, 16), (1, 7), (3, 5, 100), (300, 768)])
+def test_norms(backend, shape):
+    x, weight, bias = random(*shape), random(shape[-1], seed=1), random(shape[-1], seed=2)
+    exact = F.layer_norm(x.double(), shape[-1:], weight.double(), bias.double(), 1e-5)
+    torch.testing.assert_close(backend.norm(x, weight, bias, 1e-5).double(), exact, rtol=1e-5, atol=1e-5)
+    exact = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 1e-6) * weight.double()
+    torch.testing.assert_close(backend.norm(x, weight, None, 1e-6).double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "bool", "numbers"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("queries", "keys", "widths"), [(1, 1, (16, 16)), (1, 130, (20, 7)), (5, 33, (64, 64)), (70, 150, (8, 80)), (0, 3, (4, 4))]
+)
+def test_attention_over_tensors(backend, mask, dtype, queries, keys, widths):
+    """Against the formula in float64, for masks of each kind with queries that see nothing, and layouts of projections."""
+    q, k, v = (
+        random(2, tokens, heads, width, seed=i).to(dtype).transpose(1, 2)
+        for i, (tokens, heads, width) in enumerate(((queries, 6, widths[0]), (keys, 2, widths[0]), (keys, 2, widths[1])))
+    )
+    given = None
+    if mask == "bool":
+        given = random(2, 1, queries, keys, seed=4) > -0.5
+        given[:, :, :1] = False
+    elif mask == "numbers":
+        given = random(1, 6, queries, keys, seed=4).to(dtype)
+        given[:, :3, :1], given[:, 3:, :1] = -torch.inf, torch.finfo(dtype).min
+    causal, options = mask == "causal", CompileOptions("int8" if "int8" in backend.capabilities.activations else "auto")
+    made = backend.attend(q, k, v, 0.3, given, causal=causal)
+    wide = None if given is None else given.double() if mask == "numbers" else given
+    rounded = backend.attend(q, k, v, 0.3, given, causal=causal, options=options)
+    exact = attend(q.double(), k.double(), v.double(), 0.3, wide, causal=causal)
+    assert made.dtype == dtype and made.shape == exact.shape == (2, 6, queries, widths[1])
+    if queries:
+        bound = 2e-5 if dtype == torch.float32 else 2**-7
+        scale = max(1.0, float(exact.abs().max()))
+        assert (made.double() - exact).abs().max() <= bound * scale
+        assert rounded.dtype == dtype and (rounded.double() - exact).abs().max() <= 2**-6 * scale
+        shown = {"bool": 0.0, "numbers": 0.0, "none": None, "causal": None}[mask]
+        assert shown is None or bool((made[:, :3, 0] == shown).all())
+        if mask == "numbers":
+            mean = v[:, 1:].double().mean(2).expand(2, 3, -1)
+            torch.testing.assert_close(made[:, 3:, 0].double(), mean, rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-2)
 
 
 def logits_with_ties() -> torch.Tensor:

@@ -6,6 +6,11 @@
 namespace dso::DSO_ISA_NAMESPACE {
 namespace {
 
+// Numbers of a mask in units of log 2. Finite ones stay finite: where the mask hides all keys of a query by the lowest number
+// of its type, their logits are equal, and the result is the mean of the values, as that of torch.
+constexpr float lowest_logit = -__FLT_MAX__;
+DSO_INLINE F mask_logits(F x) { return less(x, set(lowest_logit), x, max(set(lowest_logit), mul(x, set(log2e)))); }
+
 struct DenseRoom {
   float *q, *s, *o;  // a query times the scale, its logits, its result; each padded to whole vectors
   int64_t bytes;
@@ -49,7 +54,7 @@ static void dense_mask(const DenseAttnTask& t, int64_t query, float* s) {
     const int64_t n = least(16, t.keys - i);
     F x = load(s + i, n);
     if (t.mask_type == DSO_MASK_NUMBERS) {
-      x = fma(read16((const Number*)t.mask + query * t.mask_query + i, n), set(log2e), x);
+      x = add(x, mask_logits(read16((const Number*)t.mask + query * t.mask_query + i, n)));
     } else {
       uint8_t some[16] = {};
       memcpy(some, (const uint8_t*)t.mask + query * t.mask_query + i, (size_t)n);

@@ -1,6 +1,7 @@
 // Attention of many queries over keys and values in ordinary tensors: the forward kernel of training, with as many keys as
-// there are, and with the mask of the task. Products of bf16 tensors are those of training in bf16.
+// there are, and with the mask of the task. Products of bf16 tensors, and of rounded ones, are those of training in bf16.
 #pragma once
+#include "dense_attention.hpp"
 #include "train_attention_forward.hpp"
 
 namespace dso::DSO_ISA_NAMESPACE {
@@ -23,7 +24,7 @@ struct TurnedMask {
       for (int64_t c = 0; c < keys; c += 16) {
         const int64_t n = least(16, keys - c);
         if (t.mask_type == DSO_MASK_NUMBERS) {
-          store(to + c, mul(read16((const Number*)t.mask + at + c, n), set(log2e)));
+          store(to + c, mask_logits(read16((const Number*)t.mask + at + c, n)));
         } else {
           uint8_t some[16] = {};
           memcpy(some, (const uint8_t*)t.mask + at + c, (size_t)n);
@@ -92,7 +93,7 @@ static void dense_blocks(const DenseAttnTask& t, uint8_t* memory) {
     pack_rows<Number, pairs>((const Number*)t.q + query * t.q_token, t.q_token, count, t.qk_width, r.rows);
     pack_columns<pairs>(r.rows, count, t.qk_width, r.q);
     for (int64_t n = 0; n < attn_block; n += 16) {
-      store(r.m + n, set(-3e38f));  // as in attn_forward
+      store(r.m + n, set(lowest_logit));  // as in attn_forward, and no higher than any finite logit
       store(r.l + n, zero());
     }
     memset(r.o, 0, (size_t)(padded(t.v_width) * attn_block) * 4);

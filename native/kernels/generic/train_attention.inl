@@ -30,11 +30,13 @@ void backward(const TrainAttnTask& t, uint8_t* scratch) {
 }
 int64_t dense_scratch(const DenseAttnTask& t) {
   if (t.queries <= dense_attn_rows) return DenseRoom(t, nullptr).bytes;
-  return t.type == DSO_TYPE_BF16 ? dense_blocks_scratch<NarrowProduct>(t) : dense_blocks_scratch<WideProduct>(t);
+  return t.type == DSO_TYPE_BF16 || t.rounded ? dense_blocks_scratch<NarrowProduct>(t) : dense_blocks_scratch<WideProduct>(t);
 }
 void dense(const DenseAttnTask& t, uint8_t* scratch) {
-  if (t.queries > dense_attn_rows)
-    t.type == DSO_TYPE_BF16 ? dense_blocks<uint16_t, NarrowProduct>(t, scratch) : dense_blocks<float, WideProduct>(t, scratch);
+  if (t.queries > dense_attn_rows && t.type == DSO_TYPE_BF16)
+    dense_blocks<uint16_t, NarrowProduct>(t, scratch);
+  else if (t.queries > dense_attn_rows)
+    t.rounded ? dense_blocks<float, NarrowProduct>(t, scratch) : dense_blocks<float, WideProduct>(t, scratch);
   else if (t.type == DSO_TYPE_BF16)
     dense_attention<uint16_t>(t, scratch);
   else

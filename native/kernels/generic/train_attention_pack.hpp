@@ -44,7 +44,9 @@ template <class Number, bool pairs>
 static void pack_rows(const Number* from, int64_t stride, int64_t count, int64_t width, Word* rows) {
   const int64_t wide = padded(width), line = wide / word<pairs>;
   for (int64_t t = 0; t < count; ++t, from += stride, rows += line) {
-    if constexpr (pairs || sizeof(Number) == 4) {
+    if constexpr (pairs && sizeof(Number) == 4) {
+      for (int64_t c = 0; c < wide; c += 16) store_bf16((uint16_t*)rows + c, c < width ? read16(from + c, width - c) : zero());
+    } else if constexpr (pairs || sizeof(Number) == 4) {
       memcpy(rows, from, (size_t)width * sizeof(Number));
       memset((char*)rows + width * sizeof(Number), 0, (size_t)(wide - width) * sizeof(Number));
     } else {

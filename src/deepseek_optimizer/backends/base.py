@@ -52,6 +52,8 @@ class Capabilities:
         training: whether there are native training operations in addition to `linear` and `linear_gradient` (`train/ops/`).
         adapters: whether plans support low-rank adapters (`new_adapters`).
         decode_calls: whether `Plan.decode` runs several steps and chooses tokens natively, so that it is faster than `run`.
+        dense_operations: whether `feed_forward`, `norm` and `attend` are faster than the operations of torch that they replace
+            in models without a plan.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Capabilities:
     training: bool = False
     adapters: bool = False
     decode_calls: bool = False
+    dense_operations: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ class CompileOptions:
 
 
 DEFAULTS = CompileOptions()
+Norm = tuple["torch.Tensor", "torch.Tensor | None", float]  # weight, bias and epsilon of `Backend.norm`
 
 
 @dataclass
@@ -454,6 +458,57 @@ class Backend(Sizes, Protocol):
 
     def linear_gradient(self, grad: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
         """grad [..., N] @ W as float32 [..., K]: the gradient of `linear` with respect to x."""
+
+    def feed_forward(
+        self,
+        x: torch.Tensor,
+        first: Sequence[tuple[PackedMatrix, torch.Tensor | None]],
+        op: str,
+        down: tuple[PackedMatrix, torch.Tensor | None],
+        options: CompileOptions = DEFAULTS,
+        *,
+        norm: Norm | None = None,
+        residual: bool = False,
+    ) -> torch.Tensor:
+        """op(x W_1^T + b_1, ..) W^T + b as float32 [..., M]; without a gradient.
+
+        Args:
+            x: [..., K].
+            first: matrix [N, K] and bias of each product that the op reads: one, or gate and up.
+            op: an element-wise op of graphs.
+            down: matrix [M, N] and bias of the product of its result.
+            options: as in `compile`.
+            norm: arguments of the method `norm`, whose result takes the place of x in the products; x is float32 then.
+            residual: whether x, which is float32 and has M columns, is added to the result.
+        """
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+        """Layer norm of x [..., N] with weight and bias [N], or RMS norm without a bias; all float32, without a gradient."""
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        mask: torch.Tensor | None = None,
+        *,
+        causal: bool = False,
+        options: CompileOptions = DEFAULTS,
+    ) -> torch.Tensor:
+        """softmax(scale q k^T + mask) v of q [B, H, S, D], k [B, Hkv, T, D], v [B, Hkv, T, Dv] -> [B, H, S, Dv]; all float32 or
+        all bfloat16, with contiguous last dimensions, without a gradient. Query head h uses kv head h // (H / Hkv).
+
+        Args:
+            scale: factor of the scores.
+            mask: [.., T], broadcastable to [B, H, S, T]: bool, False hides a key; or of q's dtype, added to the scores. A query
+                whose keys are all hidden (False or -inf) gets zeros.
+            causal: without a mask, query i of S sees keys up to i + T - S only.
+            options: as in `compile`. With activations of 8 bits, products may be as precise as those of bfloat16.
+
+        Raises:
+            ValueError: a tensor has another shape, dtype or layout.
+        """
 
     @property
     def maps_files(self) -> bool:

@@ -42,7 +42,10 @@ def mask_of(kind, shape, dtype, generator):
         hidden[0, 0, 0] = True  # a query that sees nothing
         return ~hidden
     bias = torch.randn(1, heads, queries, keys, generator=generator).to(dtype)
-    return bias.masked_fill(hidden & (torch.arange(keys) > 0), torch.finfo(dtype).min)
+    bias = bias.masked_fill(hidden & (torch.arange(keys) > 0), torch.finfo(dtype).min)
+    bias[0, 0, 0] = torch.finfo(dtype).min  # a query that sees all keys equally
+    bias[0, 0, -1] = bias[0, 0, -1] if queries == 1 else -torch.inf
+    return bias
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -79,10 +82,21 @@ def test_equals_float64(isa, dtype, mask, seed):
 
 
 def test_the_default_context_is_found_without_reading_limits_again(monkeypatch):
-    """Attention outside plans asks for it in every layer."""
+    """Operations of training ask for it at each call."""
     first = shared_context(None, None)
     monkeypatch.setattr(native, "library", lambda: pytest.fail("the library was called"))
     assert shared_context(None, None) is first
+
+
+@pytest.mark.parametrize("queries", [8, 9, 150])
+def test_rounded_products(isa, queries):
+    """Products of fp32 tensors in bf16 have its errors, and only with many queries."""
+    q, k, v = (torch.randn(2, 3, n, 40, generator=torch.Generator().manual_seed(n)) for n in (queries, 130, 131))
+    context, v = shared_context(isa, 2), v[:, :, :130]
+    exact, rounded = (attend(context, q, k, v, 0.2, rounded=kind) for kind in (False, True))
+    error = float((rounded - exact).abs().max())
+    assert error <= 2**-6 * float(exact.abs().max())
+    assert (error > 1e-4) is (queries > 8 and context.isa in ("avx512-bf16", "amx", "amx-emulated"))
 
 
 @pytest.mark.parametrize("queries", [1, 100])

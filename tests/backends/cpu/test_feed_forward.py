@@ -42,6 +42,21 @@ def test_equals_products_and_op(isa, op, gated, format, activation, rows):
     assert error <= (1e-5 if format in ("fp32",) else 0.02) * result.abs().max()  # the op differs in its last bits
 
 
+@pytest.mark.parametrize("format", ["int8", "bf16", "fp32"])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("rows", [1, 7, 300])
+def test_norm_and_addition_in_the_same_call(isa, rows, biased, format):
+    cpu = CpuBackend(isa, 2)
+    width, inner = 210, 72
+    up, down = (matrix(cpu, inner, width, format, 1), None), (matrix(cpu, width, inner, format, 2), random(width, seed=3))
+    x, norm = random(rows, width, seed=4), (random(width, seed=5), random(width, seed=6) if biased else None, 1e-6)
+    block = cpu.feed_forward(cpu.norm(x, *norm), [up], "gelu", down)
+    assert torch.equal(cpu.feed_forward(x, [up], "gelu", down, norm=norm), block)
+    assert torch.equal(cpu.feed_forward(x, [up], "gelu", down, norm=norm, residual=True), x + block)
+    plain = cpu.feed_forward(x, [up], "gelu", down)
+    assert torch.equal(cpu.feed_forward(x, [up], "gelu", down, residual=True), x + plain)
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_shapes_and_threads(threads):
     cpu = CpuBackend(threads=threads)
@@ -64,6 +79,12 @@ def test_refused():
     ):
         with pytest.raises(ValueError, match=message):
             cpu.feed_forward(random(2, 32), first, op, second)
+    with pytest.raises(ValueError, match="down has 16 rows, and up 32 columns"):
+        cpu.feed_forward(random(2, 32), [(up, None)], "relu", (down, None), residual=True)
+    with pytest.raises(ValueError, match="eps is -1"):
+        cpu.feed_forward(random(2, 32), [(up, None)], "relu", (down, None), norm=(random(32), None, -1.0))
+    with pytest.raises(ValueError, match="weight must be"):
+        cpu.feed_forward(random(2, 32), [(up, None)], "relu", (down, None), norm=(random(31), None, 1e-6))
 
 
 @pytest.mark.parametrize("shape", [(1, 16), (3, 5, 100), (700, 768)])

@@ -14,9 +14,9 @@ from ...graph.ir import Graph
 from ...quant.packed import PackedMatrix, PackedWeight
 from ...system.memory import FreeMemory, free_memory
 from ...system.threads import one_torch_thread
-from ..base import DEFAULTS, PHASES, Capabilities, CompileOptions
+from ..base import DEFAULTS, PHASES, Capabilities, CompileOptions, Norm
 from ..registry import BackendSettings, BackendSpec
-from . import native, packer
+from . import dense_attention, native, packer
 from .adapters import CpuAdapters
 from .compile import ACTIVATIONS, compile_graph, row_kind
 from .environment import forced_isa, forced_threads
@@ -91,6 +91,7 @@ class CpuBackend(CpuSizes):
             training=True,
             adapters=True,
             decode_calls=True,
+            dense_operations=True,
         )
 
     @property
@@ -123,6 +124,7 @@ class CpuBackend(CpuSizes):
             with one_torch_thread():
                 yield
         finally:
+            self.context.kept_rows.clear()
             self.context.outputs.trim()
 
     def pack(
@@ -166,14 +168,33 @@ class CpuBackend(CpuSizes):
         op: str,
         down: tuple[PackedMatrix, torch.Tensor | None],
         options: CompileOptions = DEFAULTS,
+        *,
+        norm: Norm | None = None,
+        residual: bool = False,
     ) -> torch.Tensor:
         """See `packer.feed_forward`."""
         kinds = [row_kind(matrix.format, options.activation) for matrix, _ in (*first, down)]
-        return packer.feed_forward(self.context, x, first, op, down, activation=kinds[0], inner=kinds[-1])
+        kept: Any = {"activation": kinds[0], "inner": kinds[-1], "norm": norm, "residual": residual}
+        return packer.feed_forward(self.context, x, first, op, down, **kept)
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
         """See `packer.norm`."""
         return packer.norm(self.context, x, weight, bias, eps)
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        mask: torch.Tensor | None = None,
+        *,
+        causal: bool = False,
+        options: CompileOptions = DEFAULTS,
+    ) -> torch.Tensor:
+        """See `dense_attention.attend`."""
+        rounded = options.activation == "int8"
+        return dense_attention.attend(self.context, q, k, v, scale, mask, causal=causal, rounded=rounded)
 
     def linear_gradient(self, grad: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
         """See `packer.linear_gradient`."""

@@ -2,9 +2,9 @@
 
     o = softmax(scale q k^T + mask) v
 
-in fp32; of bf16 tensors with more than a few queries, the products are those of bf16. In decoding, torch's kernels for scaled
-dot-product attention take several times as long as reading keys and values does. In prompts they run on one thread, since
-torch's threads would compete with the backend's.
+in fp32; with more than a few queries, products of bf16 tensors, and of those that may be rounded, are those of bf16. In
+decoding, torch's kernels for scaled dot-product attention take several times as long as reading keys and values does. In
+prompts they run on one thread, since torch's threads would compete with the backend's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from .buffers import strided
 from .native import Context, DenseAttention, DenseHeads
 from .native_train import TYPES
 
-DTYPES = (torch.float32, torch.bfloat16)
 _MASK_BYTES, _MASK_NUMBERS, _MASK_CAUSAL = 1, 2, 3  # DSO_MASK_*
 
 
@@ -30,19 +29,12 @@ def attend(
     mask: torch.Tensor | None = None,
     *,
     causal: bool = False,
+    rounded: bool = False,
 ) -> torch.Tensor:
-    """q [B, H, S, D], k [B, Hkv, T, D], v [B, Hkv, T, Dv] -> [B, H, S, Dv], all of one dtype in `DTYPES`, on the CPU, with
-    contiguous last dimensions; query head h uses kv head h // (H / Hkv).
+    """`Backend.attend` on the threads of `context`.
 
     Args:
-        context: whose threads compute.
-        scale: factor of the scores.
-        mask: broadcastable to [B, H, S, T]: bool, False hides a key; or of q's dtype, added to the scores. A query whose keys
-            are all hidden gets zeros.
-        causal: without a mask, query i of S sees keys up to i + T - S only.
-
-    Raises:
-        ValueError: a tensor has another shape, dtype or layout.
+        rounded: whether products of fp32 tensors may be those of bf16.
     """
     batch, heads, queries, width = q.shape
     kv_heads, keys, v_width = v.shape[1:]
@@ -50,7 +42,7 @@ def attend(
     out = context.outputs.empty((batch, queries, heads, v_width), q.dtype, short_lived=True).transpose(1, 2)
     task = DenseAttention(
         type=TYPES[str(q.dtype).removeprefix("torch.")], batch=batch, heads=heads, kv_heads=kv_heads, queries=queries,
-        keys=keys, qk_width=width, v_width=v_width, scale=scale,
+        keys=keys, qk_width=width, v_width=v_width, scale=scale, rounded=rounded,
         q=_heads(q, "q", q.dtype, (batch, heads, queries, width)), k=_heads(k, "k", q.dtype, (batch, kv_heads, keys, width)),
         v=_heads(v, "v", q.dtype, (batch, kv_heads, keys, v_width)), o=_heads(out, "o", q.dtype, tuple(out.shape)),
     )  # fmt: skip

@@ -18,6 +18,7 @@ from ...errors import BackendError, CheckpointChangedError, NotEnoughMemoryError
 from ...graph.ir import CacheSpec, LatentSpec, RowsSpec, StateSpec
 from . import native_train
 from .buffers import Outputs, checking
+from .kept_rows import KeptRows
 
 ABI_VERSION = 15
 BLOCK_TOKENS = 32
@@ -132,7 +133,7 @@ class DenseAttention(C.Structure):
     _fields_ = [
         ("type", I32), ("mask_type", I32),
         *((n, I64) for n in ("batch", "heads", "kv_heads", "queries", "keys", "qk_width", "v_width")),
-        *((n, DenseHeads) for n in ("q", "k", "v", "o", "mask")), ("scale", C.c_float), ("reserved", I32),
+        *((n, DenseHeads) for n in ("q", "k", "v", "o", "mask")), ("scale", C.c_float), ("rounded", I32),
     ]  # fmt: skip
 
 
@@ -141,7 +142,8 @@ class FeedForward(C.Structure):
 
     _fields_ = [
         *((n, C.POINTER(Weight)) for n in ("gate", "up", "down")), *((n, PTR) for n in ("gate_bias", "up_bias", "down_bias")),
-        *((n, I32) for n in ("op", "activation", "inner", "reserved")),
+        *((n, PTR) for n in ("norm_weight", "norm_bias")), *((n, I32) for n in ("op", "activation", "inner", "residual")),
+        ("eps", C.c_float), ("reserved", I32),
     ]  # fmt: skip
 
 
@@ -176,6 +178,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "dso_pack_fp8": (I32, [PTR, PTR, PTR, I64, I64, I64, PTR]),
     "dso_unpack": (I32, [PTR, PTR, I64, I64, PTR]),
     "dso_linear": (I32, [PTR, PTR, PTR, I32, PTR, I64, I64, PTR]),
+    "dso_linear_rows": (I32, [PTR, PTR, PTR, I32, PTR, I64, I64, PTR]),
     "dso_run_feed_forward": (I32, [PTR, PTR, PTR, I64, PTR]),
     "dso_norm": (I32, [PTR, PTR, I64, I64, PTR, PTR, C.c_float, PTR]),
     "dso_row_bytes": (I64, [I32, I64]),
@@ -318,6 +321,7 @@ class Context:
         name = isa.encode() if isa else None
         self.handle = Handle(self.lib.dso_context_create, self.lib.dso_context_destroy, name, threads or 0)
         self.outputs = Outputs(checking())
+        self.kept_rows = KeptRows()
         if self.outputs.checked:
             check(self.lib.dso_context_set_checked(self.handle, 1))
 
@@ -366,7 +370,7 @@ def shared_context(isa: str | None, threads: int | None) -> Context:
 
 @functools.cache
 def _default_threads() -> int:
-    """Read once: the limits are in many files, and attention outside plans asks for its context in every layer."""
+    """Read once: the limits are in many files, and operations of training ask for their context at each call."""
     return number(library().dso_default_threads())
 
 

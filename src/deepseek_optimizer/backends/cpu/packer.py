@@ -14,8 +14,9 @@ from ...quant.blocks import BlockFormat
 from ...quant.packed import PackedMatrix, PackedStack
 from ...quant.search import check_importance
 from ...quant.tiles import empty_tiles, panels, tile_counts
+from ..base import Norm
 from .buffers import address, optional, strided
-from .native import FORMATS, SLOT_KINDS, Context, FeedForward, Weight
+from .native import FORMATS, SLOT_KINDS, Context, FeedForward, Weight, number
 from .native_train import ADD, EXACT, PRODUCT_FORMS, TYPES, Matrix
 
 _SOURCES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}  # uint8: ggml blocks
@@ -143,13 +144,30 @@ def linear(
     out = context.outputs.empty((rows, matrix.rows), f32, short_lived=True)
     bias32 = None if bias is None else bias.detach().float().contiguous()
     added = optional(bias32, "bias", f32, (matrix.rows,))
-    if rows:
+    target = address(out, "out", f32, (rows, matrix.rows))
+    kept = None if kind == "f32" else context.kept_rows.of(x, kind, lambda: _converted(context, flat, kind))
+    if kept is not None:
+        context.call(
+            "dso_linear_rows", context.handle, C.byref(weight_struct(matrix)), added, SLOT_KINDS[kind],
+            address(kept, "rows", torch.uint8, tuple(kept.shape)), rows, decode_rows, target, out=out,
+        )  # fmt: skip
+    elif rows:
         context.call(
             "dso_linear", context.handle, C.byref(weight_struct(matrix)), added, SLOT_KINDS[kind],
-            address(flat, "x", f32, (rows, matrix.cols)), rows, decode_rows, address(out, "out", f32, (rows, matrix.rows)),
-            out=out,
+            address(flat, "x", f32, (rows, matrix.cols)), rows, decode_rows, target, out=out,
         )  # fmt: skip
     return out.reshape(*x.shape[:-1], matrix.rows)
+
+
+def _converted(context: Context, x: torch.Tensor, kind: str) -> torch.Tensor:
+    """The rows of x [T, width] in this kind."""
+    rows, width = x.shape
+    out = context.outputs.empty(
+        (rows, number(context.lib.dso_row_bytes(SLOT_KINDS[kind], width))), torch.uint8, short_lived=True
+    )
+    source, target = address(x, "x", torch.float32, (rows, width)), address(out, "rows", torch.uint8, tuple(out.shape))
+    context.call("dso_convert", context.handle, SLOT_KINDS[kind], source, rows, width, target, rows=out)
+    return out
 
 
 def feed_forward(
@@ -161,8 +179,10 @@ def feed_forward(
     *,
     activation: str,
     inner: str,
+    norm: Norm | None = None,
+    residual: bool = False,
 ) -> torch.Tensor:
-    """op(x W_1^T + b_1, ..) W^T + b as float32, bitwise equal to `linear`, the op and `linear`.
+    """`Backend.feed_forward`, bitwise equal to `norm`, `linear`, the op, `linear` and an addition one after the other.
 
     Args:
         first: matrix and bias of each product that the op reads: one, or gate and up.
@@ -178,10 +198,12 @@ def feed_forward(
     biases = [None if bias is None else bias.detach().float().contiguous() for _, bias in (*first, down)]
     places = [optional(bias, "bias", f32, (matrix.rows,)) for bias, (matrix, _) in zip(biases, (*first, down), strict=True)]
     weights = [C.pointer(weight_struct(matrix)) for matrix, _ in (*first, down)]
+    weight, shift, eps = norm or (None, None, 0.0)
     call = FeedForward(
         gate=weights[0] if gate else None, up=weights[-2], down=weights[-1], gate_bias=places[0] if gate else None,
         up_bias=places[-2], down_bias=places[-1], op=OPS[op].code, activation=SLOT_KINDS[activation],
-        inner=SLOT_KINDS[inner],
+        inner=SLOT_KINDS[inner], residual=residual, eps=eps, norm_weight=optional(weight, "weight", f32, (up[0].cols,)),
+        norm_bias=optional(shift, "bias", f32, (up[0].cols,)),
     )  # fmt: skip
     if rows:
         context.call(
@@ -195,13 +217,16 @@ def norm(context: Context, x: torch.Tensor, weight: torch.Tensor, bias: torch.Te
     """Layer norm of x [..., N] with weight and bias [N], or RMS norm without a bias; all float32."""
     f32, width = torch.float32, x.shape[-1]
     flat = x.detach().reshape(-1, width).contiguous()
-    out = context.outputs.empty(flat.shape, f32, short_lived=True)
+    with torch.inference_mode(False):  # where tensors have a version
+        out = context.outputs.empty(flat.shape, f32, short_lived=True)
+        result = out.view(x.shape)
     context.call(
         "dso_norm", context.handle, address(flat, "x", f32, tuple(flat.shape)), flat.shape[0], width,
         address(weight, "weight", f32, (width,)), optional(bias, "bias", f32, (width,)), eps,
         address(out, "out", f32, tuple(flat.shape)), out=out,
     )  # fmt: skip
-    return out.view(x.shape)
+    context.kept_rows.expect(result)
+    return result
 
 
 def linear_gradient(context: Context, grad: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -15,8 +15,10 @@ from ...graph.validate import check_graph
 from ...quant import FORMATS, products, reference_packer
 from ...quant.packed import PackedMatrix, PackedStack, PackedWeight
 from ...system.memory import FreeMemory, device_memory
-from ..base import DEFAULTS, PHASES, Capabilities, CompileOptions, FileMapping
+from ..base import DEFAULTS, PHASES, Capabilities, CompileOptions, FileMapping, Norm
 from .adapters import ReferenceAdapters
+from .dense_attention import attend
+from .ops import FUNCTIONS, layer_norm, rms_norm
 from .plan import ReferencePlan, value_bytes
 from .scaled_rows import DTYPES
 from .states import state_bytes
@@ -141,6 +143,37 @@ class ReferenceBackend(ReferenceSizes):
 
     def linear_gradient(self, grad: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
         return products.linear_gradient(grad, matrix)
+
+    def feed_forward(
+        self,
+        x: torch.Tensor,
+        first: Sequence[tuple[PackedMatrix, torch.Tensor | None]],
+        op: str,
+        down: tuple[PackedMatrix, torch.Tensor | None],
+        options: CompileOptions = DEFAULTS,
+        *,
+        norm: Norm | None = None,
+        residual: bool = False,
+    ) -> torch.Tensor:
+        rows = x if norm is None else self.norm(x, *norm)
+        result = self.linear(FUNCTIONS[op](*(self.linear(rows, *one, options) for one in first)), *down, options)
+        return x + result if residual else result
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+        return rms_norm(x, weight, eps) if bias is None else layer_norm(x, weight, bias, eps)
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        mask: torch.Tensor | None = None,
+        *,
+        causal: bool = False,
+        options: CompileOptions = DEFAULTS,
+    ) -> torch.Tensor:
+        return attend(q, k, v, scale, mask, causal=causal)
 
     def map_file(self, fd: int, size: int, modified_ns: int, path: Path) -> FileMapping:
         raise BackendError(f"the reference backend cannot map {path}, since it cannot detect changes; read it into memory")

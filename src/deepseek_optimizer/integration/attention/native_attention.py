@@ -1,19 +1,35 @@
-"""Attention for models without a plan: Transformers' `sdpa`, computed by the native library.
+"""Attention for models without a plan: Transformers' `sdpa`, computed by the model's backend.
 
-Training, other dtypes and devices, and arguments that only `sdpa` knows are computed by `sdpa` itself; masks are the same for
-both.
+A model's methods say which backend that is (`attention_of`), for the thread that runs them. Outside of them, as when a part of
+the model is called alone, `sdpa` itself computes attention. So it does in training, for other dtypes and devices, and for
+arguments that only `sdpa` knows; masks are the same for both.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
 
-from ...backends.cpu.dense_attention import DTYPES, attend
-from ...backends.cpu.environment import forced_threads
-from ...backends.cpu.native import shared_context, unavailable_reason
+from ...backends.base import DEFAULTS, Backend, CompileOptions
 from .transformers_sdpa import create_position_bias_mask, sdpa_attention_forward
+
+_DTYPES = (torch.float32, torch.bfloat16)  # of `Backend.attend`
+_attend: ContextVar[Callable[..., torch.Tensor] | None] = ContextVar("dso_attention", default=None)
+
+
+@contextmanager
+def attention_of(backend: Backend, options: CompileOptions = DEFAULTS) -> Iterator[None]:
+    """Lets a backend compute the attention of this thread's models that call `native_attention`, if it is fast at that."""
+    token = _attend.set(partial(backend.attend, options=options) if backend.capabilities.dense_operations else None)
+    try:
+        yield
+    finally:
+        _attend.reset(token)
 
 
 def native_attention(
@@ -38,7 +54,9 @@ def native_attention(
     """
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     hides = causal and attention_mask is None and query.shape[2] > 1  # keys after a query's own, counted from the first key
-    if (hides and query.shape[2] != key.shape[2]) or not _supported(query, key, value, attention_mask, position_bias, dropout):
+    partly = hides and query.shape[2] != key.shape[2]
+    attend = None if torch.compiler.is_compiling() else _attend.get()
+    if attend is None or partly or not _supported(query, key, value, attention_mask, position_bias, dropout):
         result: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal,
             **({} if position_bias is None else {"position_bias": position_bias}), **kwargs,
@@ -52,8 +70,7 @@ def native_attention(
         mask = mask[..., : key.shape[2]]
         if mask.shape[-1] != 1 and mask.stride(-1) != 1:
             mask = mask.contiguous()
-    context = shared_context(None, forced_threads())
-    out = attend(context, _dense(query), _dense(key), _dense(value), scale, mask, causal=hides)
+    out = attend(_dense(query), _dense(key), _dense(value), scale, mask, causal=hides)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -62,17 +79,15 @@ def _dense(x: torch.Tensor) -> torch.Tensor:
 
 
 def _supported(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, bias: Any, dropout: float) -> bool:
-    """Whether the native library computes what `sdpa` would."""
+    """Whether `Backend.attend` computes what `sdpa` would."""
     tensors = (query, key, value)
-    if dropout or torch.is_autocast_enabled(query.device.type):
+    if dropout or query.dtype not in _DTYPES or torch.is_autocast_enabled(query.device.type):
         return False
-    if query.dtype not in DTYPES or any(type(x) is not torch.Tensor or not x.is_cpu or x.dtype != query.dtype for x in tensors):
+    if any(type(x) is not torch.Tensor or not x.is_cpu or x.dtype != query.dtype for x in tensors):
         return False
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, mask, bias) if x is not None):
         return False
     for added in (mask, bias):
         if added is not None and not (added.is_cpu and added.dtype in (torch.bool, query.dtype)):
             return False
-    if len({len(x) for x in tensors}) > 1 or (mask is not None and mask.shape[-1] < key.shape[2]):
-        return False
-    return not torch.compiler.is_compiling() and unavailable_reason() is None
+    return len({len(x) for x in tensors}) == 1 and (mask is None or mask.shape[-1] >= key.shape[2])

@@ -44,6 +44,17 @@ class ModuleTree:
             return layers
         return _replaced(next(iter(layers))) if layers else None
 
+    def unserved(self, model: nn.Module) -> str | None:
+        """Why a plan that computes no gradients cannot serve this module as it is now (an adapter, a hook, training); None if
+        it can."""
+        if (reason := self.changed(model)) is not None:
+            return reason
+        if model.training:
+            return "the model is in training mode"
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters()):
+            return "gradients are needed"
+        return None
+
     def lora_layers(self, model: nn.Module) -> dict[str, nn.Module] | str:
         """PEFT's LoRA layers in the module tree, by path of the module that they are around; or why no plan can serve the tree,
         even one that adds what they add."""

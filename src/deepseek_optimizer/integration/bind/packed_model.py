@@ -164,8 +164,8 @@ class NoCopyCallable:
     def __init__(self, function: Any) -> None:
         self.function = function
 
-    def __call__(self, *args: Any) -> Any:
-        return self.function(*args)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoCopyCallable:
         return self

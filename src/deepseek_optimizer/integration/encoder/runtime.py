@@ -67,15 +67,9 @@ class EncoderRuntime(GeneralRuntime):
 
     def why_no_plan(self) -> str | None:
         """Why the plan cannot serve the model as it is now (an adapter, a hook, training); None if it can."""
-        base = self.base
-        if self._tree is not None and (reason := self._tree.changed(base)):
-            return reason
-        if base.training:
-            return "the model is in training mode"
-        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in base.parameters()):
-            return "gradients are needed"
-        return None
+        return None if self._tree is None else self._tree.unserved(self.base)
 
+    @torch.no_grad()
     def encode(
         self, input_ids: Sequence[Sequence[int]], token_type_ids: Sequence[Sequence[int]] | None = None
     ) -> list[torch.Tensor]:
@@ -93,7 +87,7 @@ class EncoderRuntime(GeneralRuntime):
             ValueError: a text is empty, too long for the model's positions, or has an id outside the vocabulary.
             UnsupportedRequestError: the plan cannot serve the model as it is now, because of adapters, hooks or training mode.
         """
-        if (reason := self.why_no_plan()) is not None and reason != "gradients are needed":
+        if (reason := self.why_no_plan()) is not None:
             raise UnsupportedRequestError(f"encode needs the plan, but {reason}; call the model with padded batches instead")
         if not input_ids:
             return []
@@ -108,7 +102,7 @@ class EncoderRuntime(GeneralRuntime):
             if [len(types) for types in token_type_ids] != lengths:
                 raise ValueError("token_type_ids must have as many numbers for each text as input_ids")
             call["token_type_ids"] = _padded(token_type_ids, kept)
-        with torch.no_grad(), self.backend.thread_context():
+        with self.backend.thread_context():
             hidden = self.run(rows_of(self.base.embeddings, call, kept), hidden=False)[0]
         ends = list(accumulate(lengths))
         return [hidden[end - length : end] for end, length in zip(ends, lengths, strict=True)]

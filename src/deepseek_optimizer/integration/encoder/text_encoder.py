@@ -46,7 +46,9 @@ class TextEncoder:
         """
         types = types if self._takes_types else None
         runtime = self._runtime
-        if isinstance(runtime, EncoderRuntime) and runtime.why_no_plan() in (None, "gradients are needed"):
+        with torch.no_grad():
+            planned = isinstance(runtime, EncoderRuntime) and runtime.why_no_plan() is None
+        if planned:
             return [states.float().cpu().numpy() for states in runtime.encode(texts, types)]
         with torch.inference_mode():
             hidden = self._model.base_model(**self._call(texts, types)).last_hidden_state.float().cpu().numpy()

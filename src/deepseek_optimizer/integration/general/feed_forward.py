@@ -27,8 +27,8 @@ _OPS: dict[str, tuple[str | None, str | None]] = {
     "FastGELUActivation": _TANH, "GELUTanh": _TANH, "NewGELUActivation": _TANH, "GELUActivation": _ERF, "GELU": _ERF,
     "ReLU": ("relu", None), "SiLU": (None, "swiglu"), "SiLUActivation": (None, "swiglu"),
 }  # fmt: skip
-_ERROR = 1 / 32  # of the difference between rows, by which the two ways may differ: the rounding of a few activations of 8 bits
-_ROWS = 3  # of the comparison
+ERROR = 1 / 32  # of the difference between rows, by which the two ways may differ: the rounding of a few activations of 8 bits
+ROWS = 3  # of the comparison
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class FusedFeedForward(nn.Module):
     """A block whose forward is one native call; a base of the classes that `fuse_feed_forward` makes.
 
     Attributes:
-        fused: computes (x, [(W, b)], op, (W, b)) -> float32; None: the backend has no such function.
+        fused: `Backend.feed_forward`; None: Transformers' own forward is as fast.
     """
 
     fused: NoCopyCallable | None
@@ -52,12 +52,21 @@ class FusedFeedForward(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if len(args) == 1 and not kwargs else None
-        if self.fused is None or not isinstance(x, torch.Tensor) or not self._is_plain(x):
+        if self.fused is None or not isinstance(x, torch.Tensor) or not self.is_plain(x):
             return super().forward(*args, **kwargs)
-        plan = self._plan
-        return _compute(self.fused, self, plan, x)
+        return self.compute(x)
 
-    def _is_plain(self, x: torch.Tensor) -> bool:
+    def compute(self, x: torch.Tensor, **around: Any) -> torch.Tensor:
+        """The native call.
+
+        Args:
+            around: `norm` and `residual` of `Backend.feed_forward`.
+        """
+        assert self.fused is not None
+        return _compute(self.fused, self, self._plan, x, **around)
+
+    def is_plain(self, x: torch.Tensor) -> bool:
+        """Whether the native call computes what Transformers' forward would."""
         if self.training or (torch.is_grad_enabled() and x.requires_grad) or not x.numel():
             return False
         if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
@@ -65,21 +74,21 @@ class FusedFeedForward(nn.Module):
         layers = (*self._plan.first, self._plan.down)
         children: dict[str, Any] = self._modules
         return all(
-            not _acts(child)
+            not acts(child)
             and (name not in layers or (type(child) in (GeneralLinear, GeneralConv1D) and child.dtype == x.dtype))
             for name, child in children.items()
         )
 
 
-def _acts(child: Any) -> bool:
-    """Whether a module of a block does something that the native call leaves out: hooks, or dropout that is turned on alone."""
+def acts(child: Any) -> bool:
+    """Whether a part of a module does something that the native call leaves out: hooks, or dropout that is turned on alone."""
     return bool(child._forward_hooks or child._forward_pre_hooks or "forward" in child.__dict__ or child.training)
 
 
-def _compute(fused: Callable[..., torch.Tensor], block: nn.Module, plan: _Plan, x: torch.Tensor) -> torch.Tensor:
+def _compute(fused: Callable[..., torch.Tensor], block: nn.Module, plan: _Plan, x: torch.Tensor, **around: Any) -> torch.Tensor:
     layers: Any = block._modules
     first, down = [(layers[name].packed, layers[name].bias) for name in plan.first], layers[plan.down]
-    return fused(x, first, plan.op, (down.packed, down.bias)).to(x.dtype)
+    return fused(x, first, plan.op, (down.packed, down.bias), **around).to(x.dtype)
 
 
 def fuse_feed_forward(model: nn.Module, fused: Callable[..., torch.Tensor] | None) -> None:
@@ -132,7 +141,7 @@ def _is(module: Any, plan: _Plan, fused: Callable[..., torch.Tensor]) -> bool:
     """Whether a block computes what the plan says."""
     layer = module._modules[plan.first[0]]
     generator = torch.Generator("cpu").manual_seed(0)
-    x = torch.randn(1, _ROWS, layer.in_features, generator=generator, device="cpu", dtype=torch.float32).to(layer.dtype)
+    x = torch.randn(1, ROWS, layer.in_features, generator=generator, device="cpu", dtype=torch.float32).to(layer.dtype)
     training = module.training
     try:
         module.eval()
@@ -146,4 +155,4 @@ def _is(module: Any, plan: _Plan, fused: Callable[..., torch.Tensor]) -> bool:
         return False
     expected = expected.float()
     moved = (expected - expected.mean(1, keepdim=True)).abs().max()  # without a bias, which tells nothing
-    return bool(0 < moved and (expected - result.float()).abs().max() <= _ERROR * moved)
+    return bool(0 < moved and (expected - result.float()).abs().max() <= ERROR * moved)

@@ -12,19 +12,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...backends.base import Norm
 from ..bind.packed_model import NoCopyCallable
 from .native_class import native_class
 
 _SMALLEST = 1 << 16  # elements, below which a call of torch takes less time
 _EPSILONS = ("variance_epsilon", "eps")
-Norm = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None", float], torch.Tensor]
+Function = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None", float], torch.Tensor]
 
 
 class FusedNorm(nn.Module):
     """A base of the classes that `fuse_norms` makes.
 
     Attributes:
-        fused: (x, weight, bias, epsilon) -> the norm of x; None: the backend has no such function.
+        fused: `Backend.norm`; None: torch's own is as fast.
     """
 
     fused: NoCopyCallable | None
@@ -32,26 +33,32 @@ class FusedNorm(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if len(args) == 1 and not kwargs else None
-        if self.fused is None or not isinstance(x, torch.Tensor) or not _is_plain(self, x):
+        if self.fused is None or not isinstance(x, torch.Tensor) or x.numel() < _SMALLEST or not is_exact(self, x):
             return super().forward(*args, **kwargs)
         return _compute(self.fused, self, x)
 
 
-def _is_plain(module: FusedNorm, x: torch.Tensor) -> bool:
+def is_exact(module: FusedNorm, x: torch.Tensor) -> bool:
+    """Whether the norm of x is one of fp32 numbers, without a gradient."""
     weights = [p for p in module._parameters.values() if p is not None]
-    if x.numel() < _SMALLEST or type(x) is not torch.Tensor or torch.is_autocast_enabled("cpu"):
+    if type(x) is not torch.Tensor or torch.is_autocast_enabled("cpu"):
         return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights)):
         return False
     return all(t.dtype == torch.float32 and t.is_cpu and t.is_contiguous() for t in (x, *weights))
 
 
-def _compute(fused: Callable[..., torch.Tensor], module: Any, x: torch.Tensor) -> torch.Tensor:
+def arguments_of(module: Any) -> Norm:
+    """Weight, bias and epsilon of a norm."""
     epsilon = next(getattr(module, name) for name in _EPSILONS if hasattr(module, name))
-    return fused(x, module.weight.data, None if (bias := module._parameters.get("bias")) is None else bias.data, epsilon)
+    return module.weight.data, None if (bias := module._parameters.get("bias")) is None else bias.data, epsilon
 
 
-def fuse_norms(model: nn.Module, fused: Norm | None) -> None:
+def _compute(fused: Callable[..., torch.Tensor], module: Any, x: torch.Tensor) -> torch.Tensor:
+    return fused(x, *arguments_of(module))
+
+
+def fuse_norms(model: nn.Module, fused: Function | None) -> None:
     """Replaces the classes of the model's norms.
 
     Args:
@@ -79,7 +86,7 @@ def _may_be(module: Any) -> bool:
     return any(isinstance(getattr(module, name, None), float) for name in _EPSILONS)
 
 
-def _is_rms_norm(module: Any, fused: Norm) -> bool:
+def _is_rms_norm(module: Any, fused: Function) -> bool:
     """Whether a module's result on random rows is the RMS norm's."""
     weight = module.weight
     if weight.dtype != torch.float32 or not weight.is_cpu:

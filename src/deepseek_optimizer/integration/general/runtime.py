@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...backends.base import Backend, CompileOptions
-from ...backends.cpu import CpuBackend
+from ...backends.base import DEFAULTS, Backend, CompileOptions
 from ...backends.registry import choose_backend
 from ...checkpoint import Manifest
 from ...checkpoint.manifest import KEY
 from ...config import DeepSeekConfig
+from ..attention.native_attention import attention_of
 from ..attention.registration import use_native_attention
 from ..bind.instance_method import Replacement
 from ..bind.modules import Packed
@@ -31,6 +32,7 @@ from .first_states import new_cache
 from .head import PackedHead, pack_head
 from .norms import FusedNorm, fuse_norms
 from .report import GeneralReport, make_report
+from .residual import fuse_residuals
 
 
 class GeneralRuntime(PackedModel):
@@ -77,20 +79,30 @@ class GeneralRuntime(PackedModel):
         return None if _packed_names(self.model) == self._packed else "packed layers were replaced or wrapped"
 
     def _product(self, backend: Backend) -> Callable[..., Any]:
+        options = self._options(backend)
+        return backend.linear if options == DEFAULTS else partial(backend.linear, options=options)
+
+    def _options(self, backend: Backend) -> CompileOptions:
         activation = self.config.activation
-        if activation not in backend.capabilities.activations or activation == "auto":
-            return backend.linear
-        return partial(backend.linear, options=CompileOptions(activation))
+        return CompileOptions(activation) if activation in backend.capabilities.activations else DEFAULTS
 
     def feed_forward(self, backend: Backend) -> Callable[..., Any] | None:
-        """The backend's function for `FusedFeedForward`."""
-        if not isinstance(backend, CpuBackend):
+        """The backend's function for `FusedFeedForward`; None: Transformers' forward is as fast."""
+        if not backend.capabilities.dense_operations:
             return None
-        return partial(backend.feed_forward, options=CompileOptions(self.config.activation))
+        return partial(backend.feed_forward, options=self._options(backend))
 
     def norm(self, backend: Backend) -> Callable[..., Any] | None:
-        """The backend's function for `FusedNorm`."""
-        return backend.norm if isinstance(backend, CpuBackend) else None
+        """The backend's function for `FusedNorm`; None: torch's is as fast."""
+        return backend.norm if backend.capabilities.dense_operations else None
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """A context for Transformers' forward: torch's threads do not compete with those of the backend, which computes
+        attention."""
+        backend = self.backend
+        with backend.thread_context(), attention_of(backend, self._options(backend)):
+            yield
 
     def _set_products(self, backend: Backend) -> None:
         super()._set_products(backend)
@@ -117,10 +129,12 @@ def _packed_names(model: Any) -> list[str]:
 
 
 class _Threads(Replacement):
-    """Runs the class's method while torch's threads do not compete with the backend's."""
+    """Runs the class's method in the runtime's context."""
+
+    runtime: Any  # a GeneralRuntime
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.runtime.backend.thread_context():
+        with self.runtime.running():
             return self._original(self.runtime.model, *args, **kwargs)
 
 
@@ -192,7 +206,8 @@ def bind(
     if kind is GeneralRuntime:  # the modules of the others belong to a plan, and their own forward is for what it cannot serve
         fuse_feed_forward(model, runtime.feed_forward(backend))
         fuse_norms(model, runtime.norm(backend))
+        fuse_residuals(model)
     parallelize_activations(model, backend.threads)
-    if runtime.backend.isa is not None:
+    if backend.capabilities.dense_operations:
         use_native_attention(model)
     return model

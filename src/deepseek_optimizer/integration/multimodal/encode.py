@@ -152,7 +152,7 @@ class PictureEncoder:
             for name, value in inputs.items()
             if name in self._feature_arguments
         }
-        with torch.no_grad(), self._runtime.backend.thread_context(), self._runtime.pace.between(self.pace.next_piece):
+        with torch.no_grad(), self._runtime.running(), self._runtime.pace.between(self.pace.next_piece):
             output = self.model.model.get_image_features(**arguments, return_dict=True)
         features = type(output)(**{name: output[name] for name in _FEATURES if name in output})
         types = tuple(name for name in _TYPES if name in inputs and name in self._forward_arguments)

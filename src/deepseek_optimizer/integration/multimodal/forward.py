@@ -106,7 +106,7 @@ class WholeForward(Replacement):
         outer = runtime.outer
         before, outer.arguments = outer.arguments, call
         try:
-            with runtime.backend.thread_context():
+            with runtime.running():
                 return self._original(runtime.model, **call)
         finally:
             outer.arguments = before

@@ -131,7 +131,7 @@ class MultimodalRuntime(GeneralRuntime):
         outer = self.outer
         before, outer.arguments, outer.records = outer.arguments, arguments, True
         try:
-            with torch.no_grad(), self.backend.thread_context():
+            with torch.no_grad(), self.running():
                 type(self.model).forward(self.model, **arguments)
         except Recorded as recorded:
             return recorded.call

@@ -157,16 +157,7 @@ class TowerPlans:
 
     def why_not(self) -> str | None:
         """Why the plans cannot serve the tower as it is now (an adapter, a hook, training); None if they can."""
-        module = self.model
-        if self.runtime is None:
-            return "the model was deleted"
-        if (reason := self._tree.changed(module)) is not None:
-            return reason
-        if module.training:
-            return "the model is in training mode"
-        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters()):
-            return "gradients are needed"
-        return None
+        return "the model was deleted" if self.runtime is None else self._tree.unserved(self.model)
 
     def forget(self) -> None:
         """Call after the storage of the weights or the backend has changed."""
