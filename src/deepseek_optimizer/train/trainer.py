@@ -92,7 +92,7 @@ class DeepSeekTrainer(AtomicCheckpoints):
             self.mtp, self._mtp_notes = MtpObjective(args.mtp_loss_weight), add_trained_layers(self.model)
         if args.draft_steps:
             self._check_fused(f"draft_steps={args.draft_steps}")
-            self._mtp_notes, self._fits_draft_layer = add_draft_layer(self.model)
+            self._mtp_notes, self._fits_draft_layer = add_draft_layer(self.model, args.draft_vocabulary, self.train_dataset)
             self.mtp = DraftObjective(args.draft_steps)
         if args.packing:
             pack_for_trainer(self)

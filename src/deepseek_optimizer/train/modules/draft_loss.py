@@ -5,6 +5,8 @@ The layer is a multi-token prediction layer, whose own state takes the place of 
 Zhang et al., "HASS", arXiv 2408.15766). Labels are the model's own most likely tokens instead of the text's, since drafts are
 accepted for being those. One simplification: keys and values of all rows come from the states of the same draft, where
 drafting has those of the model for the rows before.
+
+With a draft vocabulary, rows whose token is outside of it are not trained, and count as wrong drafts.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch.nn.functional as F
 
 from .head_loss import head_loss
 from .mtp import head_of, mtp_states
-from .mtp_loss import IGNORED, labels_ahead
+from .mtp_loss import IGNORED, labels_ahead, own_targets
 
 _CHUNK_BYTES: Final = 64 << 20  # fp32 logits at a time
 
@@ -67,6 +69,7 @@ class DraftObjective:
         for step, (depth, layer, state) in enumerate(states):
             wanted = labels_ahead(likely, depth + 2, positions)
             wanted = torch.where(place < step - depth, IGNORED, wanted)  # these rows have no state of the draft before
+            wanted = own_targets(layer, wanted, model.config.vocab_size)
             items = float(num_items if num_items is not None else max(1, int((wanted != IGNORED).sum())))
             head = head_of(layer, model)
             losses.append(head_loss(state.flatten(0, 1), head, wanted.flatten(), IGNORED, items))
