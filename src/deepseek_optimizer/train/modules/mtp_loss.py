@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 import torch
 
@@ -47,12 +47,7 @@ class MtpObjective:
 
     Args:
         weight: the factor lambda of the report; may be changed during training.
-
-    Attributes:
-        alone: whether the loss replaces the model's own; it is added to that.
     """
-
-    alone: Final = False
 
     def __init__(self, weight: float) -> None:
         self.weight = weight
