@@ -2,16 +2,19 @@
 
     python -m benchmarks.drafts MODEL --agree 0.8 0 --prompt 512 --new 129 --threads 2
     python -m benchmarks.drafts MODEL --mtp 1 2 3 --texts val_tokens.npy ...
+    python -m benchmarks.drafts MODEL --mtp 2 3 --dialogues held_out.jsonl --new 256 --repeats 20
 
 Prints one JSON object as its last line: side -> {"decode_tok_s": one a run; and what the drafts did in all runs}. With
 `--agree`, drafts cost nothing and hold with that probability: the continuation is known from plain decoding just before. Every
-text with drafts is checked to be the plain one.
+text with drafts is checked to be the plain one. With `--dialogues`, prompts are the questions of dialogues (as
+`own_dialogues.py` writes them), and answers end where the model ends them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ def main() -> None:
     parser.add_argument("--agree", type=float, nargs="*", default=[], help="probabilities that free drafts hold, 3 a round")
     parser.add_argument("--mtp", type=int, nargs="*", default=[], help="drafts a round by the MTP layers, always as many")
     parser.add_argument("--texts", type=Path, help="tokens (npy) of documents, which begin with 0; none: random tokens")
+    parser.add_argument("--dialogues", type=Path, help="JSON lines with messages, of which the first is the prompt")
     for name, default in (("prompt", 512), ("new", 129), ("threads", 1), ("repeats", 2), ("warmup", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     print(json.dumps(measure(parser.parse_args())))
@@ -40,7 +44,7 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
     model = load_side("optimized", a.model, threads=a.threads, config={}).model
     generator = torch.Generator().manual_seed(0)
     found: dict[str, Any] = {}
-    with exact_length(model):
+    with exact_length(model) if a.dialogues is None else nullcontext():
         for i in range(a.warmup + a.repeats):
             _turn(model, _prompt(a, model, i, generator), a, found if i >= a.warmup else {}, seed=i)
     return {side: _summary(runs) for side, runs in found.items()}
@@ -51,8 +55,14 @@ def _prompt(a: argparse.Namespace, model: Any, i: int, generator: Any) -> Any:
     import numpy as np
     import torch
 
+    from deepseek_optimizer import load_tokenizer
     from deepseek_optimizer.bench.runs import random_ids
 
+    if a.dialogues is not None:
+        lines = a.dialogues.read_text(encoding="utf-8").splitlines()
+        chat = json.loads(lines[i % len(lines)])["messages"][:1]
+        template = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+        return load_tokenizer(a.model).apply_chat_template(chat, **template)["input_ids"]
     if a.texts is None:
         return random_ids(model, 1, a.prompt, generator)
     tokens = np.load(a.texts).astype(np.int64)

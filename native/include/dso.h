@@ -594,7 +594,9 @@ DSO_API int32_t dso_choose(dso_context* c, const float* logits, int32_t vocab, c
 
 /* Several decode steps, each with the tokens that the step before it chose. The batch is that of the first step: one row per
  * sequence, with its logits, in phase DECODE; its block table must have the blocks of all steps. Its logits are those of the
- * last step that was run. Plans with recurrent states and batches with inv_freq for a changing length take one step a call. */
+ * last step that was run; its last_hidden, if not NULL, is [steps][S][H] and receives those of each step. Its states are those
+ * of the first step; each other step takes the last hidden states of the step before, so last_hidden must not be NULL. Plans
+ * with recurrent states and batches with inv_freq for a changing length take one step a call. */
 typedef struct dso_decode {
   int32_t steps; /* at most, > 0 */
   int32_t n_stops;
@@ -606,6 +608,7 @@ typedef struct dso_decode {
   int32_t* tokens;           /* [steps][S]: receives the chosen tokens */
   int32_t done;              /* receives the number of steps whose tokens were all chosen */
   int32_t undecided;         /* receives 1 if one more step was run, whose tokens the caller must choose */
+  const int32_t* token_of;   /* [vocab_size]: the token of each logit, without penalties; NULL: its own number */
 } dso_decode;
 DSO_API int32_t dso_plan_decode(dso_plan* p, const dso_batch* batch, dso_decode* d);
 

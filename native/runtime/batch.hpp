@@ -31,7 +31,7 @@ struct Visible {
 
 // A plan's requirements for its batches.
 struct BatchNeeds {
-  int64_t vocab = 0;        // exclusive limit of token ids: the smaller of vocab_size and the embedding's rows
+  int64_t vocab = 0;        // exclusive limit of token ids: the rows of the smallest table that is read by them
   bool token_ids = false;   // where batches have no inputs_embeds
   bool ids_always = false;  // even if they have
   bool positions = false, states = false, logits = false;
@@ -43,6 +43,7 @@ struct BatchNeeds {
   bool choices = false;                   // whether rows attend to chosen blocks or tokens only
   int64_t rope_tables = 0;
   int64_t features = 0;                         // of ADD_FEATURES
+  int64_t hidden_width = 0;                     // of the last hidden state; 0: the plan returns none
   bool summaries = false;                       // whether the cache must have summaries
   std::vector<dso_state_shape> recurrent;       // recurrent states, by number; heads 0: not used
   std::vector<Visible> visible;                 // by layer

@@ -21,14 +21,17 @@ void check(const dso_plan& plan, const dso_batch& b, const dso_decode& d) {
   if (b.axes || b.visible_to || b.features) fail(DSO_EINVAL, "decode: batch.axes, visible_to and features must be NULL");
   if (!b.token_ids || !b.positions || !b.context_len || !b.query_len || !b.phase || !b.logits)
     fail(DSO_EINVAL, "decode: batch.token_ids, positions, context_len, query_len, phase or logits is NULL");
-  if (b.inputs_embeds || b.states || b.hidden || b.last_hidden)
-    fail(DSO_EINVAL, "decode: batch.inputs_embeds, states, hidden and last_hidden must be NULL");
+  if (b.inputs_embeds || b.hidden) fail(DSO_EINVAL, "decode: batch.inputs_embeds and hidden must be NULL");
+  if (b.states && d.steps > 1 && !b.last_hidden)
+    fail(DSO_EINVAL, "decode: batch.last_hidden is NULL: the states of each step are those of the one before");
   if (d.steps > 1 && plan.has_states())
     fail(DSO_EINVAL, "decode.steps is %d, must be 1: the plan has recurrent states", d.steps);
   for (int32_t s = 0; s < b.S; ++s) {
     if (b.query_len[s] != 1) fail(DSO_EINVAL, "decode: batch.query_len[%d] is %d, must be 1", s, b.query_len[s]);
     if (b.phase[s] != DSO_PHASE_DECODE) fail(DSO_EINVAL, "decode: batch.phase[%d] is %d, must be 0", s, b.phase[s]);
     check_choice(d.choices[s], plan.vocab_size(), s, d.generator);
+    if (d.token_of && d.choices[s].n_tokens > 0)
+      fail(DSO_EINVAL, "decode: choices[%d].n_tokens is %d, must be 0 with token_of", s, d.choices[s].n_tokens);
     if (d.generator && (d.choices[s].first_variate > d.variates - plan.vocab_size() ||
                         (s > 0 && d.choices[s].first_variate < d.choices[s - 1].first_variate + plan.vocab_size())))
       fail(DSO_EINVAL, "decode: choices[%d].first_variate is %lld: rows must follow each other within %lld variates", s,
@@ -54,6 +57,7 @@ void decode(dso_plan& plan, const dso_batch& batch, dso_decode& d) {
   for (size_t s = 0; s < rows; ++s) penalties.emplace_back(d.choices[s], plan.vocab_size());
   Chooser chooser(plan.kernels(), plan.vocab_size());
   Mt19937 generator(d.generator ? *d.generator : dso_mt19937{1, 0, {}});
+  const int64_t state_floats = int64_t(rows) * plan.hidden_width();
   for (;;) {
     plan.run(b);
     generator.mark();
@@ -64,6 +68,7 @@ void decode(dso_plan& plan, const dso_batch& batch, dso_decode& d) {
         d.undecided = 1;
         return;
       }
+      if (d.token_of) ids[s] = d.token_of[ids[s]];
     }
     std::copy(ids.begin(), ids.end(), d.tokens + int64_t(d.done) * int64_t(rows));
     ++d.done;
@@ -77,10 +82,12 @@ void decode(dso_plan& plan, const dso_batch& batch, dso_decode& d) {
     });
     if (stops || d.done == d.steps || passed / d.done * (d.done + 1) > d.seconds) return;
     for (size_t s = 0; s < rows; ++s) {
-      penalties[s].add(ids[s]);
+      if (!d.token_of) penalties[s].add(ids[s]);
       ++positions[s];
       ++lengths[s];
     }
+    if (b.states) b.states = b.last_hidden;
+    if (b.last_hidden) b.last_hidden += state_floats;
   }
 }
 

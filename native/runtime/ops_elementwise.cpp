@@ -257,7 +257,7 @@ std::unique_ptr<Op> make_embedding(StepReader& s) {
   const bool by_ids = s.step.flags & DSO_FLAG_IDS;
   const SlotRef out = s.out(0, kF32Only, table.cols, false);
   BatchNeeds& needs = s.plan().needs;
-  needs.vocab = std::min<int64_t>(needs.token_ids ? needs.vocab : s.plan().vocab_size, table.rows);
+  needs.vocab = needs.token_ids ? std::min<int64_t>(needs.vocab, table.rows) : table.rows;
   needs.token_ids = true;
   needs.ids_always |= by_ids;
   return std::make_unique<Embedding>(table, out, s.step.scale, by_ids);
@@ -315,6 +315,7 @@ std::unique_ptr<Op> make_hidden_out(StepReader& s) {
   const SlotRef in = s.in(0, kF32Only);
   if (in.selected) s.refuse("in[0], slot %d, holds selected rows", in.index);
   if (s.step.layer < 0) s.refuse("layer (the index) is %d, must not be negative", s.step.layer);
+  if (s.step.flags & DSO_FLAG_LAST) s.plan().needs.hidden_width = in.width;
   return std::make_unique<HiddenOut>(in, s.step.layer, s.step.flags & DSO_FLAG_LAST);
 }
 

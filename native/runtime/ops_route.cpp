@@ -157,7 +157,7 @@ std::unique_ptr<Op> make_hash_route(StepReader& s) {
     if (!(table[i] >= 0 && table[i] < float(r.experts)) || table[i] != std::floor(table[i]))
       s.refuse("w[0] has %g at %lld, must be a number of one of %lld experts", double(table[i]), (long long)i,
                (long long)r.experts);
-  needs.vocab = std::min<int64_t>(needs.token_ids ? needs.vocab : s.plan().vocab_size, ids);
+  needs.vocab = needs.token_ids ? std::min(needs.vocab, ids) : ids;
   needs.token_ids = needs.ids_always = true;
   return std::make_unique<HashRoute>(in, out, table, r);
 }

@@ -19,6 +19,7 @@ struct dso_plan final : private dso::Job {
   void run(const dso_batch& batch);
   const dso::Kernels& kernels() const { return context_->kernels; }
   int32_t vocab_size() const { return vocab_size_; }
+  int64_t hidden_width() const { return needs_.hidden_width; }  // of the last hidden state; 0: there is none
   bool has_states() const { return !needs_.recurrent.empty(); }
   void check_weights() const;  // Error if a mapped file that contains some of them has changed
   void reserve(int64_t T, int64_t R);

@@ -177,7 +177,13 @@ static void test_arguments() {
   bad("tokens is NULL", [](dso_batch&, dso_decode& o, Choices&) { o.tokens = nullptr; });
   bad("batch.R", [](dso_batch& b, dso_decode&, Choices&) { b.R = 1; });
   bad("logits is NULL", [](dso_batch& b, dso_decode&, Choices&) { b.logits = nullptr; });
-  bad("last_hidden", [](dso_batch& b, dso_decode&, Choices&) { b.last_hidden = b.logits; });
+  bad("hidden", [](dso_batch& b, dso_decode&, Choices&) { b.hidden = b.logits; });
+  bad("last_hidden is NULL", [](dso_batch& b, dso_decode&, Choices&) { b.states = b.logits; });
+  bad("choices[1].n_tokens", [&](dso_batch&, dso_decode& o, Choices& c) {
+    o.token_of = tokens.data();
+    c[1].tokens = tokens.data();
+    c[1].n_tokens = 1;
+  });
   bad("choices[1].temperature", [](dso_batch&, dso_decode&, Choices& c) { c[1].temperature = NAN; });
   bad("choices[0].numbers", [](dso_batch&, dso_decode&, Choices& c) { c[0].temperature = 1; });
   bad("choices[0].noise_stride", [](dso_batch& b, dso_decode&, Choices& c) { c[0].noise = b.logits; });

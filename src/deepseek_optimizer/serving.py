@@ -20,7 +20,7 @@ from .engine.engine import Engine
 from .engine.model_facts import ModelFacts
 from .engine.options import EngineOptions
 from .engine.runner import Runner
-from .engine.sampling.torch_sampler import largest
+from .engine.sampling.torch_sampler import TorchSampler
 from .engine.speculative.base import Proposer
 from .engine.speculative.draft_model import DraftModelProposer
 from .engine.speculative.mtp import MtpProposer
@@ -34,6 +34,7 @@ from .integration.bind.runtime import Runtime, runtime_of
 from .integration.encoder.text_encoder import TextEncoder, classifier_of, is_encoder_runtime, max_tokens
 from .integration.generation.fingerprint import fingerprint
 from .integration.generation.special_tokens import token_ids
+from .integration.generation.speculation import mtp_proposer
 from .integration.load.lora import read_adapter
 from .integration.memory.arena import Arena
 from .integration.memory.cache_size import FullBatch
@@ -254,8 +255,7 @@ def _proposers(runtime: Runtime, arena: Arena, draft: Proposer | None) -> list[t
     if draft is not None:
         proposers.append((draft, _DRAFT_MODEL))
     if plans := runtime.mtp_plans:
-        layers = [Runner(plan, arena) for plan in plans]
-        proposers.append((MtpProposer(layers, lambda _, __, logits: (int(largest(logits[None])), None)), max(_MTP, len(plans))))
+        proposers.append((mtp_proposer(runtime, arena, TorchSampler(sampled=False)), max(_MTP, len(plans))))
     return proposers
 
 

@@ -19,6 +19,17 @@ def draft(
     drafts: Annotated[
         int, typer.Option("--drafts", min=1, max=16, metavar="N", help="Number of tokens in a row to train for.", **t.LOOP)
     ] = 3,
+    draft_vocabulary: Annotated[
+        int | None,
+        typer.Option(
+            "--draft-vocabulary",
+            min=0,
+            metavar="N",
+            help="Draft only the N most frequent tokens of the data; 0: all. Default: 8192 for a new layer of a model with "
+            "four times as many.",
+            **t.LOOP,
+        ),
+    ] = None,
     data: t.Data = None,
     eval_data: t.EvalData = None,
     eval_fraction: t.EvalFraction = None,
@@ -46,8 +57,9 @@ def draft(
     from deepseek_optimizer.train.config import make_config
 
     arguments = with_settings(more or [], {
-        "draft_steps": drafts, "num_train_epochs": epochs, "max_steps": steps, "learning_rate": learning_rate,
-        "per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulate, "seed": seed,
+        "draft_steps": drafts, "draft_vocabulary": draft_vocabulary, "num_train_epochs": epochs, "max_steps": steps,
+        "learning_rate": learning_rate, "per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulate,
+        "seed": seed,
     })  # fmt: skip
     flags = {
         "model": model, "output": output,

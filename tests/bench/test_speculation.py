@@ -73,7 +73,16 @@ def test_unknown_names_are_errors(monkeypatch, capsys):
 
 def test_one_small_model_for_real(tiny_model):
     a = argparse.Namespace(
-        model=tiny_model, agree=[1.0, 0.0], mtp=[], texts=None, prompt=12, new=24, threads=1, repeats=2, warmup=0
+        model=tiny_model,
+        agree=[1.0, 0.0],
+        mtp=[],
+        texts=None,
+        dialogues=None,
+        prompt=12,
+        new=24,
+        threads=1,
+        repeats=2,
+        warmup=0,
     )
     actual = drafts.measure(a)
     assert list(actual) == ["plain", "100% hold", "0% hold"]

@@ -48,6 +48,18 @@ def test_a_layer_is_trained_that_drafts_the_same_text(draft, chats, tiny_model, 
     assert torch.equal(model.generate(ids, use_mtp=True, **options), model.generate(ids, **options))
 
 
+def test_a_draft_vocabulary(draft, chats, tmp_path):
+    facts = json.loads(draft("--data", chats, *FAST, "--draft-vocabulary", 40, "--json").stdout)
+    assert facts["accepted"] > 0.5
+    model, tokenizer = load_model(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert len(model.dso.draft_vocabularies[0].tokens) == 40
+    ids = tokenizer("count 3", return_tensors="pt")["input_ids"]
+    options = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": None}
+    fixed = {"use_mtp": True, "num_assistant_tokens_schedule": "constant"}
+    assert torch.equal(model.generate(ids, **fixed, **options), model.generate(ids, **options))
+    assert model.dso.speculation.accepted_length > 1
+
+
 def test_the_plan_counts_the_layer_only(draft, chats):
     planned = json.loads(draft("--data", chats, *FAST, "--dry-run", "--json").stdout)
     assert 0 < planned["trained"] < planned["weights"]

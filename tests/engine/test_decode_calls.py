@@ -97,7 +97,7 @@ def test_what_is_not_run_in_one_call():
     core = make_core(batch_size_range=(1, 1))
     core.unwatched = core.runner.decodes = True
     decode = core.runner.decode
-    core.runner.decode = lambda parts, call: (calls.append(call.steps), decode(parts, call))[1]
+    core.runner.decode = lambda parts, call, **more: (calls.append(call.steps), decode(parts, call, **more))[1]
     greedy = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
     for name in ("a", "b"):
         core.add(Request([1, 2, 3], greedy, id=name))
@@ -112,3 +112,35 @@ def test_what_is_not_run_in_one_call():
     sliding.runner.decode = None
     answers, _ = run(sliding, [Request([1, 2, 3], SamplingParams(temperature=0, max_tokens=200, ignore_eos=True), id="a")])
     assert len(answers["a"].token_ids) == 200
+
+
+class Follower:
+    """Proposes nothing, and keeps the states of every sequence: in the mock model, a row's state is its token."""
+
+    name, wants_states = "follower", True
+
+    def __init__(self):
+        self.states = {}
+
+    def ready(self, sequence):
+        return False
+
+    def follow(self, sequence, states):
+        seen = self.states.setdefault(sequence.index, [])
+        seen += states[:, 0].int().tolist()
+        assert seen == sequence.tokens[: len(seen)] and len(seen) == sequence.cached
+
+    def forget(self, sequence):
+        self.states.pop(sequence.index, None)
+
+
+@pytest.mark.parametrize("undecided", [0.0, 0.3])
+def test_proposers_get_the_states_of_all_steps(undecided):
+    follower = Follower()
+    core = make_core(batch_size_range=(1, 3), proposers=[(follower, 3)])
+    core.unwatched = core.runner.decodes = True
+    core.runner.undecided = undecided
+    requests = requests_of(random.Random(5), 9, temperature=0, ignore_eos=True)
+    answers, steps = run(core, requests)
+    assert all(answers[r.id].token_ids == expected(r.prompt, r.sampling.max_tokens, None) for r in requests)
+    assert steps < len(core.runner.seen) and not follower.states

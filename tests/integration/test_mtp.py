@@ -31,6 +31,8 @@ CONFIGS = {
     "v32": lambda: deepseek_v32(num_nextn_predict_layers=1),
     "llama": lambda: llama(num_nextn_predict_layers=1, tie_word_embeddings=True),
     "qwen3": lambda: qwen3(num_nextn_predict_layers=2),
+    "llama-drafting-some-tokens": lambda: llama(num_nextn_predict_layers=1, tie_word_embeddings=True, draft_vocab_size=50),
+    "v3-drafting-some-tokens": lambda: deepseek_v3(num_nextn_predict_layers=2, draft_vocab_size=40),
 }
 
 
@@ -87,7 +89,12 @@ def test_layers_are_loaded_and_share_repeated_tensors(folder, load, caplog):
             assert router.weight.dtype == router.e_score_correction_bias.dtype == torch.float32
             assert torch.equal(router.weight, stored[f"{prefix}.mlp.gate.weight"])
         assert f"{prefix}.embed_tokens.weight" not in state
-        assert f"{prefix}.shared_head.head.weight" not in state
+        vocabulary = model.dso.draft_vocabularies[depth]
+        if f"{prefix}.shared_head.tokens" not in stored:
+            assert vocabulary is None and f"{prefix}.shared_head.head.weight" not in state
+        else:
+            assert vocabulary.tokens.tolist() == stored[f"{prefix}.shared_head.tokens"].tolist()
+            assert model.get_submodule(prefix).shared_head.head.out_features == config.draft_vocab_size
 
 
 @pytest.mark.parametrize("precision", ["auto", "int4"])
@@ -122,6 +129,38 @@ def test_own_embedding_and_head_are_kept(one, load):
     ids = torch.tensor([random_ids(model.config, 20)])
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     assert torch.equal(model.generate(ids, use_mtp=True, **options), model.generate(ids, **options))
+
+
+@ways
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda tokens: tokens.flip(0), r"layers\.3\.shared_head\.tokens': must be ascending token ids below 211"),
+        (lambda tokens: tokens + 200, "must be ascending token ids below 211"),
+        (lambda tokens: tokens[1:], r"has shape \(39,\), but the config requires \(40,\)"),
+        (lambda tokens: None, r"lacks model\.layers\.3\.shared_head\.tokens"),
+    ],
+    ids=["descending", "too large", "too few", "none"],
+)
+def test_a_draft_vocabulary_is_checked(tmp_path, load, change, message):
+    save_with_mtp(tmp_path / "some", deepseek_v3(draft_vocab_size=40))
+    stored = load_file(tmp_path / "some" / "model.safetensors")
+    name = "model.layers.3.shared_head.tokens"
+    tokens = change(stored.pop(name))
+    stored |= {} if tokens is None else {name: tokens.contiguous()}
+    save_file(stored, tmp_path / "some" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path / "some")
+
+
+@ways
+def test_a_head_of_a_draft_vocabulary_is_not_the_models(tmp_path, load):
+    save_with_mtp(tmp_path / "some", deepseek_v3(draft_vocab_size=40))
+    stored = load_file(tmp_path / "some" / "model.safetensors")
+    del stored["model.layers.3.shared_head.head.weight"]
+    save_file(stored, tmp_path / "some" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks model\.layers\.3\.shared_head\.head\.weight"):
+        load(tmp_path / "some")
 
 
 @ways

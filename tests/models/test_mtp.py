@@ -20,7 +20,7 @@ from deepseek_optimizer.errors import BackendError, ConfigError
 from deepseek_optimizer.graph import rules
 from deepseek_optimizer.graph.analysis import weight_shapes
 from deepseek_optimizer.graph.validate import check_graph
-from deepseek_optimizer.models import build_graph, build_mtp_graph, mtp_layers
+from deepseek_optimizer.models import build_graph, build_mtp_graph, draft_vocab_size, mtp_layers
 from support import tiny_v3
 from support.family_configs import deepseek_v3, deepseek_v32, llama, mistral, qwen2, qwen3, youtu
 from support.models import CASES, assert_close_rows, random_ids, random_model, randomize, weights_of
@@ -123,6 +123,34 @@ def test_families_without_layers() -> None:
     for depth in (-1, 2):
         with pytest.raises(ConfigError, match="no MTP layer"):
             build_mtp_graph(raw, depth)
+
+
+@pytest.mark.parametrize("family", [llama, deepseek_v3])
+def test_a_draft_vocabulary_has_the_logits_of_its_tokens(family: Callable[..., Any]) -> None:
+    model = random_model(family(num_nextn_predict_layers=1))
+    tokens = torch.arange(5, 60, 4)
+    weights = transformers_layer(model, 0)[1]
+    name = f"model.layers.{model.config.num_hidden_layers}.shared_head.head.weight"
+    main = runner(ReferenceBackend(), build_graph(model.config, 1), weights_of(model))
+    ids, states, made = random_ids(model.config, 20), torch.randn(20, model.config.hidden_size), []
+    for size, head in ((None, weights[name]), (len(tokens), weights[name][tokens])):
+        model.config.draft_vocab_size = size
+        graph = build_mtp_graph(model.config, 0)
+        check_graph(graph)
+        assert weight_shapes(graph)[name] == tuple(head.shape)
+        plan = ReferenceBackend().compile(graph, weights | {name: head})
+        made.append(run_mtp(plan, main.store, main.sequence(), ids, states).logits)
+    torch.testing.assert_close(made[1], made[0][:, tokens])
+    assert build_graph(model.config).logits_width == model.config.vocab_size
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, "1", True, 1 << 20])
+def test_bad_draft_vocabulary(value: Any) -> None:
+    raw = json.loads(llama(num_nextn_predict_layers=1).to_json_string(use_diff=False)) | {"draft_vocab_size": value}
+    with pytest.raises(ConfigError, match="config.draft_vocab_size: expected an integer from 1 to"):
+        build_mtp_graph(raw, 0)
+    raw["num_nextn_predict_layers"] = 0
+    assert draft_vocab_size(raw) is None  # nothing drafts
 
 
 @pytest.mark.parametrize("value", [-1, 65, 1.5, "1", True])

@@ -159,15 +159,16 @@ class MockRunner:
         rows = logits.numpy()
         return choose_tokens(rows, choices), rows
 
-    def decode(self, parts, call):
+    def decode(self, parts, call, *, last_hidden=False):
         """Several steps, until a token of `call.stops`, up to `call.steps`, or at random."""
-        rng, chosen, logits = random.Random(len(self.seen)), [], None
+        rng, chosen, logits, states = random.Random(len(self.seen)), [], None, []
         texts = [list(part.sequence.tokens) for part in parts]
         for step in range(rng.randrange(1, call.steps + 1)):
             if step:
                 for part in parts:
                     part.sequence.blocks.tokens += 1
-            made = self.step(parts, list(range(len(parts))), last_hidden=False).logits
+            output = self.step(parts, list(range(len(parts))), last_hidden=True)
+            made, states = output.logits, [*states, output.last_hidden]
             choices = [GREEDY if r.numbers is None else r.filters._replace(u=r.numbers[step]) for r in call.rows]
             rows = [
                 penalized(row, choice.penalties, part.sequence.tokens)
@@ -185,7 +186,7 @@ class MockRunner:
                 break
         for part, text in zip(parts, texts, strict=True):
             part.sequence.tokens[:] = text
-        return Decoded(np.array(chosen, np.int32).reshape(-1, len(parts)), logits)
+        return Decoded(np.array(chosen, np.int32).reshape(-1, len(parts)), logits, torch.stack(states) if last_hidden else None)
 
     def step(self, parts, rows, *, last_hidden):
         self.before()

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from deepseek_optimizer.graph.analysis import weight_shapes
-from deepseek_optimizer.models import build_mtp_graph, mtp_layers
+from deepseek_optimizer.models import build_mtp_graph, draft_vocab_size, mtp_layers
 
 from .models import random_model
 
@@ -43,13 +43,21 @@ def with_mtp(
         exact = ("mlp.gate.weight", "e_score_correction_bias")
         tensors = mtp_tensors(config, depth).items()
         stored |= {name: value if name.endswith(exact) else value.to(dtype) for name, value in tensors}
+        prefix = f"model.layers.{config.num_hidden_layers + depth}"
+        head = stored.get("lm_head.weight", stored["model.embed_tokens.weight"])
         if repeated:
-            prefix = f"model.layers.{config.num_hidden_layers + depth}"
             stored[f"{prefix}.embed_tokens.weight"] = stored["model.embed_tokens.weight"].clone()
-            stored[f"{prefix}.shared_head.head.weight"] = stored.get(
-                "lm_head.weight", stored["model.embed_tokens.weight"]
-            ).clone()
+            stored[f"{prefix}.shared_head.head.weight"] = head.clone()
+        if (size := draft_vocab_size(config)) is not None:
+            tokens = draft_tokens(size, config.vocab_size, depth)
+            stored[f"{prefix}.shared_head.head.weight"] = head[tokens].clone()
+            stored[f"{prefix}.shared_head.tokens"] = tokens
     return stored
+
+
+def draft_tokens(size: int, vocab_size: int, depth: int) -> torch.Tensor:
+    """The draft vocabulary of a layer in `with_mtp`."""
+    return torch.randperm(vocab_size, generator=torch.Generator().manual_seed(depth))[:size].sort().values
 
 
 def save_with_mtp(folder: Path, config: Any, *, repeated: bool = True, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -40,6 +40,9 @@ class ScriptedProposer:
     def follow(self, sequence: Sequence, states: Any) -> None:
         """Does not use hidden states."""
 
+    def catch_up(self, sequences: list[Sequence]) -> None:
+        """Does not use hidden states."""
+
     def fork(self, sequence: Sequence, twin: Sequence) -> None:
         """Keeps nothing of a sequence."""
 

@@ -82,6 +82,8 @@ def test_gradient_checkpointing_maps_to_recompute(tmp_path):
         ({"draft_steps": 1, "quantize": "int4"}, ("draft_steps=1", "quantize='int4'")),
         ({"draft_steps": 17}, ("draft_steps", "from 0 to 16")),
         ({"draft_steps": 1, "mtp_loss_weight": 0.3}, ("draft_steps=1", "mtp_loss_weight=0.3")),
+        ({"draft_steps": 1, "draft_vocabulary": -1}, ("draft_vocabulary", "got -1")),
+        ({"draft_vocabulary": 100}, ("draft_vocabulary=100", "draft_steps")),
     ],
 )
 def test_rejected_arguments(tmp_path, fields, named):

@@ -327,7 +327,8 @@ class Plan(Protocol):
 
         Args:
             batch: of the first step: one row per sequence, with its logits, in phase DECODE, without `inputs_embeds`,
-                `states`, `axes`, `visible_to` and `features`. Its block table covers all steps; nothing of it is changed.
+                `axes`, `visible_to` and `features`. Its block table covers all steps; nothing of it is changed. With `states`,
+                it has `last_hidden` too: those of a step are the `states` of the next.
             store: as in `run`.
             call: how many steps, and how tokens are chosen.
 

@@ -11,12 +11,14 @@ from .sampling import GREEDY, NOT_FINITE
 
 def decode_one(plan: Plan, batch: StepBatch, store: KvStore, call: DecodeCall) -> Decoded:
     """Runs one step of a call. See `Plan.decode`."""
-    logits = plan.run(batch, store).logits
+    output = plan.run(batch, store)
+    logits, states = output.logits, None if output.last_hidden is None else output.last_hidden[None]
     nothing = np.zeros((0, len(call.rows)), np.int32)
     if any(part is not None for row in call.rows for part in (row.noise, row.variate, row.penalties)):
-        return Decoded(nothing, logits)
+        return Decoded(nothing, logits, states)
     choices = [GREEDY if r.numbers is None else r.filters._replace(u=float(r.numbers[0])) for r in call.rows]
     chosen = plan.choose_tokens(logits, choices)
     if NOT_FINITE in chosen:
-        return Decoded(nothing, logits)
-    return Decoded(np.array([chosen], np.int32))
+        return Decoded(nothing, logits, states)
+    tokens = np.array([chosen], np.int32)
+    return Decoded(tokens if call.token_of is None else call.token_of[tokens], None, states)

@@ -75,6 +75,8 @@ class DecodeCall:
         generator: uint32 [626], the state of torch's generator of exponential variates: `left`, `next` and the 624 words of
             at::mt19937. The call advances it by `variates` for each step whose tokens it chose. None: no row needs it.
         variates: number of variates that a step draws. Those of the rows follow each other, in the order of the rows.
+        token_of: int32 [V], the token of each logit, for a plan with a draft vocabulary; None: its own number. Not with
+            penalties.
     """
 
     steps: int
@@ -83,6 +85,7 @@ class DecodeCall:
     seconds: float
     generator: npt.NDArray[np.uint32] | None = None
     variates: int = 0
+    token_of: Int32 | None = None
 
 
 @dataclass
@@ -93,10 +96,12 @@ class Decoded:
         tokens: the tokens that each step chose, int32 [steps, S].
         logits: float32 torch [S, V], of one further step that was run, whose tokens the caller must choose; None: there is
             none.
+        last_hidden: if the batch wants it, those of all steps, float32 torch [steps, S, H].
     """
 
     tokens: Int32
     logits: torch.Tensor | None = None
+    last_hidden: torch.Tensor | None = None
 
     @property
     def steps(self) -> int:

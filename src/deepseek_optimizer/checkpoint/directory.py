@@ -107,7 +107,8 @@ def _no_weights(directory: Path) -> CheckpointError:
 
 
 _INTEGERS = {"I32": torch.int32, "I64": torch.int64}
-_TABLES = (".gate.tid2eid",)  # names that tensors of integers end with: the experts of each token id
+# Names that tensors of integers end with: the experts of each token id; the tokens of a draft vocabulary.
+_TABLES = (".gate.tid2eid", ".shared_head.tokens")
 
 
 class SafetensorsCheckpoint(Checkpoint):

@@ -280,19 +280,21 @@ class EngineCore:
         parts = [part_of(chunk) for chunk in chunks]
         ends = list(accumulate(len(p.ids) for p in parts))
         rows = [row for chunk, end in zip(chunks, ends, strict=True) for row in logit_rows(chunk, end)]
-        states = any(s.running.request.embed for s in chunks) or bool(self.drafting and self.drafting.wants_states)
+        follows = bool(self.drafting and self.drafting.wants_states)
+        states = follows or any(s.running.request.embed for s in chunks)
         decoding, prompt = token_counts(chunks)
         call = None
-        if self.unwatched and self.runner.decodes and self.sliding is None and not states:
+        if self.unwatched and self.runner.decodes and self.sliding is None:
             call = decode_call(chunks, self.scheduler, self.facts.eos)
         tokens: list[int | None]
         logits: Any
         last_hidden: Any = None
         try:
             if call is not None:
-                decoded = self.runner.decode(parts, call)
+                decoded = self.runner.decode(parts, call, last_hidden=follows)
                 ran = self.clock()
                 steps, (tokens, logits) = decoded.steps, as_drafts(chunks, decoded)
+                last_hidden = None if decoded.last_hidden is None else decoded.last_hidden.transpose(0, 1).flatten(0, 1)
             else:
                 result = self.runner.step(parts, rows, last_hidden=states)
                 ran = self.clock()

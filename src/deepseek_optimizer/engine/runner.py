@@ -25,10 +25,10 @@ class Runner:
     Args:
         plan: the compiled plan.
         memory: cache memory of the sequences.
-        vocab_size: if not 0, `step` reuses a buffer for the logits of a plan on the CPU instead of allocating one each time.
+        vocab_size: if not 0, steps reuse a buffer for the logits of a plan on the CPU instead of allocating one each time.
         adapted: a plan for steps with adapters, with the same results for other sequences, and the store of the adapters; None:
             the sequences' adapters are not used.
-        decodes: whether `decode` runs several steps (`Capabilities.decode_calls`).
+        decodes: whether `decode` and `draft_several` run several steps (`Capabilities.decode_calls`).
         embed: the model's embeddings of token ids, for steps with pictures; None: sequences have none.
 
     Attributes:
@@ -105,8 +105,10 @@ class Runner:
                     blocks.forget()
 
     def verify(self, parts: list[Part], *, last_hidden: bool) -> StepOutput:
-        """Runs a step with logits for every row, by the decode kernels: bit for bit the logits of plain decoding."""
-        return self._run(parts, np.arange(sum(len(p.ids) for p in parts), dtype=np.int32), last_hidden=last_hidden)
+        """Runs a step with logits for every row, by the decode kernels: bit for bit the logits of plain decoding. With
+        `vocab_size`, they overwrite those of the previous step."""
+        rows = np.arange(sum(len(p.ids) for p in parts), dtype=np.int32)
+        return self._run(parts, rows, last_hidden=last_hidden, logits=self._reused(len(rows)))
 
     def step(self, parts: list[Part], rows: list[int], *, last_hidden: bool) -> StepOutput:
         """Runs a step over parts of both phases. Its logits overwrite those of the previous step.
@@ -125,15 +127,16 @@ class Runner:
             self._logits = torch.empty(max(rows, 16), self._vocab_size, dtype=torch.float32, device="cpu")
         return self._logits[:rows]
 
-    def decode(self, parts: list[Part], call: DecodeCall) -> Decoded:
+    def decode(self, parts: list[Part], call: DecodeCall, *, last_hidden: bool = False) -> Decoded:
         """Runs several decode steps, of the sequences' last blocks, if `decodes`. The logits overwrite those of other steps.
 
         Args:
             parts: a token of each sequence, for which there is room in the cache.
             call: the call; its steps fit into the sequences' last blocks.
+            last_hidden: whether to return the last hidden states.
         """
         rows = np.arange(len(parts), dtype=np.int32)
-        plan, batch = self._batch(parts, rows, None, last_hidden=False, logits=self._reused(len(parts)))
+        plan, batch = self._batch(parts, rows, None, last_hidden=last_hidden, logits=self._reused(len(parts)))
         decoded = self.memory.decode(plan, batch, call)
         for part in parts:
             part.sequence.blocks.tokens += decoded.steps - 1
@@ -158,7 +161,8 @@ class Runner:
         return tokens, dict(zip(needed, logits[needed].cpu().numpy(), strict=True))
 
     def draft(self, parts: list[Part], states: list[torch.Tensor], *, logits: bool) -> StepOutput:
-        """Runs a step of a drafting plan; the output has the hidden states of all rows.
+        """Runs a step of a drafting plan; the output has the hidden states of all rows. With `vocab_size`, the logits overwrite
+        those of the previous step.
 
         Args:
             parts: the sequences' tokens.
@@ -169,7 +173,20 @@ class Runner:
         rows = np.cumsum(counts, dtype=np.int32) - 1 if logits else np.zeros(0, np.int32)
         if max(counts) > _FEW:  # affects speed only
             parts = [replace(part, phase=PREFILL) for part in parts]
-        return self._run(parts, rows.astype(np.int32), torch.cat(states), last_hidden=True)
+        reused = self._reused(len(rows)) if logits else None
+        return self._run(parts, rows.astype(np.int32), torch.cat(states), last_hidden=True, logits=reused)
+
+    def draft_several(self, parts: list[Part], states: list[torch.Tensor], call: DecodeCall) -> Decoded:
+        """Runs several steps of a drafting plan, each over its own states of the step before; the result has those of all.
+
+        Args:
+            parts: a token of each sequence. The cache has room for those of all steps, which its length counts already.
+            states: input hidden states of the first step, float32 [1, H] each.
+            call: the call.
+        """
+        rows = np.arange(len(parts), dtype=np.int32)
+        plan, batch = self._batch(parts, rows, torch.cat(states), last_hidden=True, logits=self._reused(len(parts)))
+        return self.memory.decode(plan, batch, call)
 
     def _run(
         self,

@@ -290,6 +290,7 @@ class Graph:
         states: the recurrent states of a sequence. A node names its own by its index (attribute `state`).
         adapter_sites: products that adapters may change. A node names its own by its index (attribute `site`).
         written: layers of the cache that another plan has written in earlier steps.
+        draft_vocab_size: number of tokens that the head has a row for, if these are not all tokens; None: `vocab_size`.
     """
 
     family: str
@@ -302,6 +303,12 @@ class Graph:
     states: tuple[StateSpec, ...] = ()
     adapter_sites: tuple[AdapterSite, ...] = ()
     written: tuple[int, ...] = ()
+    draft_vocab_size: int | None = None
+
+    @property
+    def logits_width(self) -> int:
+        """Number of logits of a row."""
+        return self.draft_vocab_size or self.vocab_size
 
     def producer(self, value: Value) -> Node | None:
         """The node that computes `value`."""

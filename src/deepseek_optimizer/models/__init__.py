@@ -14,8 +14,10 @@ from typing import Any
 
 from ..errors import ConfigError, UnsupportedModelError, shown
 from ..graph.ir import Graph, RowsSpec
+from .decoder import MAX_VOCAB
 from .families import ENCODERS, FAMILIES, MULTIMODAL, PARTS, SUPPORTED, TOWERS, Family, Multimodal, traits
 from .fields import Fields
+from .mtp import with_draft_vocabulary
 from .vision import Tower
 
 DTYPES = ("float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2")
@@ -96,6 +98,18 @@ def mtp_layers(config: Any) -> int:
     return fields.integer("num_nextn_predict_layers", MAX_MTP_LAYERS, low=0)
 
 
+def draft_vocab_size(config: Any) -> int | None:
+    """The number of tokens that the heads of a config's MTP layers have rows for; None: all tokens.
+
+    Args:
+        config: a Transformers config object, or the content of a config.json.
+    """
+    fields = Fields(config)
+    if fields.get("draft_vocab_size") is None or not mtp_layers(config):
+        return None
+    return fields.integer("draft_vocab_size", fields.integer("vocab_size", MAX_VOCAB))
+
+
 def build_mtp_graph(config: Any, depth: int, layers: int | None = None) -> Graph:
     """The unfused graph of one MTP layer. A step takes hidden states (`states`) and the tokens that follow each of them.
 
@@ -115,7 +129,8 @@ def build_mtp_graph(config: Any, depth: int, layers: int | None = None) -> Graph
     if not 0 <= depth < count:
         raise ConfigError(f"config.num_nextn_predict_layers: there is no MTP layer {depth} among {count}")
     graph: Graph = _family(_model_type(config)).build_mtp(Fields(config), depth, count)
-    return graph
+    size = draft_vocab_size(config)
+    return graph if size is None else with_draft_vocabulary(graph, size)
 
 
 def check_config(raw: Mapping[str, Any]) -> None:
@@ -131,6 +146,7 @@ def check_config(raw: Mapping[str, Any]) -> None:
         raise UnsupportedModelError(f"config.model_type {model_type!r} is part of a multimodal model; load the whole model.")
     _build(fields, model_type)
     mtp_layers(raw)
+    draft_vocab_size(raw)
     for name in ("dtype", "torch_dtype"):
         _check_dtype(fields, name)
     if "num_labels" in raw:  # not used here, but Transformers creates a table of that length
@@ -184,6 +200,7 @@ __all__ = [
     "build_mtp_graph",
     "build_tower",
     "check_config",
+    "draft_vocab_size",
     "has_mtp",
     "mtp_layers",
     "traits",

@@ -18,8 +18,7 @@ def mtp_graph(
 ) -> Graph:
     """The unfused graph of MTP layer `depth` of `layers`. In the cache, MTP layers follow the model's decoder layers.
 
-    Its only hidden state is its normalized output, which is the input of the next MTP layer.
-    """
+    Its only hidden state is its normalized output, which is the input of the next MTP layer."""
     layer = d.layers + depth
     name, path = f"l{layer}", f"model.layers.{layer}"
     nodes: list[Node] = []
@@ -35,3 +34,9 @@ def mtp_graph(
     nodes.append(Node("hidden_out", (normed,), attrs={"index": 0}))
     emit(nodes, "lm_head", (normed,), "logits", d.vocab, f"{path}.shared_head.head.weight", bias=None)
     return Graph(d.family, nodes, d.vocab, d.hidden, 1, replace(cache, layers=cache.layers + layers), d.max_positions)
+
+
+def with_draft_vocabulary(graph: Graph, size: int) -> Graph:
+    """The graph of an MTP layer whose head has rows for `size` tokens only."""
+    nodes = [n.with_(outputs=(replace(n.outputs[0], width=size),)) if n.op == "lm_head" else n for n in graph.nodes]
+    return replace(graph, nodes=nodes, draft_vocab_size=size)

@@ -63,6 +63,9 @@ class DeepSeekTrainingArguments(PlainArguments):
             are not trained.
         draft_steps: train nothing but a multi-token prediction layer, which is added where the model has none, to draft this
             number of tokens in a row for the model as it is (`dso draft`); 0: off.
+        draft_vocabulary: with `draft_steps`, the number of tokens that the layer can draft, the most frequent ones of the
+            training data: its head has rows for these only. 0, or at least the model's number: all tokens. None: 8,192 for a
+            new layer of a model with four times as many.
         quantize: a weight format. The forward pass uses the weights as this format rounds them (quantization-aware training),
             and `save_model` writes a packed checkpoint; None: no rounding.
         teacher: a model whose next-token distributions are learned: "self", the model before training, which needs `quantize`;
@@ -90,6 +93,7 @@ class DeepSeekTrainingArguments(PlainArguments):
     moe_sequence_loss_weight: float = field(default=0.0, metadata={"help": "Weight of the sequence-wise balance loss."})
     mtp_loss_weight: float | None = field(default=None, metadata={"help": "Weight of the multi-token prediction loss."})
     draft_steps: int = field(default=0, metadata={"help": "Train only a layer that drafts this number of tokens; 0: off."})
+    draft_vocabulary: int | None = field(default=None, metadata={"help": "Number of tokens that can be drafted; 0: all."})
     quantize: str | None = field(default=None, metadata={"help": "Format that the weights are trained for; None: no rounding."})
     teacher: str | None = field(default=None, metadata={"help": 'Model whose distributions are learned, or "self".'})
     teacher_weight: float = field(default=1.0, metadata={"help": "Weight of the divergence from the teacher, 0 to 1."})
@@ -136,6 +140,9 @@ class DeepSeekTrainingArguments(PlainArguments):
             or not 0 <= self.draft_steps <= MAX_DRAFTS
         ):
             raise ConfigError(f"draft_steps must be an integer from 0 to {MAX_DRAFTS}, got {self.draft_steps!r}")
+        tokens = self.draft_vocabulary
+        if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0):
+            raise ConfigError(f"draft_vocabulary must be a number of tokens, 0 for all, or None, got {tokens!r}")
         _number("teacher_weight", self.teacher_weight)
         if not 0 < self.teacher_weight <= 1:
             raise ConfigError(f"teacher_weight must be above 0 and at most 1, got {self.teacher_weight!r}")
@@ -156,6 +163,8 @@ class DeepSeekTrainingArguments(PlainArguments):
                 f"draft_steps={self.draft_steps} trains multi-token prediction layers for the model as it is, and "
                 f"mtp_loss_weight={self.mtp_loss_weight} together with it; set only one of them"
             )
+        if self.draft_vocabulary and not self.draft_steps:
+            raise ConfigError(f"draft_vocabulary={self.draft_vocabulary} needs draft_steps, the number of drafts in a row")
         for name in ("quantize", "teacher"):
             if self.draft_steps and (value := getattr(self, name)) is not None:
                 raise ConfigError(

@@ -179,7 +179,7 @@ class TrainingJob:
             model = self._with_adapter(model)
             adapter = f"LoRA of rank {config.lora.r} on {', '.join(self.targets)}"
         if self.args.draft_steps:
-            sketch_draft_layer(model)
+            sketch_draft_layer(model, self.args.draft_vocabulary)
         tokens = min(self.longest, self.row) * self.args.train_batch_size
         dtype = DTYPES["bf16" if self.args.bf16 else "fp32"]
         rounded = 0 if self.args.quantize is None else RoundedWeights(model, self.args.quantize).count

@@ -34,6 +34,7 @@ from .modules.draft_layer import add_draft_layer
 from .modules.draft_loss import DraftObjective
 from .modules.mtp import add_trained_layers
 from .modules.mtp_loss import MtpObjective
+from .modules.stored_states import StoredStates
 from .non_finite import NonFiniteSteps
 from .ops.memory import memory
 from .ops.native import built
@@ -92,8 +93,8 @@ class DeepSeekTrainer(AtomicCheckpoints):
             self.mtp, self._mtp_notes = MtpObjective(args.mtp_loss_weight), add_trained_layers(self.model)
         if args.draft_steps:
             self._check_fused(f"draft_steps={args.draft_steps}")
-            self._mtp_notes, self._fits_draft_layer = add_draft_layer(self.model)
-            self.mtp = DraftObjective(args.draft_steps)
+            self._mtp_notes, self._fits_draft_layer = add_draft_layer(self.model, args.draft_vocabulary, self.train_dataset)
+            self.mtp = DraftObjective(args.draft_steps, self._stored_states())
         if args.packing:
             pack_for_trainer(self)
         self.rounded = self._rounded_weights()
@@ -241,6 +242,14 @@ class DeepSeekTrainer(AtomicCheckpoints):
         teacher = make_teacher(self.args.teacher, self.model, self._dtype() or self.model.dtype)
         self.model_accepts_loss_kwargs = False  # the loss is the mean over a batch's tokens, not over labels
         return Distillation(teacher, self.args.teacher_weight, getattr(self.data_collator, "pad_token_id", None))
+
+    def _stored_states(self) -> StoredStates | None:
+        """The file for the hidden states of a frozen model, if there may be several epochs."""
+        if self.args.max_steps <= 0 and self.args.num_train_epochs <= 1:
+            return None
+        folder = Path(str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        return StoredStates(folder)
 
     def _teacher_bytes(self) -> int:
         return 0 if self.distillation is None else _bytes_of(self.distillation.teacher)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
 
 from deepseek_optimizer.backends.base import DECODE
+from deepseek_optimizer.backends.decoding import DecodeCall, RowChoice
 from deepseek_optimizer.backends.reference import ReferenceBackend
 from deepseek_optimizer.graph import rules
 from deepseek_optimizer.graph.ir import Graph, Node, Value
@@ -89,3 +93,61 @@ def test_states_of_a_wrong_shape_are_rejected(backend):
     batch.states = torch.zeros(3, hidden)
     with pytest.raises(ValueError, match="states must be contiguous"):
         r.plan.run(batch, r.store)
+
+
+def several(plan, store, batch, states, steps, **call):
+    """A call of `decode` over two sequences."""
+    batch.states, batch.last_hidden = states, True
+    return plan.decode(batch, store, DecodeCall(steps, [RowChoice()] * 2, np.zeros(0, np.int32), math.inf, **call))
+
+
+@pytest.mark.parametrize("token_of", [None, np.arange(211, dtype=np.int32)[::-1].copy()], ids=["all tokens", "other tokens"])
+def test_a_call_of_several_steps_continues_with_its_own_states(backend, token_of):
+    """Bit for bit the tokens and states of single steps, also from the reference's single-step calls."""
+    model = random_model(CASES["llama-gqa"]())
+    hidden, steps = model.config.hidden_size, 7
+    graph = with_states(build_graph(model.config), "in.weight")
+    generator = torch.Generator().manual_seed(1)
+    weights = packed_weights(
+        {**weights_of(model), "in.weight": torch.randn(hidden, 2 * hidden, generator=generator) / 12}, "fp32"
+    )
+    first = torch.randn(2, hidden, generator=generator)
+    native, reference = runner(backend, graph, weights), runner(ReferenceBackend(), graph, dequantized(weights))
+    for r, singly in ((native, False), (reference, True)):
+        one, other = ([r.sequence(), r.sequence()] for _ in range(2))
+        states, ids, expected = first, [3, 5], []
+        for _ in range(steps):
+            batch = make_batch([Part(blocks, [i], DECODE) for blocks, i in zip(one, ids, strict=True)], r.store)
+            batch.states, batch.last_hidden = states, True
+            output = r.plan.run(batch, r.store)
+            states, chosen = output.last_hidden, output.logits.argmax(-1)
+            ids = chosen.tolist() if token_of is None else token_of[chosen.numpy()].tolist()
+            expected.append((ids, states))
+        batch = make_batch([Part(blocks, [i], DECODE) for blocks, i in zip(other, [3, 5], strict=True)], r.store)
+        for blocks in other:
+            blocks.append(steps - 1)
+        decoded = several(r.plan, r.store, batch, first, steps, token_of=token_of)
+        count = 1 if singly else steps
+        assert decoded.logits is None and decoded.steps == count
+        assert decoded.tokens.tolist() == [tokens for tokens, _ in expected[:count]]
+        assert torch.equal(decoded.last_hidden, torch.stack([state for _, state in expected[:count]]))
+
+
+def test_states_of_the_step_whose_tokens_are_left_to_the_caller(backend):
+    model = random_model(CASES["llama-gqa"]())
+    graph = build_graph(model.config)
+    weights = packed_weights(weights_of(model), "fp32")
+    weights["model.norm.weight"] = weights["model.norm.weight"] * float("nan")
+    r = runner(backend, graph, weights)
+    batch = make_batch([Part(r.sequence(), [3], DECODE), Part(r.sequence(), [5], DECODE)], r.store)
+    decoded = several(r.plan, r.store, batch, None, 4)
+    assert decoded.steps == 1 and len(decoded.tokens) == 0
+    assert decoded.logits.isnan().all() and decoded.last_hidden.shape == (1, 2, model.config.hidden_size)
+
+
+def test_states_and_other_tokens_of_a_call_are_checked(backend):
+    model = random_model(CASES["llama-gqa"]())
+    r = runner(backend, build_graph(model.config), packed_weights(weights_of(model), "fp32"))
+    batch = make_batch([Part(r.sequence(), [3], DECODE), Part(r.sequence(), [5], DECODE)], r.store)
+    with pytest.raises(ValueError, match=r"token_of must be contiguous int32 \[211\]"):
+        several(r.plan, r.store, batch, None, 4, token_of=np.zeros(3, np.int32))

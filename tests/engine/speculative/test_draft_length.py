@@ -13,8 +13,11 @@ from deepseek_optimizer.engine.speculative.draft_length import DraftLengthContro
 CHEAP, STEEP = 0.06, 0.55
 
 
-def simulate(tokens, agree, row, *, max_drafts=3, sequences=1, seed=0, plain=10e-3, noise=0.0, controller=None):
-    """Decodes `tokens` tokens per sequence. agree: round number -> probability that a draft is accepted.
+def simulate(
+    tokens, agree, row, *, max_drafts=3, sequences=1, seed=0, plain=10e-3, noise=0.0, controller=None, several=False
+):  # fmt: skip
+    """Decodes `tokens` tokens per sequence. agree: round number -> probability that a draft is accepted. several: whether
+    rounds without drafts run in calls of several.
 
     Returns: the controller, and plain decoding's time over the time taken.
     """
@@ -29,18 +32,20 @@ def simulate(tokens, agree, row, *, max_drafts=3, sequences=1, seed=0, plain=10e
                 held += 1
             outcomes.append((n, held))
         took = plain * (1 + row * n) * (1 + noise * rng.random())
-        controller.record(took, outcomes)
-        done += 1 + sum(held for _, held in outcomes) / sequences
-        seconds += took
-        rounds += 1
+        count = min(controller.plain_rounds, int(tokens - done)) if several and not n else 1
+        controller.record(took, outcomes, count)
+        done += count + sum(held for _, held in outcomes) / sequences
+        seconds += count * took
+        rounds += count
     return controller, done * plain * (1 + noise / 2) / seconds
 
 
 @pytest.mark.parametrize("row", [CHEAP, STEEP, 1.0])
 @pytest.mark.parametrize("sequences", [1, 4])
 @pytest.mark.parametrize("tokens", [64, 128, 1000])
-def test_rejected_drafts_cost_less_than_three_percent(row, sequences, tokens):
-    controller, speed = simulate(tokens, lambda _: 0.0, row, sequences=sequences)
+@pytest.mark.parametrize("several", [False, True])
+def test_rejected_drafts_cost_less_than_three_percent(row, sequences, tokens, several):
+    controller, speed = simulate(tokens, lambda _: 0.0, row, sequences=sequences, several=several)
     assert speed >= 0.97
     assert controller.report().drafted > 0  # it tried
     assert controller.report().accepted_length == 1
@@ -57,8 +62,37 @@ def test_an_acceptance_of_eighty_percent_is_faster(seed):
         assert controller.report().speedup == pytest.approx(actual, rel=0.05)
 
 
-def test_short_requests_gain_too():
-    _, speed = simulate(64, lambda _: 0.8, CHEAP)
+def test_calls_of_several_rounds_last_until_the_next_trial():
+    """The same decisions as in single rounds, with few calls."""
+    one, several = (simulate(1000, lambda _: 0.0, STEEP, several=several)[0].report() for several in (False, True))
+    assert several.rounds == one.rounds == sum(count for _, count in several.chosen)
+    assert [n for n, _ in several.chosen] == [n for n, _ in one.chosen]
+    controller = DraftLengthController(3)
+    simulate(200, lambda _: 0.0, STEEP, controller=controller, several=True)
+    calls = []
+    for _ in range(10):
+        if controller.choose(1):
+            controller.record(20e-3, [(1, 0)])
+        else:
+            calls.append(controller.plain_rounds)
+            controller.record(10e-3, [(0, 0)], calls[-1])
+    assert sum(calls) > 15 * len(calls)
+
+
+def test_plain_rounds_between_drafts_are_few():
+    controller, longest = DraftLengthController(3), 0
+    for _ in range(400):
+        n = controller.choose(1)
+        count = controller.plain_rounds if not n else 1
+        longest = max(longest, count)
+        controller.record(1 + 0.06 * n, [(n, n)], count)
+    assert longest == 4
+    assert controller.report().accepted_length > 3.5
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_short_requests_gain_too(several):
+    _, speed = simulate(64, lambda _: 0.8, CHEAP, several=several)
     assert speed > 1.8
 
 

@@ -13,6 +13,7 @@ import torch
 from deepseek_optimizer.backends.base import DECODE
 from deepseek_optimizer.backends.reference import ReferenceBackend
 from deepseek_optimizer.engine.runner import Runner
+from deepseek_optimizer.engine.sampling.torch_sampler import TorchSampler
 from deepseek_optimizer.engine.sequence import Part, Sequence, rows_of
 from deepseek_optimizer.engine.speculative import mtp
 from deepseek_optimizer.engine.speculative.draft_and_verify import SpeculativeDecoder
@@ -92,7 +93,7 @@ class Watched(MtpProposer):
     """Compares each proposal with the definition."""
 
     def __init__(self, world: World, layers: list[Runner], bases: dict[int, int]) -> None:
-        super().__init__(layers, lambda index, drafted, logits: (int(logits.argmax()), None))
+        super().__init__(layers, TorchSampler(sampled=False).draft, greedy=layers[-1].decodes)
         self.world, self.bases, self.compared = world, bases, 0
 
     def propose(self, sequences, max_drafts):
@@ -126,13 +127,16 @@ class Script:
     def choose(self, sequences, max_drafts=None):
         return min(self.chosen.pop(0), max_drafts)
 
-    def record(self, seconds, outcomes):
+    def record(self, seconds, outcomes, rounds=1):
         pass
 
 
-def decoder_of(world: World, chosen: list[int], bases: dict[int, int] | None = None) -> SpeculativeDecoder:
+def decoder_of(
+    world: World, chosen: list[int], bases: dict[int, int] | None = None, decodes: bool = False
+) -> SpeculativeDecoder:
     arena = world.arena()
-    proposer = Watched(world, [Runner(plan, arena) for plan in world.plans[1:]], bases or {})
+    layers = [Runner(plan, arena, 211 if decodes else 0, decodes=decodes) for plan in world.plans[1:]]
+    proposer = Watched(world, layers, bases or {})
     return SpeculativeDecoder(Runner(world.plans[0], arena), proposer, Accepting(211), Script(chosen))
 
 
@@ -163,10 +167,11 @@ def world(request) -> World:
     return World.make(*WORLDS[request.param])
 
 
-def test_drafts_equal_the_definition(world):
+@pytest.mark.parametrize("decodes", [False, True])
+def test_drafts_equal_the_definition(world, decodes):
     """Sequences of different lengths, drafts accepted and rejected at random, with rounds without drafts."""
     chosen = [3, 1, 0, 4, 2, 0, 0, 3, 1, 5, 2]
-    decoder = decoder_of(world, chosen)
+    decoder = decoder_of(world, chosen, decodes=decodes)
     ids = random_ids(world.config, 60)
     sequences = [begin(decoder, 0, ids[:40]), begin(decoder, 7, ids[40:43]), begin(decoder, 3, ids[43:45])]
     for _ in range(len(chosen)):
@@ -197,6 +202,21 @@ def test_pending_states_are_processed_in_time(world, monkeypatch):
         decoder.round([sequence], [9])
         track = decoder.proposer._tracks[0]
         assert sum(len(t) for t in track.waiting[0]) <= 8
+    assert decoder.proposer.compared == 4
+
+
+def test_texts_without_drafts_for_long_begin_anew(world, monkeypatch):
+    """The layers then attend to the newest rows only."""
+    chosen = [2, *[0] * 101, 3, 1, *[0] * 70, 2]
+    decoder = decoder_of(world, chosen)
+    sequence = begin(decoder, 0, random_ids(world.config, 30))
+    for n in range(len(chosen)):
+        if n == 102:
+            seen = len(sequence.tokens) - 1
+            decoder.proposer.bases[0] = -(-(seen - 64) // 32) * 32
+            assert decoder.proposer.bases[0] > 32
+        decoder.round([sequence], [9])
+    assert decoder.proposer._tracks[0].base == decoder.proposer.bases[0]
     assert decoder.proposer.compared == 4
 
 

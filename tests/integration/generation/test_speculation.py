@@ -24,17 +24,37 @@ EOS = 2
 class Always:
     """A controller that always allows all drafts, and records how many were accepted."""
 
+    plain_rounds = 1
+
     def __init__(self, max_drafts, fixed=False):
         self.max_drafts, self.rounds = max_drafts, []
 
     def choose(self, sequences, max_drafts=None):
         return min(self.max_drafts, self.max_drafts if max_drafts is None else max_drafts)
 
-    def record(self, seconds, outcomes):
-        self.rounds.append(list(outcomes))
+    def record(self, seconds, outcomes, rounds=1):
+        self.rounds += [list(outcomes)] * rounds
 
     def report(self):
         return self.rounds
+
+
+class Sometimes(Always):
+    """Allows drafts in one round of three, and up to five other rounds in a call."""
+
+    plain_rounds = 5
+
+    def choose(self, sequences, max_drafts=None):
+        return 0 if len(self.rounds) % 3 else super().choose(sequences, max_drafts)
+
+
+class Never(Always):
+    """Allows no drafts, and up to seven rounds in a call."""
+
+    plain_rounds = 7
+
+    def choose(self, sequences, max_drafts=None):
+        return 0
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +98,39 @@ def test_greedy_text_equals_plain_decoding(pair, name, lengths):
     plain, drafted = both(pair, lengths, **GREEDY[name])
     assert torch.equal(plain, drafted)
     assert any(held for rounds in pair.fast.dso.speculation for _, held in rounds) or "n" not in name
+
+
+@pytest.mark.parametrize("name", GREEDY)
+@pytest.mark.parametrize("lengths", [(9,), (40, 4, 31)], ids=["one", "left-padded"])
+@pytest.mark.parametrize("new", [24, 60])
+def test_rounds_without_drafts_in_calls_of_several(pair, monkeypatch, name, lengths, new):
+    """Across blocks of the cache, too."""
+    monkeypatch.setattr(speculation, "DraftLengthController", Sometimes)
+    plan, calls = pair.fast.dso.plan, []
+    decode = plan.decode
+    monkeypatch.setattr(plan, "decode", lambda *args: (calls.append(decode(*args)), calls[-1])[1])
+    ids, mask = pair.ids(*lengths), pair.mask(*lengths)
+    proposer = scripted(pair, ids, mask, new)
+    calls.clear()
+    options = {"attention_mask": mask, "max_new_tokens": new, "do_sample": False, "pad_token_id": 0, **GREEDY[name]}
+    plain = pair.fast.generate(ids, **options)
+    calls.clear()
+    assert torch.equal(plain, pair.fast.generate(ids, proposer=proposer, **options))
+    if pair.fast.dso.backend.name == "cpu" and name == "plain":
+        assert max(call.steps for call in calls) > 1
+
+
+def test_calls_of_several_draw_the_numbers_of_single_rounds(pair, monkeypatch):
+    monkeypatch.setattr(speculation, "DraftLengthController", Never)
+    ids, texts = pair.ids(9), []
+    options = {"do_sample": True, "top_k": 20, "temperature": 1.5, "max_new_tokens": 50, "eos_token_id": None}
+    for several in (False, True):
+        with monkeypatch.context() as patch:
+            if not several:
+                patch.setattr(speculation.TokenChoices, "of", lambda *args, **kwargs: None)
+            torch.manual_seed(3)
+            texts.append(pair.fast.generate(ids, proposer=scripted(pair, ids, pair.mask(9), 50), **options))
+    assert torch.equal(*texts)
 
 
 @pytest.mark.parametrize("agree", [0.0, 1.0])

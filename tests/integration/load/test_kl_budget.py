@@ -223,8 +223,9 @@ def test_the_built_in_text(original, monkeypatch):
 
 
 @pytest.mark.parametrize("calibration", [None, "text"])
-def test_mtp_layers_get_the_format_of_most_weights(calibration, byte_tokenizer, tmp_path):
-    config = llama(num_nextn_predict_layers=1, tie_word_embeddings=True)
+@pytest.mark.parametrize("vocabulary", [None, 30], ids=["all tokens", "some tokens"])
+def test_mtp_layers_get_the_format_of_most_weights(calibration, vocabulary, byte_tokenizer, tmp_path):
+    config = llama(num_nextn_predict_layers=1, tie_word_embeddings=True, draft_vocab_size=vocabulary)
     config.vocab_size = len(byte_tokenizer)
     save_with_mtp(tmp_path / "model", config)
     byte_tokenizer.save_pretrained(tmp_path / "model")

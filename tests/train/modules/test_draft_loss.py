@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from deepseek_optimizer.errors import ConfigError
 from deepseek_optimizer.train.modules.draft_layer import add_draft_layer
 from deepseek_optimizer.train.modules.draft_loss import DraftObjective
+from deepseek_optimizer.train.modules.draft_vocabulary import set_draft_vocabulary
 from deepseek_optimizer.train.modules.mtp import head_of, mtp_states
 from support.family_configs import deepseek_v3, gemma2, llama, qwen3
 from support.models import random_ids, random_model, randomize
@@ -17,7 +18,10 @@ CONFIGS = {
     "llama": lambda: llama(tie_word_embeddings=True),
     "qwen3": qwen3,
     "v3 with two layers": lambda: deepseek_v3(num_nextn_predict_layers=2),
+    "llama with a draft vocabulary": lambda: llama(tie_word_embeddings=True),
+    "v3 with two layers and a draft vocabulary": lambda: deepseek_v3(num_nextn_predict_layers=2),
 }
+TOKENS = torch.tensor([0, 2, *range(3, 90, 2)])  # one of the three likely tokens is missing
 
 
 @pytest.fixture(params=CONFIGS)
@@ -28,6 +32,8 @@ def model(request):
     randomize(made.model.layers[made.config.num_hidden_layers :], seed=5)
     with torch.no_grad():
         made.lm_head.weight[3:] *= 0.01  # three tokens are likely, so that some drafts are right
+    if "vocabulary" in request.param:
+        set_draft_vocabulary(made, TOKENS)
     return made
 
 
@@ -41,17 +47,20 @@ def packed(model):
 
 @torch.no_grad()
 def drafts_by_row(model, ids, labels, positions, texts, steps):
-    """For each draft: row -> (logits, the model's most likely token there), by the definition."""
+    """For each draft: row -> (logits, the place of the model's most likely token among them), by the definition; no place if
+    the token is not in the draft vocabulary."""
     hidden = model.model(ids, position_ids=positions, use_cache=False).last_hidden_state
     likely = model.lm_head(hidden)[0].argmax(-1).tolist()
     rows = []
     for step, (depth, layer, state) in enumerate(mtp_states(model, hidden, ids, None, positions, steps=steps)):
         logits, found = head_of(layer, model)(state)[0], {}
+        vocabulary = getattr(layer.shared_head, "tokens", torch.arange(model.config.vocab_size)).tolist()
         for begin, end in texts:
             for row in range(begin + step - depth, end):
                 token = row + depth + 2  # its place in the row of ids
                 if token < end and labels[0, token] != -100:
-                    found[row] = (logits[row], likely[token - 1])
+                    wanted = likely[token - 1]
+                    found[row] = (logits[row], vocabulary.index(wanted) if wanted in vocabulary else None)
         rows.append(found)
     return hidden, rows
 
@@ -61,7 +70,8 @@ def test_loss_is_the_cross_entropy_of_likely_tokens(model, steps):
     ids, labels, positions, texts = packed(model)
     hidden, rows = drafts_by_row(model, ids, labels, positions, texts, steps)
     expected = [
-        sum(F.cross_entropy(logits, torch.tensor(token)) for logits, token in each.values()) / len(each) for each in rows
+        sum(F.cross_entropy(logits, torch.tensor(token)) for logits, token in each) / len(each)
+        for each in ([pair for pair in row.values() if pair[1] is not None] for row in rows)
     ]
     model.train()
     made = DraftObjective(steps)(model, hidden, ids, labels, None, {"position_ids": positions})
@@ -69,7 +79,8 @@ def test_loss_is_the_cross_entropy_of_likely_tokens(model, steps):
     made.backward()
     trained = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     layers = range(model.config.num_hidden_layers, len(model.model.layers))[:steps]
-    assert trained == {n for n, _ in model.named_parameters() if any(f".layers.{k}." in n for k in layers)}
+    names = {n for n, _ in model.named_parameters() if any(f".layers.{k}." in n for k in layers)}
+    assert trained == {name for name in names if "shared_head.head" not in name}
 
 
 def test_accepted_drafts_are_those_up_to_the_first_wrong_one(model):

@@ -211,7 +211,7 @@ def compile_graph(
         compiler.slots[compiler.slot_of[nodes[-1].outputs[0]]].kind = SLOT_KINDS["logits"]
     return CpuPlan(
         context, steps, compiler.slots, compiler.weights, compiler.keep, [compiler.row(n) for n in nodes],
-        vocab_size=graph.vocab_size, hidden_size=graph.hidden_size, hidden_states=graph.hidden_states,
+        vocab_size=graph.logits_width, hidden_size=graph.hidden_size, hidden_states=graph.hidden_states,
         rope=compiler.rope, has_head=graph.has_head, has_states=bool(graph.states), looks_up=graph.looks_up,
         features=graph.features,
     )  # fmt: skip

@@ -39,6 +39,7 @@ def native_call(call: DecodeCall, rows: int, vocab: int, steps: int) -> tuple[De
     native.generator = optional(call.generator, "generator", _U32, (GENERATOR_WORDS,))
     native.variates = call.variates
     native.tokens = address(tokens, "tokens", _I32, (steps, rows))
+    native.token_of = optional(call.token_of, "token_of", _I32, (vocab,))
     return native, tokens, [choices, call]
 
 

@@ -194,14 +194,16 @@ class CpuPlan:
         return self._returned(batch, output)
 
     def decode(self, batch: StepBatch, store: KvStore, call: DecodeCall) -> Decoded:
-        b, output, _keep = self._bound(batch, store)
         changing = self._rope is not None and batch.reach is None  # frequencies that depend on the length
         steps = 1 if changing or self.has_states else call.steps
+        b, output, _keep = self._bound(batch, store, steps)
         native, tokens, kept = native_call(call, len(batch.query_len), self.vocab_size, steps)
         self._call("dso_plan_decode", b, output, C.byref(native))
         del kept
-        logits = self._returned(batch, output).logits
-        return Decoded(tokens[: native.done], logits if native.undecided else None)
+        logits, states = self._returned(batch, output).logits, output.last_hidden
+        if states is not None:
+            states = states.view(steps, len(batch.query_len), -1)[: native.done + native.undecided]
+        return Decoded(tokens[: native.done], logits if native.undecided else None, states)
 
     def _call(self, name: str, b: Batch, output: StepOutput, *more: Any) -> None:
         written = {"logits": output.logits, "hidden": output.hidden, "last_hidden": output.last_hidden}
@@ -214,8 +216,8 @@ class CpuPlan:
             output.logits = batch.logits.copy_(output.logits)
         return output
 
-    def _bound(self, batch: StepBatch, store: KvStore | None) -> tuple[Batch, StepOutput, list[Any]]:
-        """The library's batch, where it writes its results, and what it refers to besides."""
+    def _bound(self, batch: StepBatch, store: KvStore | None, steps: int = 1) -> tuple[Batch, StepOutput, list[Any]]:
+        """The library's batch, where it writes its results, and what it refers to besides; `steps`: of a call of `decode`."""
         tokens, rows = len(batch.positions), len(batch.logit_rows)
         if rows and not self.has_head:
             raise ValueError(f"logit_rows must be empty for a plan that has no head, got {rows} rows")
@@ -228,7 +230,7 @@ class CpuPlan:
             optional(logits, "logits", f32, shape)
             logits = new(shape, f32)  # the copy has red zones
         hidden = new((self.hidden_states, tokens, width), f32) if batch.hidden else None
-        last = new((tokens, width), f32) if batch.last_hidden else None
+        last = new((steps * tokens, width), f32) if batch.last_hidden else None
         embeds = None if batch.inputs_embeds is None else batch.inputs_embeds.detach().to("cpu", f32).contiguous()
         states = None if batch.states is None else batch.states.detach().to("cpu", f32).contiguous()
         b = Batch()
@@ -245,7 +247,7 @@ class CpuPlan:
         b.states = optional(states, "states", f32, (tokens, width))
         b.logits = address(logits, "logits", f32, shape)
         b.hidden = optional(hidden, "hidden", f32, (self.hidden_states, tokens, width))
-        b.last_hidden = optional(last, "last_hidden", f32, (tokens, width))
+        b.last_hidden = optional(last, "last_hidden", f32, (steps * tokens, width))
         if store is not None:
             b.cache = store.handle.address  # type: ignore[attr-defined]  # a CpuStore
         if self.has_states:

@@ -88,7 +88,7 @@ class ReferencePlan:
         """[R, V]; R is 0 if the graph has no head."""
         head = next((n.outputs[0] for n in self.graph.nodes if n.op == "lm_head"), None)
         if head is None:
-            return torch.empty(0, self.graph.vocab_size, dtype=torch.float32, device=self.device)
+            return torch.empty(0, self.graph.logits_width, dtype=torch.float32, device=self.device)
         return step.values[head] if head.selected else step.values[head][self._rows(step.batch)]
 
     def reserve(self, tokens: int, logit_rows: int) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..draft import Draft
+from ..draft import Draft, DraftVocabulary
 from .verify import accept_greedy, accept_sampled
 
 # (sequence's index, draft tokens after its own, logits [1, V]) -> processed logits [1, V]
@@ -23,10 +23,14 @@ class TorchSampler:
     Args:
         sampled: sample from the processed distribution; otherwise choose the largest logit.
         process: the request's logits processors; None: logits are not changed.
+
+    Attributes:
+        greedy: whether the largest of the model's logits is chosen.
     """
 
     def __init__(self, *, sampled: bool, process: Process | None = None) -> None:
         self.sampled, self._process = sampled, process
+        self.greedy = not sampled and process is None
 
     def accept(
         self, index: int, draft: Draft, logits: torch.Tensor, used: list[tuple[torch.Tensor, torch.Tensor]] | None = None
@@ -51,15 +55,37 @@ class TorchSampler:
             return accept_greedy(draft.tokens, lambda j: int(largest(processed(j))))
         return accept_sampled(draft.tokens, draft.q, lambda j: _probabilities(processed(j)), _uniform, _drawn)
 
-    def draft(self, index: int, drafted: list[int], logits: torch.Tensor) -> tuple[int, Float32 | None]:
+    def choose(self, index: int, tokens: list[int], logits: torch.Tensor) -> int:
+        """Returns the token after some that were chosen already.
+
+        Args:
+            index: index of the sequence.
+            tokens: the tokens since the sequence's own.
+            logits: the model's logits after them, float32 [V].
+        """
+        processed = self._processed(index, tokens, logits[None])
+        return _drawn(_probabilities(processed)) if self.sampled else int(largest(processed))
+
+    def draft(
+        self, index: int, drafted: list[int], logits: torch.Tensor, vocabulary: DraftVocabulary | None = None
+    ) -> tuple[int, Float32 | None]:
         """Returns a draft token, and the distribution that it was sampled from, float32 [V] (None: it is the largest).
 
         Args:
             index: index of the sequence.
             drafted: draft tokens before this one.
-            logits: the drafting model's logits, float32 [V].
+            logits: the drafting model's logits, float32 [V], or [N] with a draft vocabulary.
+            vocabulary: the tokens of the logits; None: all.
         """
-        processed = self._processed(index, drafted, logits[None])
+        if vocabulary is None:
+            processed = self._processed(index, drafted, logits[None])
+        elif self._process is None and not self.sampled:
+            return int(vocabulary.tokens[int(largest(logits[None]))]), None
+        else:
+            processed = self._processed(index, drafted, vocabulary.whole(logits)[None])
+            if not (processed > -torch.inf).any():  # the processors exclude the whole draft vocabulary: any draft is rejected
+                processed = processed.clone()
+                processed[:, vocabulary.tokens[0]] = 0
         if not self.sampled:
             return int(largest(processed)), None
         q = _probabilities(processed)

@@ -13,6 +13,7 @@ from .base import Proposer
 from .draft_length import DraftLengthController
 
 if TYPE_CHECKING:
+    from ...backends.decoding import Decoded
     from ..runner import Runner
     from ..sampling.torch_sampler import TorchSampler
 
@@ -25,6 +26,8 @@ class SpeculativeDecoder:
         proposer: proposes drafts.
         sampler: samples tokens by the request's parameters.
         draft_length: chooses the number of drafts.
+        plain: runs several rounds without drafts at once, given the sequences, with room for one token each, and the maximum
+            number of rounds; None: each round runs on its own.
         clock: returns the time in seconds, to measure rounds for `draft_length`.
     """
 
@@ -34,13 +37,15 @@ class SpeculativeDecoder:
         proposer: Proposer,
         sampler: TorchSampler,
         draft_length: DraftLengthController,
+        plain: Callable[[list[Sequence], int], Decoded] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.runner, self.proposer, self.sampler = runner, proposer, sampler
-        self.draft_length, self._clock = draft_length, clock
+        self.draft_length, self._plain, self._clock = draft_length, plain, clock
 
     def round(self, sequences: list[Sequence], room: list[int], used: list[Any] | None = None) -> list[list[int]]:
-        """Runs one step and appends the new tokens, at least one, to each sequence; all but the last are in the cache.
+        """Runs a round and appends the new tokens, at least one, to each sequence; all but the last are in the cache. Rounds
+        without drafts may be several steps.
 
         Args:
             sequences: the sequences.
@@ -56,7 +61,14 @@ class SpeculativeDecoder:
         before = [s.cached for s in sequences]
         allowed = self.draft_length.choose(len(sequences), max(room) - 1)
         max_drafts = self._reserve(sequences, [min(allowed, r - 1) for r in room])
+        if self._plain is not None and not allowed:
+            chosen, rounds = self._plain_rounds(self._plain, sequences, before, min(self.draft_length.plain_rounds, *room))
+            self.draft_length.record((self._clock() - begun) / rounds, [(0, 0)] * len(sequences), rounds)
+            return chosen
         try:
+            if any(max_drafts) and self.proposer.wants_states:
+                self.proposer.catch_up(sequences)
+                begun = self._clock()
             drafts = self.proposer.propose(sequences, max_drafts) if any(max_drafts) else [Draft() for _ in sequences]
             parts = [Part(s, [s.tokens[-1], *d.tokens], n) for s, d, n in zip(sequences, drafts, before, strict=True)]
             result = self.runner.verify(parts, last_hidden=self.proposer.wants_states)
@@ -77,6 +89,30 @@ class SpeculativeDecoder:
         outcomes = [(len(d.tokens), len(tokens) - 1) for d, tokens in zip(drafts, accepted, strict=True)]
         self.draft_length.record(self._clock() - begun, outcomes)
         return accepted
+
+    def _plain_rounds(
+        self, plain: Callable[[list[Sequence], int], Decoded], sequences: list[Sequence], before: list[int], most: int
+    ) -> tuple[list[list[int]], int]:
+        """Runs up to `most` rounds without drafts, as `round`; returns the new tokens of each sequence, and their number.
+
+        `before`: number of tokens in the cache before them.
+        """
+        try:
+            decoded = plain(sequences, most)
+            chosen: list[list[int]] = decoded.tokens.T.tolist()
+            if decoded.logits is not None:
+                for sequence, tokens, logits in zip(sequences, chosen, decoded.logits, strict=True):
+                    tokens.append(self.sampler.choose(sequence.index, tokens, logits))
+        except BaseException:
+            self.runner.crop(sequences, before)
+            raise
+        for sequence, tokens in zip(sequences, chosen, strict=True):
+            sequence.tokens += tokens
+        if decoded.last_hidden is not None:
+            for n, sequence in enumerate(sequences):
+                self.proposer.follow(sequence, decoded.last_hidden[:, n])
+        self.runner.forget(sequences)
+        return chosen, decoded.steps
 
     def _reserve(self, sequences: list[Sequence], max_drafts: list[int]) -> list[int]:
         """Reserves room for one token and the drafts of each; if the cache has no room for drafts, for one token only.

@@ -23,7 +23,8 @@ from .costs import StepCosts
 FIRST, SHARE, MAX = 0.8, 0.012, 4.0  # initial credit in plain steps, share of the elapsed time added, maximum credit in steps
 _BETTER = 1.02  # minimum expected speedup of drafts over plain decoding
 _WARM = 2  # plain rounds before the first drafts
-_SOON, _LATER = 4, 32  # minimum and maximum number of rounds between trials of other numbers of drafts; doubles each time
+_SOON, _LATER = 4, 128  # minimum and maximum number of rounds between trials of other numbers of drafts; doubles each time
+_SAMPLE = 4  # plain rounds that are measured together, between rounds with drafts
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,9 @@ class DraftLengthController:
     Args:
         max_drafts: maximum number of drafts per sequence and round.
         fixed: always use that number, whether or not it is faster.
+
+    Attributes:
+        plain_rounds: after `choose` has returned 0, for how many rounds in a row that holds.
     """
 
     def __init__(self, max_drafts: int, *, fixed: bool = False) -> None:
@@ -62,6 +66,7 @@ class DraftLengthController:
         self._acceptance = Acceptance(max_drafts)
         self._accepted, self._proposed = [0] * max_drafts, [0] * max_drafts  # all
         self._credit: float | None = None
+        self.plain_rounds = 1
         self._since, self._wait, self._turn = 0, _SOON, 0  # rounds since the last trial, and until the next
         self._chosen: list[tuple[int, int]] = []
         self._rounds = self._drafted = self._lengths = self._with = 0
@@ -75,6 +80,7 @@ class DraftLengthController:
             max_drafts: limit for this round, such as near the end of the text; None: `self.max_drafts`.
         """
         max_drafts = self.max_drafts if max_drafts is None else min(max_drafts, self.max_drafts)
+        self.plain_rounds = 1
         chosen = max_drafts if self.fixed or max_drafts <= 0 else self._choice(sequences, max_drafts)
         if self._chosen and self._chosen[-1][0] == chosen:
             self._chosen[-1] = (chosen, self._chosen[-1][1] + 1)
@@ -83,6 +89,7 @@ class DraftLengthController:
         return chosen
 
     def _choice(self, sequences: int, max_drafts: int) -> int:
+        self.plain_rounds = _SAMPLE
         plain = self.costs.seconds(sequences, 0)
         if plain is None or self.costs.samples(sequences, 0) < _WARM:
             return 0
@@ -93,9 +100,12 @@ class DraftLengthController:
         drafts = max(range(1, max_drafts + 1), key=lambda n: rates[n])
         best = drafts if rates[drafts] > _BETTER * rates[0] else 0
         self._since += 1
+        slower = not best
         if self._since >= self._wait:
             best = self._trial(best, drafts, max_drafts)
             self._since, self._wait, self._turn = 0, min(2 * self._wait, _LATER), self._turn + 1
+        if slower:
+            self.plain_rounds = self._wait - self._since  # until the next trial
         while best and self._cost(sequences, best) - plain > self._credit:
             best -= 1
         return best
@@ -112,28 +122,32 @@ class DraftLengthController:
         assert seconds is not None and plain is not None  # a plain step was measured
         return max(seconds, plain)
 
-    def record(self, seconds: float, outcomes: Iterable[tuple[int, int]]) -> None:
-        """Adds a round.
+    def record(self, seconds: float, outcomes: Iterable[tuple[int, int]], rounds: int = 1) -> None:
+        """Adds a round, or several plain ones.
 
         Args:
-            seconds: duration of the round.
+            seconds: duration of a round.
             outcomes: (drafts verified, drafts accepted) of each sequence.
+            rounds: number of rounds; several only without drafts, at most `plain_rounds`.
         """
         outcomes = list(outcomes)
+        if rounds > 1:
+            self._since += rounds - 1
+            self._chosen[-1] = (0, self._chosen[-1][1] + rounds - 1)
         sequences, drafted = len(outcomes), sum(n for n, _ in outcomes)
         self.costs.add(sequences, drafted, seconds)
         tokens = 1 + sum(accepted for _, accepted in outcomes) / sequences
         for n, accepted in outcomes:
             self._count(n, accepted)
         plain = self.costs.seconds(sequences, 0)
-        self._rounds += 1
+        self._rounds += rounds
         self._drafted += drafted > 0
         if plain is not None:
-            self._seconds += seconds
-            self._plain += tokens * plain
+            self._seconds += rounds * seconds
+            self._plain += rounds * tokens * plain
             if self._credit is not None:
                 saved = tokens * plain - seconds if drafted else 0.0
-                self._credit = min(self._credit + saved + SHARE * seconds, MAX * plain)
+                self._credit = min(self._credit + saved + SHARE * rounds * seconds, MAX * plain)
 
     def _count(self, drafted: int, accepted: int) -> None:
         self._lengths += (1 + accepted) * (drafted > 0)

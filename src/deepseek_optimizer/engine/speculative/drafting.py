@@ -80,8 +80,11 @@ class Drafting:
             requests = [r for r in room if self._chosen.get(r.sequence.index) == n]
             if not requests:
                 continue
+            sequences = [r.sequence for r in requests]
+            if proposer.wants_states:
+                proposer.catch_up(sequences)
             begun = self._clock()
-            drafts: list[Draft] = proposer.propose([r.sequence for r in requests], [room[r] for r in requests])
+            drafts: list[Draft] = proposer.propose(sequences, [room[r] for r in requests])
             count = sum(len(d.tokens) for d in drafts)
             if count:
                 each, old = (self._clock() - begun) / count, self._seconds[proposer.name]

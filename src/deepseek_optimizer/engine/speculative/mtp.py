@@ -13,22 +13,31 @@ A layer that did not process a sequence from its first token attends only to blo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from ...backends.decoding import DecodeCall, RowChoice
 from ...cache.block_manager import BLOCK_TOKENS
-from ..draft import Draft
+from ..draft import Draft, DraftVocabulary
 from ..sequence import Part, Sequence, rows_of
 
 if TYPE_CHECKING:
     from ..runner import Runner
 
-# (sequence's index, tokens drafted so far, logits [V]) -> token, and the distribution it was sampled from or None
-Choose = Callable[[int, list[int], Any], "tuple[int, Any]"]
+# (sequence's index, tokens drafted so far, logits [V] or those of a draft vocabulary [N], the draft vocabulary or None) ->
+# token, and the distribution [V] it was sampled from or None
+Choose = Callable[[int, list[int], Any, "DraftVocabulary | None"], "tuple[int, Any]"]
 # Maximum number of pending rows of hidden states: processed together, they cost little more than a single row. A cache that
 # frees blocks keeps those that pending rows need (`cache.forgetting.Forgetting.spare`).
 _FLUSH = 256
+_MANY = 16  # pending rows, more than those of a round with drafts
+# After this many rows without drafts, the layers begin anew with the newest rows: texts without drafts should lose little.
+_IDLE, _NEWEST = 100, 2 * BLOCK_TOKENS
+_NO_STOPS = np.zeros(0, np.int32)
 
 
 @dataclass
@@ -38,6 +47,7 @@ class _Track:
     Attributes:
         base: first row that the layers have processed; a multiple of the block size.
         seen: number of rows whose states the model has delivered, including those before `base`.
+        tried: `seen` when drafts were last made; None: never.
         done: for each layer, number of final rows in its cache.
         waiting: for each layer, final input states of the rows from `done` on.
     """
@@ -46,6 +56,19 @@ class _Track:
     seen: int
     done: list[int]
     waiting: list[list[Any]] = field(default_factory=list)
+    tried: int | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing has been drafted for long."""
+        return self.tried is not None and self.seen - self.tried > _IDLE
+
+    def begin_anew(self) -> None:
+        """Continues as if the layers had not processed rows before the newest ones."""
+        base = -(-(self.seen - _NEWEST) // BLOCK_TOKENS) * BLOCK_TOKENS
+        if base > self.done[0]:
+            self.waiting = [_split(self.waiting[0], base - self.done[0])[1], *([] for _ in self.waiting[1:])]
+            self.base, self.done = base, [base] * len(self.done)
 
     def first_block(self, sequence: Sequence) -> int:
         """Returns the first block that the layers may attend to.
@@ -75,8 +98,8 @@ class _Drafting:
         self.q: list[Any] = []
         self.guessed: Any = None
 
-    def add(self, choose: Choose, logits: Any) -> None:
-        token, q = choose(self.sequence.index, self.tokens, logits)
+    def add(self, choose: Choose, logits: Any, vocabulary: DraftVocabulary | None) -> None:
+        token, q = choose(self.sequence.index, self.tokens, logits, vocabulary)
         self.tokens.append(token)
         self.q.append(q)
 
@@ -91,13 +114,23 @@ class MtpProposer:
     Args:
         layers: runners of the MTP layers' plans, over the model's own cache.
         choose: chooses a draft from a layer's logits.
+        greedy: whether `choose` takes the largest logit, so that the backend may do it.
+        vocabularies: of each layer, the tokens that it has logits for, or None: all; None: all layers have those of all tokens.
     """
 
     name = "mtp"
     wants_states = True
 
-    def __init__(self, layers: list[Runner], choose: Choose) -> None:
+    def __init__(
+        self,
+        layers: list[Runner],
+        choose: Choose,
+        greedy: bool = False,
+        vocabularies: list[DraftVocabulary | None] | None = None,
+    ) -> None:
         self._layers, self._choose = layers, choose
+        self._vocabularies = vocabularies or [None] * len(layers)
+        self._several = greedy and layers[-1].decodes
         self._tracks: dict[int, _Track] = {}
 
     def follow(self, sequence: Sequence, states: Any) -> None:
@@ -117,7 +150,9 @@ class MtpProposer:
 
     def fork(self, sequence: Sequence, twin: Sequence) -> None:
         track = self._tracks[sequence.index]
-        self._tracks[twin.index] = _Track(track.base, track.seen, list(track.done), [list(w) for w in track.waiting])
+        self._tracks[twin.index] = _Track(
+            track.base, track.seen, list(track.done), [list(w) for w in track.waiting], track.tried
+        )  # fmt: skip
 
     def ready(self, sequence: Sequence) -> bool:
         track = self._tracks.get(sequence.index)
@@ -126,8 +161,17 @@ class MtpProposer:
     def forget(self, sequence: Sequence) -> None:
         self._tracks.pop(sequence.index, None)
 
+    def catch_up(self, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            track = self._tracks.get(sequence.index)
+            if track is not None and track.seen - track.done[0] > _MANY:
+                self._catch_up(sequence, track)
+
     def _catch_up(self, sequence: Sequence, track: _Track) -> None:
-        """Processes the rows whose tokens are known, only to fill the cache."""
+        """Processes the rows whose tokens are known, only to fill the cache; leaves out old ones if nothing was drafted for
+        long."""
+        if track.idle:
+            track.begin_anew()
         for k, runner in enumerate(self._layers):
             begin = track.done[k]
             ready = track.done[k - 1] if k else track.seen - 1  # not the last row, which predicts a draft
@@ -144,11 +188,16 @@ class MtpProposer:
     def propose(self, sequences: list[Sequence], max_drafts: list[int]) -> list[Draft]:
         drafting = [_Drafting(s, n, self._tracks.get(s.index)) for s, n in zip(sequences, max_drafts, strict=True)]
         active = [d for d in drafting if d.max_drafts and d.ready]
+        for d in active:
+            d.track.tried = d.track.seen
         if active:
             for k in range(len(self._layers)):
                 self._layer(k, active)
-            for further in range(max(d.max_drafts for d in active) - len(self._layers)):
-                self._repeat_last(further, [d for d in active if d.max_drafts > len(d.tokens)])
+            while active := [d for d in active if d.max_drafts > len(d.tokens)]:
+                if self._several:
+                    self._repeat_last_greedily(active)
+                else:
+                    self._repeat_last(active)
         return [d.draft() for d in drafting]
 
     def _layer(self, k: int, active: list[_Drafting]) -> None:
@@ -163,7 +212,7 @@ class MtpProposer:
         result = self._layers[k].draft(parts, inputs, logits=True)
         last = k + 1 == len(self._layers)
         for d, logits, rows in zip(active, result.logits, rows_of(result.last_hidden, parts), strict=True):
-            d.add(self._choose, logits)
+            d.add(self._choose, logits, self._vocabularies[k])
             stay = max(0, len(rows) - k)  # rows whose token is known
             d.track.done[k] += stay
             d.track.waiting[k] = _split(d.track.waiting[k], stay)[1]
@@ -171,12 +220,34 @@ class MtpProposer:
                 d.track.waiting[k + 1].append(rows[:stay])
             d.guessed = rows[-1:] if last else rows[stay:]
 
-    def _repeat_last(self, further: int, active: list[_Drafting]) -> None:
-        """Applies the last layer to its own hidden state, `further` rows after the model's last."""
-        parts = [Part(d.sequence, d.tokens[-1:], d.track.seen + further, d.track.first_block(d.sequence)) for d in active]
+    def _further(self, active: list[_Drafting]) -> list[Part]:
+        """The next row of the last layer, whose input is its own hidden state."""
+        further = len(active[0].tokens) - len(self._layers)  # rows after the model's last one; equal for all
+        return [Part(d.sequence, d.tokens[-1:], d.track.seen + further, d.track.first_block(d.sequence)) for d in active]
+
+    def _repeat_last_greedily(self, active: list[_Drafting]) -> None:
+        """As `_repeat_last`, for all drafts that every sequence still needs, in one call of the backend if possible."""
+        vocabulary = self._vocabularies[-1]
+        call = DecodeCall(
+            min(d.max_drafts - len(d.tokens) for d in active), [RowChoice()] * len(active), _NO_STOPS, math.inf,
+            token_of=None if vocabulary is None else vocabulary.token_of,
+        )  # fmt: skip
+        decoded = self._layers[-1].draft_several(self._further(active), [d.guessed for d in active], call)
+        assert decoded.last_hidden is not None
+        for i, d in enumerate(active):
+            tokens = decoded.tokens[:, i].tolist()
+            d.tokens += tokens
+            d.q += [None] * len(tokens)
+            if decoded.logits is not None:  # the backend leaves it to the caller
+                d.add(self._choose, decoded.logits[i], vocabulary)
+            d.guessed = decoded.last_hidden[-1, i : i + 1]
+
+    def _repeat_last(self, active: list[_Drafting]) -> None:
+        """Applies the last layer to its own hidden state, for one more draft."""
+        parts = self._further(active)
         result = self._layers[-1].draft(parts, [d.guessed for d in active], logits=True)
         for d, logits, rows in zip(active, result.logits, rows_of(result.last_hidden, parts), strict=True):
-            d.add(self._choose, logits)
+            d.add(self._choose, logits, self._vocabularies[-1])
             d.guessed = rows
 
 

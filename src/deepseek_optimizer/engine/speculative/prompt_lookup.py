@@ -60,6 +60,9 @@ class PromptLookupProposer:
     def follow(self, sequence: Sequence, states: Any) -> None:
         """Does nothing: hidden states are not used."""
 
+    def catch_up(self, sequences: list[Sequence]) -> None:
+        """Does nothing: hidden states are not used."""
+
     def fork(self, sequence: Sequence, twin: Sequence) -> None:
         """Does nothing: the twin's tokens are indexed when drafts are proposed for it."""
 

@@ -172,7 +172,7 @@ SPECS = (
             Attr("scale", FLOAT, default=1.0),
             Attr("softcap", FLOAT, "limit of the logits; 0: none", 0.0),
         ),
-        fits=lambda n, g: (n.inputs[0].width, n.outputs[0].width) == (g.hidden_size, g.vocab_size),
+        fits=lambda n, g: (n.inputs[0].width, n.outputs[0].width) == (g.hidden_size, g.logits_width),
         weight_shapes=matrix_shapes,
         returns="logits",
         product=True,
@@ -180,7 +180,7 @@ SPECS = (
         kernels=_PHASES,
         doc="""
             logits = scale * (x W^T + bias): the step's result. With a `softcap` c, c * tanh(logits / c) (Gemma Team 2024). A
-            graph has at most one such node.
+            graph has at most one such node. V is the vocabulary's size, or that of the draft vocabulary if there is one.
         """,
     ),
 )

@@ -13,13 +13,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...engine.draft import DraftVocabulary
+from ...errors import CheckpointError
 from ...graph import rules
 from ...graph.attention_mode import FLASH, AttentionMode, apply_mode
 from ...graph.ir import Graph
 from ...models import build_graph, build_mtp_graph
 
 # Weights that an MTP layer shares with the model, unless the checkpoint stores other values for it.
-SHARED = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
+HEAD = "shared_head.head.weight"
+SHARED = {"embed_tokens.weight": "model.embed_tokens.weight", HEAD: "lm_head.weight"}
+# int64 [N], ascending: the token of each row of a head with a draft vocabulary (`models.draft_vocab_size`).
+DRAFT_TOKENS = "shared_head.tokens"
 
 
 def plan_graph(
@@ -116,6 +121,24 @@ def mtp_graphs(model: Any) -> list[Graph]:
         nodes = [n.with_(weights=tuple(shared.get(w, w) for w in n.weights)) for n in graph.nodes]
         graphs.append(with_eps_of(model, replace(graph, nodes=nodes)))
     return graphs
+
+
+def draft_vocabularies(model: Any) -> list[DraftVocabulary | None]:
+    """The draft vocabulary of each loaded MTP layer by depth; None: the layer's head has a row for every token.
+
+    Raises:
+        CheckpointError: its tokens are not valid.
+    """
+    found: list[DraftVocabulary | None] = []
+    first = model.config.num_hidden_layers
+    for layer in range(first, first + loaded_mtp_layers(model)):
+        tokens = getattr(model.model.layers[layer].shared_head, "tokens", None)
+        try:
+            found.append(None if tokens is None else DraftVocabulary(tokens.cpu().numpy(), model.config.vocab_size))
+        except ValueError as error:
+            source = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
+            raise CheckpointError(str(error), file=source, tensor=f"model.layers.{layer}.{DRAFT_TOKENS}") from error
+    return found
 
 
 def whole_graph(model: Any) -> Graph:

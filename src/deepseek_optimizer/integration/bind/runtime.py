@@ -35,7 +35,7 @@ from ..memory.cache_size import (
 from ..memory.growth import CheckedGrowth
 from .adapted_plan import LayerAdapters
 from .context_extension import extension_note
-from .graphs import loaded_mtp_layers, model_graph, mtp_graphs, whole_graph, with_eps_of
+from .graphs import draft_vocabularies, loaded_mtp_layers, model_graph, mtp_graphs, whole_graph, with_eps_of
 from .lora_layers import LowRank, added_by
 from .module_tree import ModuleTree
 from .modules import Packed
@@ -73,6 +73,7 @@ class Runtime(PackedModel):
     Attributes: those of `PackedModel`, and
         graph, rules: the graph, and what the fusion rules changed in it.
         in_mode: number of layers whose attention was changed by the config's attention mode.
+        draft_vocabularies: for each of `mtp_plans` the tokens that it has logits for; None: all.
         speculation: `engine.speculative.draft_length.SpeculationReport` of the last request that used drafts.
     """
 
@@ -99,6 +100,7 @@ class Runtime(PackedModel):
         self._arena: Arena | None = None
         self._adapters: LayerAdapters | None = None
         self._tree = ModuleTree(model)
+        self.draft_vocabularies = draft_vocabularies(model)
         _check_bound(model, whole_graph(model))
 
     @property

@@ -262,7 +262,10 @@ def _sample(
         chosen = None
         tokens = [tokens[row] for row in steps.rows]
         if choices is not None and all(alive[row] for row in steps.rows):
-            decoded = choices.decode(steps, input_ids, tokens, context)
+            count = min(steps.room, context - steps.next_position)
+            if stop.max_length is not None:
+                count = min(count, stop.max_length - input_ids.shape[1])
+            decoded = choices.decode(steps, input_ids.__getitem__, tokens, count)
             if len(decoded.tokens):
                 chosen = _in_rows(decoded.tokens, steps.rows, rows, pad)
             new_logits = decoded.logits

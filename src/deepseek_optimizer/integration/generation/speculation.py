@@ -16,10 +16,12 @@ import torch
 from transformers.generation import logits_process, stopping_criteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from ...backends.decoding import DecodeCall, Decoded
 from ...engine.draft import Draft
 from ...engine.runner import Runner
 from ...engine.sampling.torch_sampler import TorchSampler
-from ...engine.sequence import Sequence
+from ...engine.scheduling.memory import Memory
+from ...engine.sequence import Part, Sequence
 from ...engine.speculative.base import Proposer
 from ...engine.speculative.draft_and_verify import SpeculativeDecoder
 from ...engine.speculative.draft_length import DraftLengthController
@@ -31,6 +33,7 @@ from ..bind.runtime import Runtime
 from ..compat import cache_name
 from .cache import PagedCache
 from .loop import ContextLimit, RowStops, next_positions, prefill
+from .token_choice import TokenChoices
 
 # Processors that treat each row separately and have no state between calls.
 _BY_ROW = tuple(
@@ -90,7 +93,24 @@ def requested_drafts(
     if not plans:
         raise UnsupportedRequestError(f"use_mtp=True, but {_why_no_mtp(runtime)}")
     maximum = given or max(DEFAULT_DRAFTS, len(plans))
-    return Drafts(maximum, lambda drafter: MtpProposer([Runner(plan, runtime.arena) for plan in plans], drafter.draft), fixed)
+    return Drafts(maximum, lambda drafter: mtp_proposer(runtime, runtime.arena, drafter), fixed)
+
+
+def mtp_proposer(runtime: Runtime, memory: Memory, drafter: TorchSampler) -> MtpProposer:
+    """A proposer with the model's MTP layers.
+
+    Args:
+        runtime: the model's runtime.
+        memory: cache memory of the sequences.
+        drafter: samples the drafts.
+    """
+    vocabularies, vocab_size = runtime.draft_vocabularies, runtime.graph.vocab_size
+    decodes = runtime.backend.capabilities.decode_calls
+    layers = [
+        Runner(plan, memory, vocab_size if vocabulary is None else len(vocabulary.tokens), decodes=decodes)
+        for plan, vocabulary in zip(runtime.mtp_plans, vocabularies, strict=True)
+    ]
+    return MtpProposer(layers, drafter.draft, drafter.greedy, vocabularies)
 
 
 def _why_no_mtp(runtime: Runtime) -> str:
@@ -156,6 +176,10 @@ class _Text:
         if drafted:
             self.ids[row, length : length + len(drafted)] = torch.tensor(drafted, device=self.ids.device, dtype=torch.int64)
         return self.ids[row : row + 1, : length + len(drafted)]
+
+    def of_row(self, row: int) -> torch.Tensor:
+        """A row, int64 [n]."""
+        return self.ids[row, : self.lengths[row]]
 
     def _reserve(self, columns: int) -> None:
         if columns > self.ids.shape[1]:
@@ -241,6 +265,37 @@ class _Request:
         return len(tokens)
 
 
+class _PlainRounds:
+    """Rounds without drafts, several in one call of the backend.
+
+    Args:
+        runner: runs the model's plan.
+        choices: how the backend chooses the request's tokens.
+        text: the text of a row so far, int64 [n].
+        states: whether the proposer needs the last hidden states.
+
+    Attributes: those of `token_choice.Steps`.
+    """
+
+    def __init__(
+        self, runner: Runner, choices: TokenChoices, text: Callable[[int], torch.Tensor], vocab_size: int, states: bool
+    ) -> None:
+        self._runner, self._choices, self._text, self._states = runner, choices, text, states
+        self.vocab_size = vocab_size
+        self.rows: list[int] = []
+        self._sequences: list[Sequence] = []
+
+    def __call__(self, sequences: list[Sequence], most: int) -> Decoded:
+        """Runs up to `most` rounds; see `SpeculativeDecoder`."""
+        self._sequences, self.rows = sequences, [s.index for s in sequences]
+        count = min(most, 1 + min(s.blocks.room for s in sequences))
+        return self._choices.decode(self, self._text, [s.tokens[-1] for s in sequences], count)
+
+    def decode(self, tokens: list[int], call: DecodeCall) -> Decoded:
+        parts = [Part(s, [token], s.cached - 1) for s, token in zip(self._sequences, tokens, strict=True)]
+        return self._runner.decode(parts, call, last_hidden=self._states)
+
+
 def speculative_sample(
     model: Any,
     input_ids: torch.Tensor,
@@ -271,12 +326,16 @@ def speculative_sample(
     drafter = TorchSampler(sampled=sampler.sampled, process=request.process if logits_processor and stateless else None)
     proposer = drafts.proposer(drafter)
     sequences, logits, cache = _begin(model, request, proposer, model_kwargs)
-    decoder = SpeculativeDecoder(
-        Runner(runtime.current_plan, runtime.arena),
-        proposer,
-        sampler,
-        DraftLengthController(drafts.maximum, fixed=drafts.fixed),
-    )
+    choices = None
+    if runtime.backend.capabilities.decode_calls and input_ids.device.type == "cpu" and not request.keeps_logits:
+        choices = TokenChoices.of(config, logits_processor, stop, len(sequences), streamed=streamer is not None)
+    if choices is None:
+        runner, plain_rounds = Runner(runtime.current_plan, runtime.arena), None
+    else:  # nobody keeps logits, so that they may be overwritten
+        runner = Runner(runtime.current_plan, runtime.arena, runtime.graph.vocab_size, decodes=True)
+        plain_rounds = _PlainRounds(runner, choices, request.text.of_row, runtime.graph.vocab_size, proposer.wants_states)
+    controller = DraftLengthController(drafts.maximum, fixed=drafts.fixed)
+    decoder = SpeculativeDecoder(runner, proposer, sampler, controller, plain_rounds)
     limit = runtime.graph.max_positions - max(s.first_position + len(s.tokens) for s in sequences) + 1
     if stop.max_length is not None:
         limit = min(limit, stop.max_length - request.text.prompt)

@@ -7,7 +7,8 @@ draw, from the same generator: an exponential variate per logit and step.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,7 +18,6 @@ from ...backends.base import Int32
 from ...backends.decoding import DecodeCall, Decoded, RowChoice, TokenPenalties
 from ...backends.sampling import GREEDY, TokenChoice
 from .loop import RowStops
-from .steps import DecodeSteps
 from .torch_generator import GENERATOR_LOCK, draws_as_expected, read_state, written_state
 
 _STREAMED_SECONDS, _SECONDS = 0.01, 0.05  # maximum duration of a call with and without a streamer
@@ -29,6 +29,21 @@ _ORDER = (
     processors.TopPLogitsWarper,
     processors.MinPLogitsWarper,
 )  # in which Transformers applies them
+
+
+class Steps(Protocol):
+    """Decode steps of some rows of a request.
+
+    Attributes:
+        rows: indices of the rows.
+        vocab_size: number of logits.
+    """
+
+    rows: list[int]
+    vocab_size: int
+
+    def decode(self, tokens: list[int], call: DecodeCall) -> Decoded:
+        """Runs a call; `tokens`: the last token of each row."""
 
 
 class TokenChoices:
@@ -45,7 +60,6 @@ class TokenChoices:
     def __init__(self, filters: TokenChoice | None, penalty: Any, stop: RowStops, rows: int, streamed: bool) -> None:
         self._filters, self._penalty, self._rows = filters, penalty, rows
         self._seconds = _STREAMED_SECONDS if streamed else _SECONDS
-        self._max_length = stop.max_length
         self._stops: Int32 = np.array(sorted(stop.eos), np.int64).clip(-1, 2**31 - 1).astype(np.int32)
         self._steps = 1.0  # a call's steps so far, as a moving maximum
         self._noise: torch.Tensor | None = None
@@ -80,28 +94,25 @@ class TokenChoices:
         )
         return cls(filters, penalty, stop, rows, streamed)
 
-    def decode(self, steps: DecodeSteps, input_ids: torch.Tensor, tokens: list[int], context: int) -> Decoded:
+    def decode(self, steps: Steps, text: Callable[[int], torch.Tensor], tokens: list[int], count: int) -> Decoded:
         """Runs as many steps as can be run without looking at the tokens, at least one.
 
         Args:
             steps: the steps of the rows that have not ended.
-            input_ids: int64 [rows of the request, columns], the text so far.
+            text: returns the text of a row so far, int64 [n].
             tokens: the last token of each row of `steps`.
-            context: the model's maximum number of positions.
+            count: maximum number of steps.
         """
-        count = min(steps.room, context - steps.next_position)
-        if self._max_length is not None:
-            count = min(count, self._max_length - input_ids.shape[1])
         if self._filters is None:
-            rows = [RowChoice(penalties=self._penalties(input_ids, row)) for row in steps.rows]
+            rows = [RowChoice(penalties=self._penalties(text, row)) for row in steps.rows]
             return steps.decode(tokens, DecodeCall(max(1, count), rows, self._stops, self._seconds))
         call = DecodeCall(max(1, count), (), self._stops, self._seconds)
         with GENERATOR_LOCK:
-            return self._sampled(steps, input_ids, tokens, call)
+            return self._sampled(steps, text, tokens, call)
 
-    def _sampled(self, steps: DecodeSteps, input_ids: torch.Tensor, tokens: list[int], call: DecodeCall) -> Decoded:
+    def _sampled(self, steps: Steps, text: Callable[[int], torch.Tensor], tokens: list[int], call: DecodeCall) -> Decoded:
         vocab, choice = steps.vocab_size, RowChoice(self._filters or GREEDY)
-        penalties = [self._penalties(input_ids, row) for row in steps.rows]
+        penalties = [self._penalties(text, row) for row in steps.rows]
         if draws_as_expected():
             before = torch.get_rng_state()
             call.generator, call.variates = read_state(before), self._rows * vocab
@@ -136,13 +147,13 @@ class TokenChoices:
             step.exponential_()
         return self._noise[:steps], states
 
-    def _penalties(self, input_ids: torch.Tensor, row: int) -> TokenPenalties | None:
+    def _penalties(self, text: Callable[[int], torch.Tensor], row: int) -> TokenPenalties | None:
         if self._penalty is None:
             return None
         ignored = getattr(self._penalty, "prompt_ignore_length", None)
         if isinstance(ignored, torch.Tensor):
             ignored = int(ignored[row])
-        tokens = input_ids[row, ignored or 0 :].numpy().astype(np.int32)
+        tokens = text(row)[ignored or 0 :].numpy().astype(np.int32)
         return TokenPenalties(tokens, 0, repetition=self._penalty.penalty)
 
 

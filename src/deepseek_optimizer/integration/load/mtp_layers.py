@@ -11,8 +11,8 @@ from torch import nn
 from ...checkpoint import Checkpoint
 from ...errors import CheckpointError
 from ...graph.analysis import stack_shapes, weight_shapes
-from ...models import build_mtp_graph, mtp_layers
-from ..bind.graphs import SHARED
+from ...models import build_mtp_graph, draft_vocab_size, mtp_layers
+from ..bind.graphs import DRAFT_TOKENS, HEAD, SHARED
 
 
 def stored_mtp_layers(checkpoint: Checkpoint, config: Any) -> list[list[str]]:
@@ -37,11 +37,15 @@ def _layer(checkpoint: Checkpoint, config: Any, depth: int, prefix: str) -> list
     with torch.device("cpu"):  # from_pretrained calls this inside a context that makes every tensor a meta tensor
         graph = build_mtp_graph(config, depth)
     shapes = weight_shapes(graph) | stack_shapes(graph)
+    shared = {f"{prefix}{leaf}" for leaf in SHARED}
+    if (size := draft_vocab_size(config)) is not None:
+        shapes[f"{prefix}{DRAFT_TOKENS}"] = (size,)
+        shared.remove(f"{prefix}{HEAD}")
     tensors = []
     for name, shape in shapes.items():
         for tensor, expected in checkpoint.stored(name, shape).items():
             if tensor not in checkpoint.tensors:
-                if tensor.removeprefix(prefix) in SHARED or not tensor.startswith(prefix):
+                if tensor in shared or not tensor.startswith(prefix):
                     continue
                 raise CheckpointError(
                     f"lacks {tensor}, but contains others of MTP layer {depth}; download it again, or set "
@@ -122,9 +126,16 @@ def add_mtp_layers(model: Any, own: list[frozenset[str]], dtype: torch.dtype | N
             layer.shared_head.norm = norm(hidden, eps=config.rms_norm_eps)
             if "embed_tokens.weight" in leaves:
                 layer.embed_tokens = nn.Embedding(config.vocab_size, hidden)
-            if "shared_head.head.weight" in leaves:
-                layer.shared_head.head = nn.Linear(hidden, config.vocab_size, bias=False)
+            if HEAD in leaves:
+                add_head(layer, hidden, config.vocab_size, draft_vocab_size(config))
             layers.append(layer if dtype is None else layer.to(dtype))
+
+
+def add_head(layer: Any, hidden: int, vocab_size: int, draft_vocab_size: int | None) -> None:
+    """Adds an own head to an MTP layer, and the tokens of its draft vocabulary if it has one."""
+    layer.shared_head.head = nn.Linear(hidden, draft_vocab_size or vocab_size, bias=False)
+    if draft_vocab_size is not None:
+        layer.shared_head.register_buffer("tokens", torch.empty(draft_vocab_size, dtype=torch.int64))
 
 
 def ignored_keys(config: Any) -> set[str]:

@@ -4,39 +4,60 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from ...errors import ConfigError
-from ...integration.bind.graphs import loaded_mtp_layers
+from ...integration.bind.graphs import HEAD, loaded_mtp_layers
 from ...integration.load.mtp_layers import add_mtp_layers
-from ...models import SUPPORTED, has_mtp, mtp_layers
+from ...models import SUPPORTED, draft_vocab_size, has_mtp, mtp_layers
+from .draft_vocabulary import frequent_tokens, set_draft_vocabulary, vocabulary_to_add
 from .mtp import RANDOM, add_trained_layers
 
 
-def add_draft_layer(model: Any) -> tuple[list[str], bool]:
+def add_draft_layer(model: Any, vocabulary: int | None = 0, rows: Any = None) -> tuple[list[str], bool]:
     """Freezes a model's weights, and adds the MTP layers of its checkpoint or, if it has none, a new one.
 
     The config then declares the layers, and `save_pretrained` saves them with the model.
 
+    Args:
+        model: the model.
+        vocabulary: number of tokens of a draft vocabulary; 0: all; None: the default, see `DeepSeekTrainingArguments`.
+        rows: the training data, whose most frequent tokens are the draft vocabulary.
+
     Returns: sentences about the source of the layers' weights, and whether all of them are new.
 
     Raises:
-        ConfigError: the family has no such layers, or the model has an adapter.
+        ConfigError: the family has no such layers, the model has an adapter, the checkpoint's layers have a draft vocabulary of
+            another size, or the data has no length.
     """
     _freeze(model)
     notes = add_trained_layers(model)
     for layer in model.model.layers[model.config.num_hidden_layers :]:
         layer.requires_grad_(True)
-    return notes, all(note.endswith(RANDOM) for note in notes) and bool(notes)
+    new = all(note.endswith(RANDOM) for note in notes) and bool(notes)
+    if (size := vocabulary_to_add(model, vocabulary, new)) is not None:
+        if not hasattr(rows, "__len__"):
+            raise ConfigError(
+                f"draft_vocabulary={size} counts the tokens of the training data, which has no length; set "
+                "draft_vocabulary=0, or pass a data set with a length"
+            )
+        set_draft_vocabulary(model, frequent_tokens(rows, size, model.config.vocab_size))
+    return notes, new
 
 
-def sketch_draft_layer(model: Any) -> None:
+def sketch_draft_layer(model: Any, vocabulary: int | None = 0) -> None:
     """Like `add_draft_layer`, for a model on the meta device: nothing is read.
 
     Raises:
         ConfigError: as there.
     """
+    new = not mtp_layers(model.config)
     _freeze(model)
     if not loaded_mtp_layers(model):
-        add_mtp_layers(model, [frozenset()] * mtp_layers(model.config))
+        own = frozenset() if draft_vocab_size(model.config) is None else frozenset((HEAD,))
+        add_mtp_layers(model, [own] * mtp_layers(model.config))
+    if (size := vocabulary_to_add(model, vocabulary, new)) is not None:
+        set_draft_vocabulary(model, torch.empty(size, dtype=torch.int64, device="meta"))
 
 
 def _freeze(model: Any) -> None:

@@ -5,10 +5,13 @@ The layer is a multi-token prediction layer, whose own state takes the place of 
 Zhang et al., "HASS", arXiv 2408.15766). Labels are the model's own most likely tokens instead of the text's, since drafts are
 accepted for being those. One simplification: keys and values of all rows come from the states of the same draft, where
 drafting has those of the model for the rows before.
+
+With a draft vocabulary, rows whose token is outside of it are not trained, and count as wrong drafts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -16,7 +19,8 @@ import torch.nn.functional as F
 
 from .head_loss import head_loss
 from .mtp import head_of, mtp_states
-from .mtp_loss import IGNORED, labels_ahead
+from .mtp_loss import IGNORED, labels_ahead, own_targets
+from .stored_states import StoredStates
 
 _CHUNK_BYTES: Final = 64 << 20  # fp32 logits at a time
 
@@ -26,16 +30,41 @@ class DraftObjective:
 
     Args:
         steps: number of drafts in a row that are trained.
+        stored: keeps hidden states for later epochs; None: each epoch computes them.
 
-    Attributes:
-        alone: the loss of the model itself is not needed.
     """
 
-    alone: Final = True
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
+    def __init__(self, steps: int, stored: StoredStates | None = None) -> None:
+        self.steps, self._stored = steps, stored
         self._accepted: list[tuple[float, int]] = []
+
+    def of_text(
+        self,
+        model: Any,
+        run: Callable[[], torch.Tensor],
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        num_items: Any,
+        inputs: dict[str, Any],
+    ) -> torch.Tensor:
+        """The loss of a batch, whose hidden states are those stored in an earlier epoch, or computed.
+
+        Args:
+            run: computes the model's last hidden state, [B, S, H], normed.
+            model, input_ids, labels, num_items, inputs: as in `__call__`.
+        """
+        stored = self._stored if model.training else None
+        head = model.get_output_embeddings()
+        found = None
+        if stored is not None:
+            found = stored.find(input_ids, labels, inputs, model.config.hidden_size, head.weight.dtype)
+        if found is None:
+            hidden = run()
+            found = hidden, most_likely(hidden, head)
+            if stored is not None:
+                stored.add(input_ids, labels, inputs, *found)
+        hidden, likely = found
+        return self(model, hidden, input_ids, labels, num_items, inputs, likely)
 
     def __call__(
         self,
@@ -45,6 +74,7 @@ class DraftObjective:
         labels: torch.Tensor,
         num_items: Any,
         inputs: dict[str, Any],
+        likely: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The cross entropy of the model's most likely tokens, averaged over drafts and over the rows that have a label.
 
@@ -55,18 +85,21 @@ class DraftObjective:
             labels: int64 [B, S], the label of each token itself; -100: drafts for it are not trained.
             num_items: divisor of the sum over rows; None: the number of rows that count.
             inputs: the other keyword arguments that the model was called with.
+            likely: int64 [B, S], the model's most likely token after each row; None: computed here.
         """
         positions = inputs.get("position_ids")
         place = positions
         if place is None:
             place = torch.arange(hidden.shape[1], dtype=torch.int64, device=hidden.device)[None]
-        likely = most_likely(hidden, model.get_output_embeddings()).roll(1, 1)  # by the token's own row
+        likely = most_likely(hidden, model.get_output_embeddings()) if likely is None else likely
+        likely = likely.roll(1, 1)  # by the token's own row
         likely = torch.where(labels == IGNORED, IGNORED, likely)
         losses, right = [], []
         states = mtp_states(model, hidden, input_ids, inputs.get("attention_mask"), positions, steps=self.steps)
         for step, (depth, layer, state) in enumerate(states):
             wanted = labels_ahead(likely, depth + 2, positions)
             wanted = torch.where(place < step - depth, IGNORED, wanted)  # these rows have no state of the draft before
+            wanted = own_targets(layer, wanted, model.config.vocab_size)
             items = float(num_items if num_items is not None else max(1, int((wanted != IGNORED).sum())))
             head = head_of(layer, model)
             losses.append(head_loss(state.flatten(0, 1), head, wanted.flatten(), IGNORED, items))

@@ -47,16 +47,24 @@ class TrainedCausalLM(nn.Module):
         options = {name: kwargs.pop(name, None) for name in ("num_items_in_batch", "shift_labels", "ignore_index")}
         as_tuple = not kwargs.pop("return_dict", self.config.return_dict)
         kwargs.pop("logits_to_keep", None)
+        if isinstance(self.mtp, DraftObjective):
+            ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+
+            def run() -> torch.Tensor:
+                states: torch.Tensor = self.model(*args, **{"use_cache": False, **kwargs}, return_dict=True).last_hidden_state
+                return states
+
+            loss = self.mtp.of_text(self, run, ids, labels, options["num_items_in_batch"], kwargs)
+            result = causal_output(cache=None, loss=loss, hidden_states=None, attentions=None)
+            return result.to_tuple() if as_tuple else result
         outputs = self.model(*args, **{"use_cache": False, **kwargs}, return_dict=True)
-        hidden, alone = outputs.last_hidden_state, self.mtp is not None and self.mtp.alone
-        if alone:
-            loss = hidden.new_zeros((), dtype=torch.float32)
-        elif self.distillation is None:
+        hidden = outputs.last_hidden_state
+        if self.distillation is None:
             loss = self._loss(hidden, labels, **options)
         else:
             inputs = {**kwargs, "input_ids": kwargs["input_ids"] if "input_ids" in kwargs else args[0]}
             loss = self.distillation(self, hidden, labels, inputs, lambda: self._loss(hidden, labels, **options))
-        if self.mtp is not None and (self.training or alone):
+        if self.mtp is not None and self.training:
             ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
             loss = loss + self.mtp(self, hidden, ids, labels, options["num_items_in_batch"], kwargs)
         result = causal_output(cache=None, loss=loss, hidden_states=outputs.hidden_states, attentions=outputs.attentions)

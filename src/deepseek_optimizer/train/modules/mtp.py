@@ -24,7 +24,7 @@ from ...integration.bind.graphs import loaded_mtp_layers
 from ...integration.compat import cache_name
 from ...integration.load.mtp_layers import add_mtp_layers, own_tensors
 from ...integration.load.resolve import resolve
-from ...models import has_mtp, mtp_layers
+from ...models import draft_vocab_size, has_mtp, mtp_layers
 from ..checkpoints.converted import read_stack
 
 RANDOM = "initialized at random, since no checkpoint contains it"  # source of a layer's weights
@@ -38,7 +38,8 @@ def add_trained_layers(model: Any) -> list[str]:
     Returns: for each added layer, a sentence about the source of its weights; empty if the model has MTP layers already.
 
     Raises:
-        ConfigError: the config declares no MTP layers, or the model has adapters.
+        ConfigError: the config declares no MTP layers, or more than the checkpoint has with a draft vocabulary; or the model
+            has adapters.
         CheckpointError: MTP layers in the checkpoint are incomplete or of another shape; see `stored_mtp_layers`.
     """
     unwrap = getattr(model, "get_base_model", None)
@@ -59,9 +60,17 @@ def add_trained_layers(model: Any) -> list[str]:
         )
     source = str(getattr(config, "name_or_path", "") or "")
     if not source or not _is_checkpoint(source):
+        config.draft_vocab_size = None
         return _attach(model, [frozenset()] * count, None)
     with open_checkpoint(resolve(source)) as checkpoint:
         own = own_tensors(checkpoint, config)
+        if own and len(own) < count and draft_vocab_size(config) is not None:
+            raise ConfigError(
+                f"config.num_nextn_predict_layers is {count}, but {checkpoint.path} has only {len(own)} such layers, and a new "
+                f"one would have no draft vocabulary (config.draft_vocab_size); set it to {len(own)}"
+            )
+        if not own:
+            config.draft_vocab_size = None  # of layers that were dropped
         return _attach(model, [*own, *[frozenset()] * (count - len(own))], checkpoint if own else None, len(own))
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 import torch
 
@@ -36,7 +36,7 @@ def mtp_loss(
     losses = []
     states = mtp_states(model, hidden, input_ids, attention_mask, position_ids)
     for depth, layer, state in states:
-        targets = labels_ahead(labels, depth + 2, position_ids)
+        targets = own_targets(layer, labels_ahead(labels, depth + 2, position_ids), model.config.vocab_size)
         items = float(num_items if num_items is not None else max(1, int((targets != IGNORED).sum())))
         losses.append(head_loss(state.flatten(0, 1), head_of(layer, model), targets.flatten(), IGNORED, items))
     return torch.stack(losses).mean()
@@ -47,12 +47,7 @@ class MtpObjective:
 
     Args:
         weight: the factor lambda of the report; may be changed during training.
-
-    Attributes:
-        alone: whether the loss replaces the model's own; it is added to that.
     """
-
-    alone: Final = False
 
     def __init__(self, weight: float) -> None:
         self.weight = weight
@@ -105,3 +100,21 @@ def labels_ahead(labels: torch.Tensor, ahead: int, position_ids: torch.Tensor | 
         consecutive = position_ids[:, ahead:] == position_ids[:, :-ahead] + ahead
         out[:, :-ahead].masked_fill_(~consecutive, IGNORED)
     return out
+
+
+def own_targets(layer: Any, tokens: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Tokens as indices of an MTP layer's logits: themselves or, with a draft vocabulary, their places in it.
+
+    Args:
+        layer: the layer.
+        tokens: int64, IGNORED where there is none.
+        vocab_size: number of tokens of the model.
+
+    Returns: int64 of the same shape; IGNORED also for tokens outside of the draft vocabulary.
+    """
+    vocabulary = getattr(layer.shared_head, "tokens", None)
+    if vocabulary is None:
+        return tokens
+    places = torch.full((vocab_size,), IGNORED, dtype=torch.int64, device=tokens.device)
+    places[vocabulary] = torch.arange(len(vocabulary), device=tokens.device, dtype=torch.int64)
+    return torch.where(tokens == IGNORED, IGNORED, places[tokens.clamp(min=0)])
