@@ -37,6 +37,7 @@ from .llama_cpp_quantizer import FTYPES, LlamaCppQuantizer
 from .quality import TINY_V3
 from .weight_error import importance_of
 
+BUDGETS = (0.3, 0.1, 0.05, 0.03, 0.02, 0.01)
 LENGTH, COUNT = 512, 8  # tokens of a stretch, and the number of stretches to calibrate on
 
 
@@ -103,10 +104,9 @@ class Case:
             "int3, head int4, calibrated": {"precision": "int3", "formats": dict.fromkeys(heads, "int4")},
             "int4": {"precision": "int4", "calibration": None},
             "int4, calibrated": {"precision": "int4"},
+            "q4_1": {"precision": "q4_1", "calibration": None},
             "q4_1, calibrated": {"precision": "q4_1"},
-            "kl_budget 0.3": {"kl_budget": 0.3},
-            "kl_budget 0.1": {"kl_budget": 0.1},
-            "kl_budget 0.03": {"kl_budget": 0.03},
+            **{f"kl_budget {budget}": {"kl_budget": budget} for budget in BUDGETS},
         }
         for name, options in ours.items():
             if not only or name in only:

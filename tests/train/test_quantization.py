@@ -6,16 +6,18 @@ import copy
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
-from deepseek_optimizer import ConfigError, DeepSeekTrainer, load_model
+from deepseek_optimizer import ConfigError, DeepSeekConfig, DeepSeekTrainer, DynamicGraphOptimizer, load_model
 from deepseek_optimizer.integration.bind.modules import Packed
+from deepseek_optimizer.integration.load.rounding import round_in_place
 from deepseek_optimizer.quant import get_format
 from deepseek_optimizer.train.arguments import DeepSeekTrainingArguments
-from deepseek_optimizer.train.quantization import RoundedWeights
+from deepseek_optimizer.train.quantization import RoundedWeights, calibration_texts, packing_config
 from support.family_configs import deepseek_v3, llama
 from support.models import random_model
 from support.train_runs import StopAt, differences, fingerprint, tiny_llama, tiny_trainer
-from support.training import arguments, losses, make_trainer
+from support.training import Rows, arguments, losses, make_trainer
 
 
 def _packed(model):
@@ -56,6 +58,69 @@ def test_rounded_weights_are_those_of_the_packed_checkpoint(tmp_path, config, fo
         assert torch.equal(rounded[name].reshape(weight.shape), weight.to(dtype).float()), name
 
 
+def _texts(count=4, length=64):
+    return list(torch.randint(3, 200, (count, 1, length), generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("format", ["int4", "q4_1", "int3"])
+@pytest.mark.parametrize("config", [llama, deepseek_v3])
+def test_calibrated_weights_are_those_of_compensated_rounding(tmp_path, config, format):
+    model = random_model(config())
+    twin = DynamicGraphOptimizer(copy.deepcopy(model), config=DeepSeekConfig(mtp="off")).optimize()
+    round_in_place(twin, packing_config(format), _texts())
+    expected = _packed(twin)
+    weights = RoundedWeights(model, format)
+    outcome = weights.calibrate(model, _texts())
+    assert outcome.compensated > 0
+    weights.round()
+    rounded = {name: p.data.float().clone() for name, p in model.named_parameters(remove_duplicate=False)}
+    weights.write(model, tmp_path)
+    packed = _packed(load_model(tmp_path))
+    assert packed.keys() == expected.keys()
+    for name, weight in packed.items():
+        assert torch.equal(rounded[name].reshape(weight.shape), weight), name
+        alike = (weight - expected[name]).abs() <= 2e-3 * expected[name].abs().max()  # scales may differ in their last bit
+        assert alike.float().mean() > (0.95 if format == "int3" else 0.999), name  # int3 chooses its codes again
+
+
+def test_the_state_of_rounding_is_kept():
+    model = random_model(llama())
+    weights, again = RoundedWeights(model, "int4"), RoundedWeights(model, "int4")
+    weights.calibrate(model, _texts())
+    again.load_state(weights.state())
+    rounded = []
+    for rounding in (weights, again):
+        rounding.round()
+        rounded.append([p.detach().clone() for p in model.parameters()])
+        rounding.restore()
+    assert all(map(torch.equal, *rounded))
+
+
+def test_training_starts_from_the_calibrated_weights(tmp_path):
+    def kl(**fields):
+        model = random_model(llama())
+        with torch.no_grad():
+            model.lm_head.weight.mul_(10)
+        return _distill(tmp_path, model, bf16=False, train_dataset=Rows(64), **fields)
+
+    calibrated, plain = kl(), kl(calibrate=False)
+    calibrated.calibrate()
+    before = {name: p.detach().clone() for name, p in calibrated.model.named_parameters()}
+    calibrated.calibrate()  # has no effect
+    assert all(torch.equal(p, before[name]) for name, p in calibrated.model.named_parameters())
+    assert 0 < calibrated.evaluate()["eval_kl"] < 0.97 * plain.evaluate()["eval_kl"]
+
+
+def test_calibration_reads_the_training_data():
+    rows = [{"input_ids": [i] * 5, "attention_mask": [1, 1, 1, 0, 0]} for i in range(4)]
+    whole = calibration_texts(rows, llama())
+    assert len(whole) == 1 and sorted(whole[0][0].tolist()) == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]  # shorter than a stretch
+    streamed = calibration_texts(iter([{"input_ids": list(range(600))}]), LlamaConfig(max_position_embeddings=100))
+    assert [text.shape for text in streamed] == [(1, 100)] * 6 and streamed[1][0, 0] == 100
+    many = calibration_texts([{"input_ids": torch.arange(512)}] * 100, LlamaConfig())
+    assert [text.shape for text in many] == [(1, 512)] * 16
+
+
 def test_exact_and_minimal_formats_are_those_of_packing():
     model = random_model(deepseek_v3())
     formats = {weight.name: weight.packed.format for weight in RoundedWeights(model, "int4")._weights}
@@ -73,7 +138,7 @@ def test_the_gradient_of_the_rounded_weights_reaches_the_original_ones(tmp_path,
     dtype = torch.float32
     rounded = copy.deepcopy(model)
     RoundedWeights(rounded, "int4").round()
-    common = {"max_steps": 1, "optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0, **fields}
+    common = {"max_steps": 1, "optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0, "calibrate": False, **fields}
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer = make_trainer(model, tmp_path, quantize="int4", **common)
     trainer.train()
@@ -104,8 +169,7 @@ def test_distillation_lowers_the_divergence_of_the_packed_model(tmp_path):
     assert before["eval_loss"] == pytest.approx(before["eval_kl"], rel=1e-5)
     assert 0 < after["eval_kl"] < 0.6 * before["eval_kl"]
     trainer.save_model(str(tmp_path / "packed"))
-    weights = RoundedWeights(trainer.model, "int4")
-    weights.round()
+    trainer.rounded.round()
     with torch.no_grad():
         wanted = original(texts).logits.log_softmax(-1)
         rounded = trainer.model.eval()(texts).logits.log_softmax(-1)

@@ -93,6 +93,10 @@ class GroupFormat(CodedGroups, Protocol):
     def codes(x: torch.Tensor, parameters: Parameters) -> torch.Tensor:
         """The codes nearest to x [k, n] for given parameters; k is a multiple of `run`. float32 [k, n]."""
 
+    @staticmethod
+    def parameters(tiles: torch.Tensor) -> Parameters:
+        """The parameters in tiles, uint8 [t, g, tile_bytes]: [16 t, g] each."""
+
 
 class WeightFormat(Protocol):
     """One format.

@@ -27,7 +27,7 @@ from .search import (
     weighted_error,
     within,
 )
-from .tiles import pack_panels, pad_to_tiles, tiles_of, unpack_panels
+from .tiles import pack_panels, pad_to_tiles, read_tiles, tiles_of, unpack_panels
 
 # Candidates for the code of the element of largest magnitude. The first is ggml's; without importance, it is the only one.
 ENDS = (-8.0, -6.5, -7.0, -7.5, -8.5, -9.0, -9.5, 6.5, 7.0, 7.5, 8.0, 8.5, 9.0, 9.5)
@@ -84,6 +84,10 @@ class Int4:
     @staticmethod
     def values(codes: torch.Tensor, parameters: Parameters) -> torch.Tensor:
         return codes * parameters[0].float()
+
+    @staticmethod
+    def parameters(tiles: torch.Tensor) -> Parameters:
+        return read_tiles(tiles, words=4, halves=1)[1]
 
     @staticmethod
     def tiles(codes: torch.Tensor, parameters: Parameters) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from .base import Parameters
 from .groups import grouped, quantize, round_scale, scale_error, to_words, ungroup
 from .search import nearest, scale_for
-from .tiles import pack_panels, pad_to_tiles, tiles_of, unpack_panels
+from .tiles import pack_panels, pad_to_tiles, read_tiles, tiles_of, unpack_panels
 
 
 class Int8:
@@ -54,6 +54,10 @@ class Int8:
     @staticmethod
     def values(codes: torch.Tensor, parameters: Parameters) -> torch.Tensor:
         return codes * parameters[0].float()
+
+    @staticmethod
+    def parameters(tiles: torch.Tensor) -> Parameters:
+        return read_tiles(tiles, words=8, halves=1)[1]
 
     @staticmethod
     def tiles(codes: torch.Tensor, parameters: Parameters) -> torch.Tensor:

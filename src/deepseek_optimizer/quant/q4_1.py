@@ -14,7 +14,7 @@ import torch
 from .base import TILE_COLS, Parameters
 from .groups import grouped, join_nibbles, round_scale, scale_error, split_nibbles, to_words, ungroup
 from .search import REFIT, Best, best_of, by_column, error_weights, in_order, nearest, pad_importance, weighted_error, within
-from .tiles import pack_panels, pad_to_tiles, tiles_of, unpack_panels
+from .tiles import pack_panels, pad_to_tiles, read_tiles, tiles_of, unpack_panels
 
 # Fractions of a group's range that are trimmed, below and above; the first pair is ggml's choice.
 TRIMS = tuple((below / 32, above / 32) for below in range(4) for above in range(4))
@@ -80,6 +80,10 @@ class Q4_1:
     @staticmethod
     def values(codes: torch.Tensor, parameters: Parameters) -> torch.Tensor:
         return codes * parameters[0].float() + parameters[1].float()
+
+    @staticmethod
+    def parameters(tiles: torch.Tensor) -> Parameters:
+        return read_tiles(tiles, words=4, halves=2)[1]
 
     @staticmethod
     def tiles(codes: torch.Tensor, parameters: Parameters) -> torch.Tensor:

@@ -27,7 +27,7 @@ _CHOICES: Final[dict[str, Any]] = {
     "on_nan": OnNan, "fp8_backend": Fp8Backend,
 }  # fmt: skip
 MAX_DRAFTS: Final = 16  # in a row
-_FLAGS: Final = ("bf16", "fp8_enabled", "fp8_e4m3", "packing", "fused_loss")
+_FLAGS: Final = ("bf16", "fp8_enabled", "fp8_e4m3", "packing", "fused_loss", "calibrate")
 _NUMBERS: Final = ("learning_rate", "num_train_epochs", "weight_decay", "moe_balance_rate", "moe_sequence_loss_weight")
 
 
@@ -68,6 +68,8 @@ class DeepSeekTrainingArguments(PlainArguments):
             new layer of a model with four times as many.
         quantize: a weight format. The forward pass uses the weights as this format rounds them (quantization-aware training),
             and `save_model` writes a packed checkpoint; None: no rounding.
+        calibrate: with `quantize`, start from weights that are rounded with error compensation on 8,192 tokens of the training
+            data; False: from the weights as they are. It has no effect on formats that are not calibrated.
         teacher: a model whose next-token distributions are learned: "self", the model before training, which needs `quantize`;
             or the directory or name of another model with the same vocabulary. It takes the memory of its weights. None: the
             loss is the cross entropy of the labels.
@@ -95,6 +97,7 @@ class DeepSeekTrainingArguments(PlainArguments):
     draft_steps: int = field(default=0, metadata={"help": "Train only a layer that drafts this number of tokens; 0: off."})
     draft_vocabulary: int | None = field(default=None, metadata={"help": "Number of tokens that can be drafted; 0: all."})
     quantize: str | None = field(default=None, metadata={"help": "Format that the weights are trained for; None: no rounding."})
+    calibrate: bool = field(default=True, metadata={"help": "With quantize: start from error-compensated rounding."})
     teacher: str | None = field(default=None, metadata={"help": 'Model whose distributions are learned, or "self".'})
     teacher_weight: float = field(default=1.0, metadata={"help": "Weight of the divergence from the teacher, 0 to 1."})
 

@@ -31,6 +31,7 @@ from ..integration.load.loader import sketch
 from ..integration.load.mtp_layers import stored_mtp_layers
 from ..integration.load.resolve import resolve
 from ..models.families import FAMILIES
+from ..quant import WEIGHED
 from ..system.memory import free_memory
 from . import lora
 from .arguments import DeepSeekTrainingArguments
@@ -227,7 +228,10 @@ class TrainingJob:
     def _quantization(self) -> list[str]:
         """A remark on what is trained for a packed format."""
         format = self.args.quantize
-        return [] if format is None else [f"the weights are rounded to {format} in each pass, and the result is packed"]
+        if format is None:
+            return []
+        start = " and start from calibrated ones" if self.args.calibrate and format in WEIGHED else ""
+        return [f"the weights are rounded to {format} in each pass{start}; the result is packed"]
 
     def _omissions(self, checkpoint: Checkpoint, model: Any) -> list[str]:
         """Remarks on parts of the model that the result will not contain."""
@@ -303,6 +307,7 @@ class TrainingJob:
         started = time.monotonic()
         if not self.resumes:
             trainer.fit_draft_layer()
+            trainer.calibrate()
         before = self._first_evaluation(trainer)
         result = trainer.train(resume_from_checkpoint=self.resumes)
         after = self._last_evaluation(trainer)

@@ -19,12 +19,15 @@ from transformers import Trainer, TrainerCallback
 
 from ..errors import ConfigError, TrainingError
 from ..integration.bind.runtime import OptimizerWarning
+from ..quant import WEIGHED
+from ..system.progress import show_progress
 from ..system.threads import one_torch_thread
 from .accumulation import Accumulators
 from .arguments import DeepSeekTrainingArguments
 from .balancing import ExpertBalancing
 from .checkpoints.directory import checkpoints
 from .checkpoints.saving import AtomicCheckpoints
+from .checkpoints.state import read_state, write_state
 from .data.packing import pack_for_trainer
 from .fp8.backend import Fp8Products, from_arguments
 from .fsdp import shard_on_cpus
@@ -41,10 +44,11 @@ from .ops.native import built
 from .optimizer import DeepSeekAdamW
 from .precision import DTYPES, set_training_dtype, weights_in
 from .prepare import Prepared, prepare, trainable
-from .quantization import RoundedWeights
+from .quantization import RoundedWeights, calibration_texts
 from .report import MemoryPlan, TrainingReport, plan_memory
 from .teacher import check_heads, make_teacher
 
+ROUNDING: Final = "rounding.safetensors"  # of a checkpoint: `RoundedWeights.state`
 _SAMPLED: Final = 64  # examples whose lengths are used to plan memory
 
 
@@ -98,6 +102,7 @@ class DeepSeekTrainer(AtomicCheckpoints):
         if args.packing:
             pack_for_trainer(self)
         self.rounded = self._rounded_weights()
+        self._calibrates = self.rounded is not None and args.calibrate and args.quantize in WEIGHED
         self.distillation = self._distillation()
         self.balancing = ExpertBalancing(args.moe_balance_rate, args.moe_sequence_loss_weight)
         self._logged_steps = 0
@@ -116,6 +121,7 @@ class DeepSeekTrainer(AtomicCheckpoints):
         """Like Trainer's. Afterwards the model has its original classes again, and the dtype of training."""
         if not (args[0] if args else kwargs.get("resume_from_checkpoint")):
             self.fit_draft_layer()
+            self.calibrate()
         try:
             with self._threads():
                 return super().train(*args, **kwargs)
@@ -129,6 +135,20 @@ class DeepSeekTrainer(AtomicCheckpoints):
             self._fits_draft_layer = False
             if fit_draft_layer(self.model, self.get_train_dataloader()):
                 self._mtp_notes = ["MTP layer 0: starts as a copy of the last layer, fitted to its inputs"]
+
+    def calibrate(self) -> None:
+        """With `quantize`, sets the weights to those of error-compensated rounding on the training data; `train` does so
+        too. See `RoundedWeights.calibrate`."""
+        if self._calibrates and self.rounded is not None:
+            self._calibrates = False
+            texts = calibration_texts(self.train_dataset, self.model.config)
+            with show_progress("Calibrating on the training data") as progress:
+                outcome = self.rounded.calibrate(self.model, texts, progress)
+            if outcome.starved:
+                self._warn_once(
+                    f"{outcome.starved} of {outcome.compensated + outcome.starved} matrices got too few tokens of the training "
+                    "data to be rounded with error compensation"
+                )
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Like Trainer's; called by `evaluate` and `predict`."""
@@ -412,6 +432,10 @@ class DeepSeekTrainer(AtomicCheckpoints):
         """Like Trainer's, but saves in `save_dtype`, or packed with `quantize`. Checkpoints keep the dtype of training, and the
         weights before rounding."""
         self._use_original_weights()
+        if self.rounded is not None and self._temporary is not None and self.args.should_save:
+            directory = Path(str(output_dir))
+            directory.mkdir(parents=True, exist_ok=True)
+            write_state(directory / ROUNDING, self.rounded.state())
         if self.rounded is not None and self._temporary is None:
             directory = Path(output_dir or str(self.args.output_dir))
             directory.mkdir(parents=True, exist_ok=True)
@@ -430,6 +454,8 @@ class DeepSeekTrainer(AtomicCheckpoints):
 
     def load_weights(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self._use_original_weights()
+        if self.rounded is not None and (file := Path(resume_from_checkpoint) / ROUNDING).is_file():
+            self.rounded.load_state(read_state(file))
         super().load_weights(resume_from_checkpoint, model)
 
     def load_best_weights(self) -> None:

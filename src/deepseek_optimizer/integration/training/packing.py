@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ from ...checkpoint.packed import write_safetensors
 from ...config import DeepSeekConfig
 from ...errors import ConfigError
 from ...graph.min_formats import exact_weights
-from ...quant import PackedStack, PackedWeight, Packer
+from ...quant import PackedStack, PackedWeight
 from ...quant.transposed_stack import StackLayout
 from ..bind.graphs import whole_graph
 from ..bind.modules import Packed
-from ..bind.swap import expected_tensors, packed_tiles, planned_twins
+from ..bind.swap import expected_tensors, planned_twins
 from ..model.save import save_configs
 
 
@@ -68,14 +68,20 @@ def packable_weights(model: Any, config: DeepSeekConfig) -> list[PackableWeight]
 
 
 @torch.no_grad()
-def write_packed(model: Any, weights: Sequence[PackableWeight], config: DeepSeekConfig, packer: Packer, folder: Path) -> None:
+def write_packed(
+    model: Any,
+    weights: Sequence[PackableWeight],
+    config: DeepSeekConfig,
+    tiles: Callable[[PackableWeight], torch.Tensor],
+    folder: Path,
+) -> None:
     """Writes the packed checkpoint of a float model, as `save_pretrained` of the packed model would; the model stays as it is.
 
     Args:
         model: the model.
         weights: what to pack, from `packable_weights`.
         config: the settings to store in config.json.
-        packer: packs a matrix.
+        tiles: packs a weight.
         folder: a directory that exists.
     """
     packable, exact = {weight.name: weight for weight in weights}, exact_weights(whole_graph(model))
@@ -84,9 +90,7 @@ def write_packed(model: Any, weights: Sequence[PackableWeight], config: DeepSeek
         path, _, leaf = name.rpartition(".")
         tensor = getattr(model.get_submodule(path), leaf).data
         if name in packable:
-            like = packable[name].packed
-            tiles = packed_tiles(tensor, like, packer, packable[name].layout)
-            tensors[name] = _filled(like, tiles)
+            tensors[name] = _filled(packable[name].packed, tiles(packable[name]))
         else:
             tensors[name] = (tensor.float() if name in exact else tensor).contiguous()
     twin = copy.copy(model)  # only its config differs
