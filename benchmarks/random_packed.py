@@ -19,7 +19,7 @@ from deepseek_optimizer.checkpoint.manifest import KEY, Manifest, PackedEntry
 from deepseek_optimizer.graph.analysis import stack_shapes, weight_shapes
 from deepseek_optimizer.graph.min_formats import exact_weights, min_formats
 from deepseek_optimizer.models import build_graph
-from deepseek_optimizer.quant import QUANT_METHOD, get_format
+from deepseek_optimizer.quant import QUANT_METHOD, PackedMatrix, PackedStack, PackedWeight, get_format
 
 DEVIATION = 0.02
 _TABLE = "gate.tid2eid"  # experts by token id
@@ -103,8 +103,16 @@ def _planned(config: Any, format_of: Callable[[str], str]) -> dict[str, Stored]:
         kind = format_of(name)
         if name in least and get_format(kind).bits < get_format(least[name]).bits:
             kind = least[name]
-        planned[name] = PackedEntry(kind, stacks.get(name, shape)).promise()
+        planned[name] = _without_data(PackedEntry(kind, tuple(stacks.get(name, shape))))
     return planned
+
+
+def _without_data(entry: PackedEntry) -> PackedWeight:
+    tiles = torch.empty(entry.tiles, dtype=torch.uint8, device="meta")
+    *count, rows, cols = entry.shape
+    if count:
+        return PackedStack(entry.format, count[0], rows, cols, tiles)
+    return PackedMatrix(entry.format, rows, cols, tiles)
 
 
 def _pieces(name: str, like: Stored, generator: np.random.Generator) -> Iterator[torch.Tensor]:
