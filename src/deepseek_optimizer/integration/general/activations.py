@@ -64,6 +64,7 @@ class ParallelActivation(nn.Module):
     def __init__(self, inner: nn.Module, workers: NoCopyCallable) -> None:
         super().__init__()
         self.inner, self.workers = inner, workers
+        self.training = inner.training  # a module in training mode turns off the native call of its block
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         graph = torch.is_grad_enabled() and input.requires_grad
