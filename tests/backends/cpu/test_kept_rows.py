@@ -63,8 +63,19 @@ def test_products_of_one_norm_convert_once(cpu, calls, format, mode):
         assert not any(name == "dso_linear_rows" for name in calls[4:])
 
 
+def replaced_data(x):
+    x.data = random(2, ROWS, WIDTH, seed=9)  # more rows
+
+
+def turned_data(x):
+    x.data = x.data.view(WIDTH, 2, -1).permute(1, 2, 0)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("change", [lambda x: x.mul_(2), lambda x: x[0, :3].zero_(), lambda x: x.view(-1)[7:9].fill_(3)])
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x.mul_(2), lambda x: x[0, :3].zero_(), lambda x: x.view(-1)[7:9].fill_(3), replaced_data, turned_data],
+)
 def test_changed_tensors_are_converted_again(cpu, calls, change, mode):
     with mode():
         weight, x = matrices(cpu)[0], normed(cpu)
@@ -82,6 +93,15 @@ def test_kinds_of_rows_are_apart(cpu, calls):
     coarse, fine = cpu.linear(x, weight, None, INT8), cpu.linear(x, weight)
     assert calls.count("dso_convert") == 2 and not torch.equal(coarse, fine)
     assert torch.equal(cpu.linear(x.clone(), weight, None, INT8), coarse)
+
+
+def test_matrices_of_another_width_are_refused_each_time(cpu):
+    """After as well as before rows of the right width were kept: the library must not read them as rows of another width."""
+    x, weight = normed(cpu), matrices(cpu)[0]
+    for width in (WIDTH // 2, 2 * WIDTH):
+        with pytest.raises(RuntimeError, match="shape"):
+            cpu.linear(x, PackedMatrix("int8", 48, width, cpu.pack(random(48, width), "int8")))
+        assert torch.equal(cpu.linear(x, weight), cpu.linear(x.clone(), weight))
 
 
 def test_copies_and_views_are_other_tensors(cpu, calls):

@@ -81,6 +81,15 @@ def test_queries_whose_keys_are_all_masked_alike(native_calls, dtype, queries):
     compare(q, k, v, mask, native=True, calls=native_calls, bound=2e-6 if dtype == torch.float32 else 2e-2)
 
 
+def test_in_training_sdpa_computes(native_calls):
+    """Also without gradients, as the first run of a layer whose activations are computed again for the backward pass."""
+    layer, (q, k, v) = Layer().train(), tensors(20)
+    with torch.no_grad(), attention_of(CpuBackend(threads=2)):
+        out, _ = native_attention(layer, q, k, v, None, is_causal=False)
+    assert not native_calls
+    assert torch.equal(out, sdpa_attention_forward(layer, q, k, v, None, is_causal=False)[0])
+
+
 @pytest.mark.parametrize("queries", [4, 20, 130])
 @pytest.mark.parametrize("causal", [None, True, False])
 @pytest.mark.parametrize("biased", [False, True])

@@ -61,3 +61,13 @@ def test_what_stays():
     parallelize_activations(model, 2)
     parallelize_activations(model, 2)
     assert type(model[0]) is nn.Softmax and type(model[1]) is nn.PReLU and type(model[2][0].inner) is nn.GELU
+
+
+def test_hooks_see_the_whole_activation_once():
+    """They are inside of the module that replaces it; it would call them for each part, and its block would not see them."""
+    model, seen = nn.Sequential(nn.GELU(), nn.GELU()), []
+    model[0].register_forward_hook(lambda module, args, result: seen.append(result.shape))
+    parallelize_activations(model, 2)
+    with torch.no_grad():
+        model(torch.zeros(1 << 20))
+    assert seen == [(1 << 20,)] and type(model[0]) is nn.GELU and isinstance(model[1], ParallelActivation)

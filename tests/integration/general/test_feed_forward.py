@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel
+from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel, Gemma3nForCausalLM, Gemma3nTextConfig
 
 from deepseek_optimizer import BackendError, load_model
 from deepseek_optimizer.backends.cpu import CpuBackend, unavailable_reason
@@ -116,6 +116,56 @@ def test_blocks_without_effect_tell_nothing_about_others(bias):
         torch.testing.assert_close(model[1](x), expected)
         fuse_feed_forward(whole := nn.Sequential(Gated(cpu)).eval(), cpu.feed_forward)
     assert isinstance(whole[0], FusedFeedForward)
+
+
+class Sparse(Block):
+    """A block with a setting of its own, which its parts do not show."""
+
+    def __init__(self, cpu, sparsity):
+        super().__init__(None, cpu)
+        self.sparsity = sparsity
+
+    def forward(self, x):
+        return self.down(self.act(self.up(x) - self.sparsity))
+
+
+@pytest.mark.parametrize("sparsities", [(0.0, 0.95), (0.95, 0.0)])
+def test_blocks_with_other_settings_are_not_alike(sparsities):
+    cpu = CpuBackend(threads=1)
+    model = nn.Sequential(*(Sparse(cpu, sparsity) for sparsity in sparsities)).eval()
+    fuse_feed_forward(model, cpu.feed_forward)
+    assert [isinstance(block, FusedFeedForward) for block in model] == [sparsity == 0 for sparsity in sparsities]
+
+
+def test_gemma_3n_with_sparse_layers_after_dense_ones(tmp_path):
+    config = Gemma3nTextConfig(
+        vocab_size=99, vocab_size_per_layer_input=99, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, hidden_size_per_layer_input=8, laurel_rank=4,
+        layer_types=["sliding_attention", "full_attention"], num_kv_shared_layers=0, activation_sparsity_pattern=[0.0, 0.95],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    plain = Gemma3nForCausalLM(config).eval()
+    plain.save_pretrained(tmp_path)
+    fast, x = load_model(tmp_path, precision="fp32"), torch.randn(1, 5, 32)
+    for ours, theirs, fused in zip(fast.model.layers, plain.model.layers, (True, False), strict=True):
+        assert isinstance(ours.mlp, FusedFeedForward) is fused
+        with torch.no_grad():
+            torch.testing.assert_close(ours.mlp(x), theirs.mlp(x), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5", "phi"])
+def test_blocks_of_a_loaded_model_run_natively(tmp_path, name):
+    """With activations that run on several threads elsewhere."""
+    plain = random_general(name)
+    plain.save_pretrained(tmp_path)
+    fast, calls = load_model(tmp_path, precision="fp32", threads=2), []
+    for module in fast.modules():
+        if isinstance(module, FusedFeedForward):
+            fused = module.fused
+            module.fused = NoCopyCallable(lambda *a, fused=fused, **k: calls.append(a) or fused(*a, **k))
+    with torch.no_grad():
+        fast(**inputs_of(plain))
+    assert len(calls) == sum(isinstance(module, FusedFeedForward) for module in fast.modules())
 
 
 def hooked(block):

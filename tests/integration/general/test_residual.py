@@ -94,6 +94,16 @@ def test_small_additions_are_not_mistaken():
     assert not isinstance(layer, FusedResidual)
 
 
+def test_modules_with_other_settings_are_not_alike():
+    cpu = CpuBackend(threads=1)
+    model = nn.Sequential(*(Layer(lambda own, x: residual(own, x) * own.factor, cpu) for _ in range(2))).eval()
+    model[0].factor, model[1].factor, model[1].function = 1.0, 0.5, model[0].function
+    fuse_feed_forward(model, cpu.feed_forward)
+    fuse_norms(model, cpu.norm)
+    fuse_residuals(model)
+    assert [isinstance(layer, FusedResidual) for layer in model] == [True, False]
+
+
 @pytest.mark.parametrize(
     ("name", "fields", "count"),
     [("t5", {}, 4), ("t5", {"feed_forward_proj": "gated-gelu"}, 4), ("gpt2", {}, 0), ("bart", {}, 0)],

@@ -145,7 +145,7 @@ def linear(
     bias32 = None if bias is None else bias.detach().float().contiguous()
     added = optional(bias32, "bias", f32, (matrix.rows,))
     target = address(out, "out", f32, (rows, matrix.rows))
-    kept = None if kind == "f32" else context.kept_rows.of(x, kind, lambda: _converted(context, flat, kind))
+    kept = None if kind == "f32" else context.kept_rows.of(x, kind, flat.shape, lambda: _converted(context, flat, kind))
     if kept is not None:
         context.call(
             "dso_linear_rows", context.handle, C.byref(weight_struct(matrix)), added, SLOT_KINDS[kind],

@@ -55,7 +55,8 @@ def native_attention(
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     hides = causal and attention_mask is None and query.shape[2] > 1  # keys after a query's own, counted from the first key
     partly = hides and query.shape[2] != key.shape[2]
-    attend = None if torch.compiler.is_compiling() else _attend.get()
+    # In training, a layer may run twice, without and with gradients (checkpoints of activations): both times in the same way.
+    attend = None if torch.compiler.is_compiling() or module.training else _attend.get()
     if attend is None or partly or not _supported(query, key, value, attention_mask, position_bias, dropout):
         result: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal,

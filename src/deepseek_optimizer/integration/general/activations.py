@@ -64,6 +64,7 @@ class ParallelActivation(nn.Module):
     def __init__(self, inner: nn.Module, workers: NoCopyCallable) -> None:
         super().__init__()
         self.inner, self.workers = inner, workers
+        self.training = inner.training  # a module in training mode turns off the native call of its block
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         graph = torch.is_grad_enabled() and input.requires_grad
@@ -80,5 +81,7 @@ def parallelize_activations(model: nn.Module, threads: int | None) -> None:
     replaced: dict[int, ParallelActivation] = {}
     for parent in list(model.modules()):
         for name, module in list(parent._modules.items()):
-            if module is not None and type(module).__name__ in _ELEMENTWISE and not isinstance(parent, ParallelActivation):
+            if module is None or module._forward_hooks or module._forward_pre_hooks or isinstance(parent, ParallelActivation):
+                continue
+            if type(module).__name__ in _ELEMENTWISE:
                 setattr(parent, name, replaced.setdefault(id(module), ParallelActivation(module, workers)))

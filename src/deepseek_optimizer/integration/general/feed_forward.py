@@ -19,7 +19,7 @@ from torch.nn.modules import module as torch_module
 
 from ..bind.packed_model import NoCopyCallable
 from .modules import GeneralConv1D, GeneralLinear
-from .native_class import native_class
+from .native_class import kind_of, native_class
 
 _TANH, _ERF = ("gelu", "geglu"), ("gelu_erf", None)
 # Activations by class name: the op after one product, and the op of a gated block.
@@ -97,17 +97,19 @@ def fuse_feed_forward(model: nn.Module, fused: Callable[..., torch.Tensor] | Non
     Args:
         fused: see `FusedFeedForward`.
     """
+    if fused is None:
+        return
     found: dict[Any, _Plan | None] = {}
+    call = NoCopyCallable(fused)
     module: Any
     for module in list(model.modules()):
-        if fused is None or isinstance(module, FusedFeedForward) or not (plans := _plans(module)):
+        if isinstance(module, FusedFeedForward) or not (plans := _plans(module)):
             continue
-        kind = type(module), *((name, repr(child)) for name, child in module.named_children())
-        if kind not in found:
+        if (kind := kind_of(module)) not in found:
             found[kind] = next((plan for plan in plans if _is(module, plan, fused)), None)
         if (plan := found[kind]) is not None:
             module.__class__ = native_class(FusedFeedForward, module)
-            module._plan, module.fused = plan, NoCopyCallable(fused)
+            module._plan, module.fused = plan, call
 
 
 def _plans(module: nn.Module) -> Sequence[_Plan]:

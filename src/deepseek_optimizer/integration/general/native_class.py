@@ -1,10 +1,15 @@
-"""Classes of modules with a native forward: subclasses of Transformers' own, so that `isinstance` and names stay true."""
+"""Classes of modules with a native forward: subclasses of Transformers' own, so that `isinstance` and names stay true. And
+which modules are alike, so that one of them is compared with its native forward for all."""
 
 from __future__ import annotations
 
 import copyreg
 import functools
 from typing import Any
+
+from torch import nn
+
+_OWN = frozenset(vars(nn.Module()))  # attributes of every module
 
 
 class _Made(type):
@@ -27,3 +32,17 @@ def _remade(made: type) -> Any:
 
 
 copyreg.pickle(_Made, _remade)
+
+
+def kind_of(module: nn.Module) -> tuple[Any, ...]:
+    """What is equal for modules that connect their parts in the same way: class, parts and settings.
+
+    Settings may differ from layer to layer, as Gemma 3n's `activation_sparsity` does. Those that are not numbers or names count
+    as equal if they are the same object.
+    """
+    plain = bool, int, float, str, type(None)
+    settings = {name: value for name, value in vars(module).items() if name not in _OWN}
+    return (
+        type(module), *((name, repr(child)) for name, child in module.named_children()),
+        *((name, value if isinstance(value, plain) else (type(value), id(value))) for name, value in sorted(settings.items())),
+    )  # fmt: skip

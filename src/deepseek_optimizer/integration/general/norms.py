@@ -14,7 +14,7 @@ from torch import nn
 
 from ...backends.base import Norm
 from ..bind.packed_model import NoCopyCallable
-from .native_class import native_class
+from .native_class import kind_of, native_class
 
 _SMALLEST = 1 << 16  # elements, below which a call of torch takes less time
 _EPSILONS = ("variance_epsilon", "eps")
@@ -69,7 +69,7 @@ def fuse_norms(model: nn.Module, fused: Function | None) -> None:
     for module in list(model.modules()):
         if fused is None or isinstance(module, FusedNorm) or not _may_be(module):
             continue
-        kind = type(module), next(module.parameters()).dtype
+        kind = kind_of(module), next(module.parameters()).dtype
         if kind not in found:
             found[kind] = type(module) is nn.LayerNorm or _is_rms_norm(module, fused)
         if found[kind]:

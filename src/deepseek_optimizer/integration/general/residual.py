@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from .feed_forward import ERROR, ROWS, FusedFeedForward, acts
-from .native_class import native_class
+from .native_class import kind_of, native_class
 from .norms import FusedNorm, arguments_of, is_exact
 
 
@@ -54,7 +54,7 @@ def fuse_residuals(model: nn.Module) -> None:
         if isinstance(module, FusedResidual) or (parts := _parts(module)) is None:
             continue
         block = module._modules[parts[1]]
-        kind = type(module), *((name, repr(child)) for name, child in module.named_children()), block._plan
+        kind = *kind_of(module), kind_of(block)
         if kind not in found:
             found[kind] = _is(module, *parts)
         if found[kind]:
