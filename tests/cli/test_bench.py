@@ -7,6 +7,8 @@ import json
 import pytest
 
 from deepseek_optimizer.bench import roofline
+from deepseek_optimizer.bench.sides.load import load_side
+from support.multimodal import FAMILIES, make_model
 
 SMALL = ("--prompt", "12", "--new", "4", "--repeats", "2", "--threads", "1")
 
@@ -41,6 +43,17 @@ def test_all_options_together(dso, tiny_model, tmp_path):
     assert len({row["variant"] for row in report["ablation"]}) >= 3
     assert {row["work"]["batch"] for row in report["against"]} == {1, 2} and all(row["better"] > 0 for row in report["against"])
     assert "first token, ms" in result.stdout and page.read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "gemma4"])
+def test_the_language_model_of_a_multimodal_checkpoint(dso, family, tmp_path):
+    make_model(FAMILIES[family]).save_pretrained(tmp_path)
+    result = dso("bench", tmp_path, *SMALL, "--json")
+    assert result.exit_code == 0, result.output
+    report = _report(result)
+    assert report["works"][0]["figures"]["decode_tok_s"]["samples"] and report["config"]["precision"] == "auto"
+    side = load_side("optimized", tmp_path, threads=1, config={}).model
+    assert type(side).__name__.endswith("ForCausalLM") and side.report().threads == 1
 
 
 def test_a_baseline_decides_the_exit_code(dso, tiny_model, tmp_path):

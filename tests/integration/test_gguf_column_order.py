@@ -3,6 +3,7 @@ than a superblock. It keeps its blocks, and everything else is as in Transformer
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from gguf import GGMLQuantizationType, quants
 from deepseek_optimizer import load_model
 from deepseek_optimizer.backends.cpu import unavailable_reason
 from deepseek_optimizer.checkpoint import open_checkpoint
+from deepseek_optimizer.errors import ConfigError
 from deepseek_optimizer.integration.load.pack_checkpoint import pack_checkpoint
 from deepseek_optimizer.quant import ColumnOrder, unpack
 from support import models as m
@@ -130,3 +132,16 @@ def test_adapters(tmp_path: Path, backend: str) -> None:
     packed = next(iter(out_projections(merged).values()))
     assert packed.order is not None
     assert_close_rows(packed.dequantized(), whole, 0.04)  # half a step of a 6-bit code
+
+
+@pytest.mark.parametrize("how", ["load_model", "from_pretrained"])
+def test_an_order_of_an_embedding_is_refused(tmp_path: Path, how: str) -> None:
+    """Rows of a table are read as they are stored."""
+    plain = random_model(m.qwen3_5_text())
+    plain.save_pretrained(tmp_path / "float")
+    load_model(tmp_path / "float", backend="reference").save_pretrained(tmp_path / "packed")
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    config["packed_manifest"]["modules"]["model.embed_tokens"]["column_order"] = [2, 2]
+    (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="model.embed_tokens has a column_order"):
+        load_model(tmp_path / "packed") if how == "load_model" else type(plain).from_pretrained(tmp_path / "packed")

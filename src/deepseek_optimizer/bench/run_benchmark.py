@@ -62,7 +62,7 @@ def run(request: Request, note: Callable[[str], None] = lambda _: None) -> dict[
     """
     import torch
 
-    from ..optimized_model import load_model, load_tokenizer
+    from ..optimized_model import load_tokenizer
     from .background import BackgroundLoad
     from .baseline import check, compare
     from .hardware import cpu_name, machine_memory_bytes, usable_cpus
@@ -71,6 +71,7 @@ def run(request: Request, note: Callable[[str], None] = lambda _: None) -> dict[
     from .peak_memory import PeakMemory
     from .peers import versions_of
     from .roofline import Roofline
+    from .text_model import load_text_model
 
     date, began = datetime.now().astimezone(), time.perf_counter()
     peers = _peer_commands(request)  # raises now, not after minutes, if a peer is not set up
@@ -81,7 +82,7 @@ def run(request: Request, note: Callable[[str], None] = lambda _: None) -> dict[
         note(f"warning: {reason}; timings will be unreliable")
     note("loading the model")
     memory, started = PeakMemory(), time.perf_counter()
-    model = load_model(request.model, **request.fields)
+    model = load_text_model(request.model, **request.fields)
     load_s = time.perf_counter() - started
     summary = model.report()
     threads = summary.threads or torch.get_num_threads()

@@ -186,6 +186,15 @@ def test_another_source_or_other_settings_start_over(
     assert "another source" in messages[0] and len(written) == 5
 
 
+def test_another_layout_starts_over(tmp_path: Path, source: Path, whole: dict[str, bytes], monkeypatch) -> None:
+    """An earlier commit of the same version may have packed the finished files in another layout of the same size."""
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "VERSION", 3, raising=False)
+        interrupted(source, tmp_path / "out", 2, monkeypatch)
+    messages, written = finish(source, tmp_path / "out")
+    assert "another layout version" in messages[0] and len(written) == 5 and content(tmp_path / "out") == whole
+
+
 def test_a_full_disk_is_reported_first(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     monkeypatch.setattr(module, "write_shard", None)

@@ -109,7 +109,7 @@ def test_preemption_and_a_full_cache(pair):
     ours, plain, processor = pair
     encoder = PictureEncoder(ours, processor)
     text, images = chat(processor, ("user", (None, "what is it", None))), [picture(40, 40, 6), picture(21, 40, 7)]
-    arena = ours.dso.language.new_arena(5 * ours.dso.language._block_bytes * len(ours.dso.graph.cache.layer_groups or (0,)))
+    arena = ours.dso.new_arena(5 * ours.dso.language._block_bytes * len(ours.dso.graph.cache.layer_groups or (0,)))
     engine = make_engine(ours, processor.tokenizer, arena=arena, prefix_cache=False)
     requests = []
     for n in range(3):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from typing import Any
 
@@ -135,6 +136,18 @@ def test_settings_that_need_a_plan_of_the_whole_model(tmp_path):
         assert why_language_alone(checkpoint, DeepSeekConfig()) is None
         assert "kl_budget=0.1 needs" in str(why_language_alone(checkpoint, DeepSeekConfig(kl_budget=0.1)))
         assert why_language_alone(checkpoint, DeepSeekConfig(vision="off")) == ""
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_5"])
+@pytest.mark.parametrize("saved", [None, "Qwen3_5ForCausalLM", "Unknown"])
+def test_config_that_does_not_name_the_class(family, saved, tmp_path):
+    """A missing or foreign entry of `architectures` does not change which model a file contains."""
+    model = make_model(FAMILIES[family])
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["architectures"] = [saved] if saved else None
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert type(load_model(tmp_path)) is type(model)
 
 
 def test_embeddings_per_layer_have_no_plan_in_the_whole_model(tmp_path):

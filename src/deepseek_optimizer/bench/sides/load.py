@@ -33,7 +33,7 @@ def load_side(side: str, path: str | Path, *, threads: int, dtype: str = "bfloat
     import transformers.models.llama.modeling_llama
     import transformers.models.qwen2.modeling_qwen2  # noqa: F401  otherwise their import would count as loading
 
-    from ...optimized_model import load_model
+    from ..text_model import load_text_model
     from ..unoptimized_model import load_unoptimized
 
     torch.set_num_threads(threads)
@@ -41,5 +41,5 @@ def load_side(side: str, path: str | Path, *, threads: int, dtype: str = "bfloat
     if side == "transformers":
         model = load_unoptimized(path, getattr(torch, dtype))
     else:
-        model = load_model(path, **{"threads": threads, **config})
+        model = load_text_model(path, **{"threads": threads, **config})
     return Loaded(model, memory, started, time.perf_counter() - started)

@@ -43,11 +43,12 @@ def main() -> None:
 
 def measure(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from ...integration.bind.context_extension import room_of
-    from ...optimized_model import load_model, load_tokenizer
+    from ...optimized_model import load_tokenizer
+    from ..text_model import load_text_model
 
     started = time.perf_counter()
     try:
-        tokenizer, model = load_tokenizer(a.model), load_model(a.model, **a.config)
+        tokenizer, model = load_tokenizer(a.model), load_text_model(a.model, **a.config)
     except DeepSeekOptimizerError as error:
         yield {"error": str(error)}
         return

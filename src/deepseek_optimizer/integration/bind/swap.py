@@ -181,10 +181,20 @@ def order_columns(model: nn.Module, order: Callable[[str, str], ColumnOrder | No
 
     Args:
         order: returns it, given the weight's name and format.
+
+    Raises:
+        ConfigError: there is one for a matrix that is no linear layer's.
     """
     for name, module in model.named_modules():
-        if isinstance(module, PackedLinear):
-            module.order = order(f"{name}.weight", module.format)
+        if not isinstance(module, (PackedLinear, PackedEmbedding)):
+            continue
+        found = order(f"{name}.weight", module.format)
+        if type(module) is PackedLinear:
+            module.order = found
+        elif found is not None:
+            raise ConfigError(
+                f"{name} has a column_order in config.json, which only a linear layer can have; convert the original again"
+            )
 
 
 def pack_in_place(

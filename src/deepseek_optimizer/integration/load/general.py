@@ -75,12 +75,13 @@ def _transformers_config(checkpoint: Checkpoint, raw: dict[str, Any]) -> Any:
 
 
 def model_class(raw: dict[str, Any]) -> Any:
-    """Transformers' class for the content of a config.json: the one it was saved from, or else a class with a language model
-    head, or the base model. None: Transformers has none."""
+    """Transformers' class for the content of a config.json: the one it was saved from, or else that of the whole multimodal
+    model, or a class with a language model head, or the base model. None: Transformers has none."""
     import transformers
     from transformers import (
         CONFIG_MAPPING,
         MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
         MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
         MODEL_MAPPING,
         PreTrainedModel,
@@ -95,7 +96,9 @@ def model_class(raw: dict[str, Any]) -> Any:
     named = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
     if isinstance(named, type) and issubclass(named, PreTrainedModel) and named.config_class is config_class:
         return named
-    mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, MODEL_MAPPING)
+    mappings: tuple[Any, ...] = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, MODEL_MAPPING)
+    if kind in MULTIMODAL:  # first, since a class of the language model does not take the config of the whole
+        mappings = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, *mappings)
     return next((mapping[config_class] for mapping in mappings if config_class in mapping), None)
 
 

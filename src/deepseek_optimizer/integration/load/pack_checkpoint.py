@@ -17,6 +17,7 @@ from ...backends.registry import choose_backend
 from ...checkpoint import Checkpoint, Manifest, PackedCheckpoint, open_checkpoint
 from ...checkpoint.atomic import naming
 from ...checkpoint.layout import Stored
+from ...checkpoint.manifest import VERSION
 from ...checkpoint.sentence_transformers import copy_embedding_files
 from ...checkpoint.shards import SHARD_BYTES, Shard, plan_shards, write_index, write_shard
 from ...checkpoint.unfinished import Unfinished
@@ -171,6 +172,7 @@ def _identity(
         "settings": settings.to_dict(),
         "calibration text": text,
         "layout": layout.hexdigest(),
+        "layout version": VERSION,  # tiles of the same size may hold their codes in another order
         "version": versions("deepseek-optimizer"),
     }
 

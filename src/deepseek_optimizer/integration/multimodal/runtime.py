@@ -153,6 +153,10 @@ class MultimodalRuntime(GeneralRuntime):
     def arena(self) -> Any:
         return self.language.arena
 
+    def new_arena(self, memory: int | None) -> Any:
+        """As `Runtime.new_arena`."""
+        return self.language.new_arena(memory)
+
     def unserved(self) -> str | None:
         """As `Runtime.unserved`."""
         return self.language.unserved()

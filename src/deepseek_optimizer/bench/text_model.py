@@ -1,0 +1,14 @@
+"""Loads the model that is measured with texts."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+
+def load_text_model(path: str | os.PathLike[str], **fields: Any) -> Any:
+    """`load_model`, but of a multimodal checkpoint the language model alone, if it can be loaded alone: its report and its
+    config are those of a language model, as Transformers' side has them."""
+    from ..integration.load.loader import load
+
+    return load(path, None, fields, language_alone="it is measured with texts")
