@@ -174,8 +174,9 @@ class CpuBackend(CpuSizes):
     ) -> torch.Tensor:
         """See `packer.feed_forward`."""
         kinds = [row_kind(matrix.format, options.activation) for matrix, _ in (*first, down)]
-        kept: Any = {"activation": kinds[0], "inner": kinds[-1], "norm": norm, "residual": residual}
-        return packer.feed_forward(self.context, x, first, op, down, **kept)
+        return packer.feed_forward(
+            self.context, x, first, op, down, activation=kinds[0], inner=kinds[-1], norm=norm, residual=residual
+        )
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
         """See `packer.norm`."""

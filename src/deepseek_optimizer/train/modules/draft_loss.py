@@ -31,7 +31,6 @@ class DraftObjective:
     Args:
         steps: number of drafts in a row that are trained.
         stored: keeps hidden states for later epochs; None: each epoch computes them.
-
     """
 
     def __init__(self, steps: int, stored: StoredStates | None = None) -> None:
