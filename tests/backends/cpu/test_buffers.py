@@ -23,7 +23,7 @@ SOURCE = Path(deepseek_optimizer.__file__).parent
 POINTERS = {"data_ptr", "ctypes", "__array_interface__", "from_buffer", "untyped_storage"}
 # Files that take an address only to identify memory, never to access it.
 IDENTITY = {
-    "backends/cpu/mapped_file.py", "integration/load/mapped.py",
+    "backends/cpu/kept_rows.py", "backends/cpu/mapped_file.py", "integration/load/mapped.py", "integration/multimodal/tower.py",
     "integration/bind/runtime.py", "integration/general/head.py", "integration/generation/fingerprint.py", "train/precision.py",
     "train/saved_activations.py", "calibration/inputs.py",
 }  # fmt: skip
