@@ -18,7 +18,7 @@ extern "C" {
 #define DSO_API
 #endif
 
-#define DSO_ABI_VERSION 15
+#define DSO_ABI_VERSION 16
 DSO_API int32_t dso_abi_version(void);
 
 enum {
@@ -585,6 +585,8 @@ typedef struct dso_choice {
   const double* numbers; /* [steps] in [0, 1), or NULL */
   const float* noise;    /* [steps][noise_stride], above 0, or NULL */
   int64_t noise_stride, first_variate;
+  int32_t n_barred, barred_steps; /* in the first barred_steps steps, none of these tokens is chosen */
+  const int32_t* barred;          /* [n_barred] */
 } dso_choice;
 enum { DSO_UNDECIDED = -1 };
 /* The token that step `step` chooses from logits[vocab], or DSO_UNDECIDED. For tests. generator: its state before the step; may

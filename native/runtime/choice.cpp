@@ -47,6 +47,9 @@ void check_choice(const dso_choice& c, int64_t vocab, int32_t index, bool genera
     refuse("tokens is NULL, or n_prompt is not from 0 to n_tokens");
   for (int32_t i = 0; i < c.n_tokens; ++i)
     if (c.tokens[i] < 0 || c.tokens[i] >= vocab) refuse("tokens has a token outside the vocabulary");
+  if (c.n_barred < 0 || (c.n_barred > 0 && !c.barred)) refuse("barred is NULL, or n_barred is negative");
+  for (int32_t i = 0; i < c.n_barred; ++i)
+    if (c.barred[i] < 0 || c.barred[i] >= vocab) refuse("barred has a token outside the vocabulary");
 }
 
 Penalties::Penalties(const dso_choice& c, int64_t vocab)
@@ -93,8 +96,16 @@ int32_t Chooser::choose(float* logits, const dso_choice& c, const Penalties& pen
     penalties.apply(logits, undo_);
     token = kernels_.first_largest(logits, vocab_);
   }
+  if (token >= 0 && step < c.barred_steps && c.n_barred > 0) {
+    for (int32_t i = 0; i < c.n_barred; ++i) {
+      float& x = logits[c.barred[i]];
+      undo_.emplace_back(c.barred[i], x);
+      x = -std::numeric_limits<float>::infinity();
+    }
+    token = kernels_.first_largest(logits, vocab_);
+  }
   if (token >= 0 && c.temperature > 0) token = sample(logits, c, step, int32_t(token), generator);
-  for (const auto& [index, logit] : undo_) logits[index] = logit;
+  for (auto change = undo_.rbegin(); change != undo_.rend(); ++change) logits[change->first] = change->second;
   return token < 0 ? DSO_UNDECIDED : int32_t(token);
 }
 

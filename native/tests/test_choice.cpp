@@ -41,6 +41,11 @@ static void test_variants_choose_the_same() {
       c.n_tokens = (int32_t)text.size();
       c.n_prompt = random.below((int)text.size() + 1);
     }
+    std::vector<int32_t> barred((size_t)random.below(4));
+    for (int32_t& token : barred) token = random.below(vocab);
+    c.barred = barred.data();
+    c.n_barred = (int32_t)barred.size();
+    c.barred_steps = random.below(2);
     int32_t first = 0;
     for (const Variant& v : variants) {
       OwnContext context(*v.kernels, 1);
@@ -48,6 +53,8 @@ static void test_variants_choose_the_same() {
       if (!check(dso_choose(context.c, logits.data(), vocab, &c, 0, nullptr, &token) == 0, "choose: %s", dso_last_error()))
         return;
       check(token >= -1 && token < vocab, "%s: token %d of %d", v.name.c_str(), token, vocab);
+      const bool chose_barred = c.barred_steps > 0 && std::find(barred.begin(), barred.end(), token) != barred.end();
+      check(!chose_barred, "%s: token %d is barred", v.name.c_str(), token);
       if (&v == &variants[0]) first = token;
       check(token == first, "%s chooses %d, %s %d", v.name.c_str(), token, variants[0].name.c_str(), first);
     }

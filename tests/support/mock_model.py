@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from deepseek_optimizer.backends.decoding import Decoded, TokenPenalties
+from deepseek_optimizer.backends.decoding import Decoded, RowChoice, TokenPenalties
 from deepseek_optimizer.backends.sampling import GREEDY, NOT_FINITE, choose_tokens
 from deepseek_optimizer.cache import HOLE, BlockManager, Forgetting, Groups
 from deepseek_optimizer.cache.block_manager import BLOCK_TOKENS
@@ -120,6 +120,15 @@ class MockMemory:
         raise AssertionError("the mock runner does not use plans")
 
 
+def allowed(logits: np.ndarray, choice: RowChoice, step: int) -> np.ndarray:
+    """The logits without the tokens that a step of a call must not choose."""
+    if choice.barred is None or step >= choice.barred_steps:
+        return logits
+    logits = logits.copy()
+    logits[choice.barred] = -np.inf
+    return logits
+
+
 def penalized(logits: np.ndarray, penalties: TokenPenalties | None, tokens: list[int]) -> np.ndarray:
     """The logits after penalties, by the engine's rules."""
     if penalties is None:
@@ -171,7 +180,7 @@ class MockRunner:
             made, states = output.logits, [*states, output.last_hidden]
             choices = [GREEDY if r.numbers is None else r.filters._replace(u=r.numbers[step]) for r in call.rows]
             rows = [
-                penalized(row, choice.penalties, part.sequence.tokens)
+                allowed(penalized(row, choice.penalties, part.sequence.tokens), choice, step)
                 for row, choice, part in zip(made.numpy(), call.rows, parts, strict=True)
             ]
             tokens = choose_tokens(np.array(rows), choices)

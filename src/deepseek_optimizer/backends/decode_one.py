@@ -14,7 +14,9 @@ def decode_one(plan: Plan, batch: StepBatch, store: KvStore, call: DecodeCall) -
     output = plan.run(batch, store)
     logits, states = output.logits, None if output.last_hidden is None else output.last_hidden[None]
     nothing = np.zeros((0, len(call.rows)), np.int32)
-    if any(part is not None for row in call.rows for part in (row.noise, row.variate, row.penalties)):
+    if any(part is not None for row in call.rows for part in (row.noise, row.variate, row.penalties)) or any(
+        row.barred is not None and row.barred_steps > 0 for row in call.rows
+    ):
         return Decoded(nothing, logits, states)
     choices = [GREEDY if r.numbers is None else r.filters._replace(u=float(r.numbers[0])) for r in call.rows]
     chosen = plan.choose_tokens(logits, choices)

@@ -54,6 +54,9 @@ class RowChoice(NamedTuple):
         variate: as `noise`, with variates that torch's generator would draw (`DecodeCall.generator`): the number of the row's
             first one in a step.
         penalties: None: there are none.
+        barred: int32 [n], tokens that the first `barred_steps` steps do not choose: after the penalties, their logits are -inf.
+            None: there are none.
+        barred_steps: how many steps of the call these are.
     """
 
     filters: TokenChoice = GREEDY
@@ -61,6 +64,8 @@ class RowChoice(NamedTuple):
     noise: torch.Tensor | None = None
     variate: int | None = None
     penalties: TokenPenalties | None = None
+    barred: Int32 | None = None
+    barred_steps: int = 0
 
 
 @dataclass

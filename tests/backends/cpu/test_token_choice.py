@@ -177,6 +177,29 @@ def test_penalties(context, sampled):
         assert ours in (UNDECIDED, of_transformers(logits, filters if sampled else None, repetition, text, n))
 
 
+@pytest.mark.parametrize("sampled", [False, True])
+def test_barred_tokens(context, sampled):
+    """Their logits are -inf in the first steps only, after penalties on the same tokens."""
+    for n in range(300):
+        rng = np.random.default_rng(n)
+        size = int(rng.choice(SIZES))
+        logits, filters = random_logits(rng, size), random_filters(rng)
+        barred = np.append(logits.argmax(), rng.integers(size, size=rng.integers(0, 4))).astype(np.int32)
+        penalties = TokenPenalties(barred[:1], 0, 1.3)
+        numbers = rng.random(3) if sampled else None
+        expected = logits.copy()
+        expected[barred[0]] *= 1.3 if expected[barred[0]] < 0 else 1 / 1.3
+        row = RowChoice(filters, numbers, penalties=penalties, barred=barred, barred_steps=2)
+        for step in range(3):
+            allowed = expected.copy()
+            if step < 2:
+                allowed[barred] = -np.inf
+            choice = filters._replace(u=float(numbers[step])) if sampled else GREEDY
+            token = choose(context, logits, row, 3, step)
+            right = choose_token(allowed, choice)
+            assert token == right or token == UNDECIDED and (sampled or right == NOT_FINITE), (n, step)
+
+
 def test_rows_of_noise_that_are_not_dense(context):
     torch.manual_seed(0)
     noise = torch.empty(3, 2, 500).exponential_()
@@ -198,6 +221,8 @@ def test_rows_of_noise_that_are_not_dense(context):
         (RowChoice(penalties=TokenPenalties(np.array([1], np.int32), 2, 1.1)), "n_prompt"),
         (RowChoice(penalties=TokenPenalties(np.array([1], np.int32), 0, 0.0)), "repetition"),
         (RowChoice(penalties=TokenPenalties(np.array([1], np.int32), 0, window=-1)), "window"),
+        (RowChoice(barred=np.array([9], np.int32), barred_steps=1), "barred has a token outside"),
+        (RowChoice(barred=np.array([-1], np.int32), barred_steps=1), "barred has a token outside"),
         (RowChoice(TokenChoice(1.0), np.zeros(0)), "numbers must be"),
         (RowChoice(TokenChoice(1.0), noise=torch.ones(1, 8)), "noise must be"),
     ],

@@ -65,6 +65,7 @@ def random_request(rng, pair):
         "attention_mask": pair.mask(*lengths), "max_new_tokens": rng.choice([1, 2, 31, 32, 33, 80]), "pad_token_id": 0,
         "eos_token_id": rng.choice([None, 2, list(range(2, 8)), list(range(2, 40))]), "do_sample": rng.random() < 0.6,
         "repetition_penalty": rng.choice([1.0, 1.0, 1.3, 0.8]),
+        **rng.choice([{}, {}, {"min_new_tokens": 20}, {"min_length": 50}, {"min_new_tokens": 3, "min_length": 33}]),
     }  # fmt: skip
     if options["do_sample"]:
         options |= {

@@ -61,4 +61,7 @@ def native_choice(row: RowChoice, steps: int, vocab: int) -> Choice:
         choice.frequency, choice.presence = penalties.frequency, penalties.presence
         choice.n_tokens, choice.n_prompt = len(penalties.tokens), penalties.prompt
         choice.tokens = address(penalties.tokens, "tokens", _I32, (len(penalties.tokens),))
+    if row.barred is not None:
+        choice.n_barred, choice.barred_steps = len(row.barred), min(row.barred_steps, steps)
+        choice.barred = address(row.barred, "barred", _I32, (len(row.barred),))
     return choice

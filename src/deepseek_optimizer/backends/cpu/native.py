@@ -20,7 +20,7 @@ from . import native_train
 from .buffers import Outputs, checking
 from .kept_rows import KeptRows
 
-ABI_VERSION = 15
+ABI_VERSION = 16
 BLOCK_TOKENS = 32
 
 FORMATS = {
@@ -102,7 +102,7 @@ class Choice(C.Structure):
         ("temperature", C.c_float), ("top_k", I32), ("top_p", C.c_double), ("min_p", C.c_double), ("repetition", C.c_float),
         ("frequency", C.c_float), ("presence", C.c_float), ("window", I32), ("n_tokens", I32), ("n_prompt", I32),
         ("tokens", PTR), ("numbers", PTR), ("noise", PTR), ("noise_stride", I64),
-        ("first_variate", I64),
+        ("first_variate", I64), ("n_barred", I32), ("barred_steps", I32), ("barred", PTR),
     ]  # fmt: skip
 
 

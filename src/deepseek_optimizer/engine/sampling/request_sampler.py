@@ -90,10 +90,10 @@ class RequestSampler:
             tokens: token ids of the prompt and the text so far.
             prompt: how many of them are the prompt.
 
-        Returns: None if the logits are needed here, as in `choice`; penalties are no reason.
+        Returns: None if the logits are needed here, as in `choice`; penalties and `min_tokens` are no reasons.
         """
         sampling = self.sampling
-        if not self._in_calls or place < sampling.min_tokens:
+        if not self._in_calls:
             return None
         penalties = None
         if self._rules:
@@ -103,11 +103,14 @@ class RequestSampler:
                 np.array(tokens, np.int32), prompt, repetition, min(window or 0, 2**31 - 1),
                 sampling.frequency_penalty, sampling.presence_penalty,
             )  # fmt: skip
+        row = RowChoice(penalties=penalties)
+        if place < sampling.min_tokens and len(self._ends):
+            row = row._replace(barred=self._ends.astype(np.int32), barred_steps=sampling.min_tokens - place)
         if sampling.greedy:
-            return RowChoice(penalties=penalties)
+            return row
         filters = TokenChoice(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
         numbers = np.array([uniform(self._seed, place + step) for step in range(steps)], np.float64)
-        return RowChoice(filters, numbers, penalties=penalties)
+        return row._replace(filters=filters, numbers=numbers)
 
     def choose(self, logits: Floats, place: int) -> int:
         """Chooses the token at a position of the text and updates penalties, constraints and grammar with it.

@@ -24,6 +24,8 @@ _STREAMED_SECONDS, _SECONDS = 0.01, 0.05  # maximum duration of a call with and 
 _NOISE_BYTES = 4 << 20  # of a call
 _ORDER = (
     processors.RepetitionPenaltyLogitsProcessor,
+    processors.MinLengthLogitsProcessor,
+    processors.MinNewTokensLengthLogitsProcessor,
     processors.TemperatureLogitsWarper,
     processors.TopKLogitsWarper,
     processors.TopPLogitsWarper,
@@ -52,13 +54,16 @@ class TokenChoices:
     Args:
         filters: temperature and filters; None: the largest logit is chosen.
         penalty: Transformers' repetition penalty; None: there is none.
+        shortest: minimum length of a text, with its prompt; before, no token of `stop` is chosen.
         stop: when rows end; it has no criteria but the usual ones.
         rows: number of rows of the request.
         streamed: whether a streamer waits for the tokens.
     """
 
-    def __init__(self, filters: TokenChoice | None, penalty: Any, stop: RowStops, rows: int, streamed: bool) -> None:
-        self._filters, self._penalty, self._rows = filters, penalty, rows
+    def __init__(
+        self, filters: TokenChoice | None, penalty: Any, shortest: int, stop: RowStops, rows: int, streamed: bool
+    ) -> None:
+        self._filters, self._penalty, self._shortest, self._rows = filters, penalty, shortest, rows
         self._seconds = _STREAMED_SECONDS if streamed else _SECONDS
         self._stops: Int32 = np.array(sorted(stop.eos), np.int64).clip(-1, 2**31 - 1).astype(np.int32)
         self._steps = 1.0  # a call's steps so far, as a moving maximum
@@ -84,15 +89,21 @@ class TokenChoices:
             place = _ORDER.index(kind)
             found[kind] = processor
         penalty = found.pop(processors.RepetitionPenaltyLogitsProcessor, None)
+        shortest = 0
+        for kind in (processors.MinLengthLogitsProcessor, processors.MinNewTokensLengthLogitsProcessor):
+            if (least := found.pop(kind, None)) is not None:
+                if {int(token) for token in least.eos_token_id} != set(stop.eos):
+                    return None
+                shortest = max(shortest, _shortest(least))
         if not config.do_sample:
-            return None if found else cls(None, penalty, stop, rows, streamed)
+            return None if found else cls(None, penalty, shortest, stop, rows, streamed)
         filters = TokenChoice(
             temperature=float(_field(found, processors.TemperatureLogitsWarper, "temperature", 1.0)),
             top_k=_field(found, processors.TopKLogitsWarper, "top_k", 0),
             top_p=_field(found, processors.TopPLogitsWarper, "top_p", 1.0),
             min_p=_field(found, processors.MinPLogitsWarper, "min_p", 0.0),
         )
-        return cls(filters, penalty, stop, rows, streamed)
+        return cls(filters, penalty, shortest, stop, rows, streamed)
 
     def decode(self, steps: Steps, text: Callable[[int], torch.Tensor], tokens: list[int], count: int) -> Decoded:
         """Runs as many steps as can be run without looking at the tokens, at least one.
@@ -104,7 +115,7 @@ class TokenChoices:
             count: maximum number of steps.
         """
         if self._filters is None:
-            rows = [RowChoice(penalties=self._penalties(text, row)) for row in steps.rows]
+            rows = [self._row(RowChoice(), text, row, steps.vocab_size) for row in steps.rows]
             return steps.decode(tokens, DecodeCall(max(1, count), rows, self._stops, self._seconds))
         call = DecodeCall(max(1, count), (), self._stops, self._seconds)
         with GENERATOR_LOCK:
@@ -112,20 +123,17 @@ class TokenChoices:
 
     def _sampled(self, steps: Steps, text: Callable[[int], torch.Tensor], tokens: list[int], call: DecodeCall) -> Decoded:
         vocab, choice = steps.vocab_size, RowChoice(self._filters or GREEDY)
-        penalties = [self._penalties(text, row) for row in steps.rows]
         if draws_as_expected():
             before = torch.get_rng_state()
             call.generator, call.variates = read_state(before), self._rows * vocab
-            call.rows = [
-                choice._replace(variate=row * vocab, penalties=p) for row, p in zip(steps.rows, penalties, strict=True)
-            ]
+            call.rows = [self._row(choice._replace(variate=row * vocab), text, row, vocab) for row in steps.rows]
             decoded = steps.decode(tokens, call)
             if torch.equal(torch.get_rng_state(), before):  # otherwise, other code has drawn meanwhile
                 torch.set_rng_state(written_state(before, call.generator))
             return decoded
         count = call.steps = max(1, min(call.steps, int(2 * self._steps), _NOISE_BYTES // (4 * self._rows * vocab)))
         noise, states = self._drawn(count, vocab)
-        call.rows = [choice._replace(noise=noise[:, row], penalties=p) for row, p in zip(steps.rows, penalties, strict=True)]
+        call.rows = [self._row(choice._replace(noise=noise[:, row]), text, row, vocab) for row in steps.rows]
         try:
             decoded = steps.decode(tokens, call)
         except BaseException:
@@ -147,6 +155,14 @@ class TokenChoices:
             step.exponential_()
         return self._noise[:steps], states
 
+    def _row(self, choice: RowChoice, text: Callable[[int], torch.Tensor], row: int, vocab: int) -> RowChoice:
+        """A row's choice with its penalties, and without the tokens that would end it too early."""
+        choice = choice._replace(penalties=self._penalties(text, row))
+        steps = self._shortest - len(text(row)) if self._shortest else 0
+        if steps <= 0:
+            return choice
+        return choice._replace(barred=self._stops[(self._stops >= 0) & (self._stops < vocab)], barred_steps=steps)
+
     def _penalties(self, text: Callable[[int], torch.Tensor], row: int) -> TokenPenalties | None:
         if self._penalty is None:
             return None
@@ -159,6 +175,13 @@ class TokenChoices:
 
 def _field(found: dict[Any, Any], kind: Any, name: str, default: Any) -> Any:
     return getattr(found[kind], name) if kind in found else default
+
+
+def _shortest(processor: Any) -> int:
+    """The length below which a processor of Transformers lets no text end."""
+    if isinstance(processor, processors.MinLengthLogitsProcessor):
+        return int(processor.min_length)
+    return int(processor.prompt_length_to_skip + processor.min_new_tokens)
 
 
 def _usual(processor: Any) -> bool:
