@@ -32,7 +32,7 @@ GROUP_FORMATS: Mapping[str, GroupFormat | WholeGroups] = MappingProxyType(
 )
 
 QUANT_METHOD: Final = "deepseek_optimizer"  # the name of these formats in a config.json
-WEIGHED = frozenset({"int3", "int4", "q4_1"})  # formats whose scales depend on the columns' importance
+WEIGHED = frozenset({"int3", "int4", "q4_1", "q2_k"})  # formats whose scales depend on the columns' importance
 SUPERBLOCKS = frozenset(f.name for f in BLOCK_FORMATS if f.superblock)  # formats of matrices with a multiple of 256 columns
 
 

@@ -16,8 +16,10 @@ from typing import ClassVar
 
 import torch
 
+from . import block_search
 from .base import TILE_COLS, TILE_ROWS
 from .groups import FP16_ROUNDING, FP16_TINY, round_scale
+from .search import pad_importance
 from .tiles import check_matrix, check_tiles, empty_tiles, pad_to_tiles, panels
 
 SUPERBLOCK = 256  # columns
@@ -59,6 +61,8 @@ class BlockFormat:
         offset: subtracted from codes; 0 with a table.
         table: values of the codes; empty: none.
         most: the largest scale in a superblock; the smallest is 0 with minimums, and -most - 1 without.
+        searched: whether scales and minimums are chosen by the error of the weights (`block_search.py`); otherwise they cover
+            each group's range. Takes a while, and only few bits need it.
     """
 
     name: ClassVar[str]
@@ -75,16 +79,19 @@ class BlockFormat:
     offset: ClassVar[int] = 0
     table: ClassVar[tuple[int, ...]] = ()
     most: ClassVar[int] = 0
+    searched: ClassVar[bool] = False
 
     @classmethod
     def pack(cls, weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
-        """float [N, K] -> uint8 [ceil(N/16), ceil(K/32), tile_bytes]; covers each group's range, without a search."""
+        """float [N, K] -> uint8 [ceil(N/16), ceil(K/32), tile_bytes]; formats that are not searched ignore `importance`."""
         check_matrix(weight)
         rows, cols = weight.shape
         cls.check_columns(cols)
+        importance = pad_importance(importance, cols) if cls.searched else None
         out = empty_tiles(rows, cols, cls.tile_bytes)
         for begin, end in panels(rows, cols):
-            cls.write(out[begin // TILE_ROWS : -(-end // TILE_ROWS)], cls._encode(pad_to_tiles(weight[begin:end].detach())))
+            blocks = cls._encode(pad_to_tiles(weight[begin:end].detach()), importance)
+            cls.write(out[begin // TILE_ROWS : -(-end // TILE_ROWS)], blocks)
         return out
 
     @classmethod
@@ -103,6 +110,9 @@ class BlockFormat:
         """Half a step or the distance to the last value, plus what rounding scales and minimums moves the values by."""
         groups = pad_to_tiles(weight).float().unflatten(1, (-1, cls.group))
         scale, minimum = cls._ranges(groups)
+        if cls.searched and minimum is not None:
+            bound = cls._searched_bound(scale, minimum) + 2.0**-20 * groups.abs().amax(-1)
+            return bound.unsqueeze(-1).expand_as(groups).flatten(1)[: weight.shape[0], : weight.shape[1]]
         reach = max(abs(v) for v in cls.values())
         # In scales: half a step, or the distance past the last value on the side that has fewer (of IQ4: 127 - 113, of MXFP4:
         # 16 - 12).
@@ -113,6 +123,16 @@ class BlockFormat:
             bound = bound + cls._rounding(minimum)
         bound = bound * (1 + 1e-5) + 2.0**-22 * groups.abs().amax(-1)
         return bound.unsqueeze(-1).expand_as(groups).flatten(1)[: weight.shape[0], : weight.shape[1]]
+
+    @classmethod
+    def _searched_bound(cls, scale: torch.Tensor, minimum: torch.Tensor) -> torch.Tensor:
+        """What a fit leaves out of a group's range, and what changes of integers and factors move its values by, [n, G]."""
+        top, limits = len(cls.values()) - 1, []
+        for numbers in (scale, minimum):
+            step = numbers.abs().unflatten(1, (-1, SUPERBLOCK // cls.group)).amax(-1, keepdim=True) / cls.most
+            moved = (0.5 + block_search.MOST_STEPS) * (1 + block_search.REFIT) * step
+            limits.append(moved.expand(-1, -1, SUPERBLOCK // cls.group).flatten(1) + block_search.REFIT * numbers.abs())
+        return block_search.WIDEST * top * scale + top * limits[0] + limits[1] + (top + 1) * cls.most * FP16_TINY
 
     @classmethod
     def check_columns(cls, cols: int) -> None:
@@ -199,13 +219,20 @@ class BlockFormat:
     # ---- packing floats
 
     @classmethod
-    def _encode(cls, panel: torch.Tensor) -> Blocks:
+    def _encode(cls, panel: torch.Tensor, importance: torch.Tensor | None) -> Blocks:
         groups = panel.float().unflatten(1, (-1, cls.group))
-        scale, minimum = cls._ranges(groups)
-        stored, d = cls._integers(scale)
-        y, offsets, dmin = groups, None, None
-        if minimum is not None:
-            offsets, dmin = cls._integers(minimum)
+        y = groups
+        d: torch.Tensor | None
+        offsets: torch.Tensor | None = None
+        dmin: torch.Tensor | None = None
+        if cls.searched:
+            (stored, offsets), (d, dmin) = cls._search(groups.permute(2, 0, 1).contiguous(), importance)
+        else:
+            scale, minimum = cls._ranges(groups)
+            stored, d = cls._integers(scale)
+            if minimum is not None:
+                offsets, dmin = cls._integers(minimum)
+        if offsets is not None:
             y = groups - _scaled(offsets, dmin).unsqueeze(-1)
         factor = _scaled(stored, d).unsqueeze(-1)
         usable = factor.isfinite() & (factor != 0) & y.isfinite()
@@ -220,6 +247,18 @@ class BlockFormat:
         else:
             codes = (y.round() + cls.offset).clamp_(0, (1 << (cls.low + cls.high)) - 1)
         return Blocks(codes.to(torch.uint8).flatten(1), stored, offsets, d, dmin)
+
+    @classmethod
+    def _search(
+        cls, x: torch.Tensor, importance: torch.Tensor | None
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+        """Integers and factors of scales and minimums, for x [group, n, G]; importance: [K]."""
+        weights = x.abs() if importance is None else importance.view(-1, cls.group).t().unsqueeze(1)
+        top = len(cls.values()) - 1
+        scale, minimum = block_search.ranges(x, weights, top)
+        (stored, d), (offsets, dmin) = cls._integers(scale), cls._integers(minimum)
+        assert d is not None and dmin is not None  # in superblocks
+        return block_search.integers(x, weights, (stored, offsets), (d, dmin), top, cls.most)
 
     @classmethod
     def _ranges(cls, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -20,7 +20,7 @@ class Q2K(BlockFormat):
     code: ClassVar[int] = 6
     tile_bytes: ClassVar[int] = 168
     bits: ClassVar[float] = 2.625
-    low, group, has_min, most = 2, 16, True, 15
+    low, group, has_min, most, searched = 2, 16, True, 15, True
 
     @classmethod
     def _join(cls, parts: list[torch.Tensor], across: int) -> torch.Tensor:
