@@ -66,10 +66,10 @@ class SpeculativeDecoder:
         if allowed and self._drafted is not None and len(sequences) == 1 and used is None:
             self.proposer.catch_up(sequences)
             begun = self._clock()
-            result = self._drafted(sequences[0], self.draft_length.drafted_rounds, allowed, room[0])
-            if result is not None:
-                self._record(result.rounds, self._clock() - begun)
-                return [[token for each in result.rounds for token in each.tokens]]
+            made = self._drafted(sequences[0], self.draft_length.drafted_rounds, allowed, room[0])
+            if made is not None:
+                self._record(made.rounds, self._clock() - begun)
+                return [[token for each in made.rounds for token in each.tokens]]
         max_drafts = self._reserve(sequences, [min(allowed, r - 1) for r in room])
         if self._plain is not None and not allowed:
             chosen, rounds = self._plain_rounds(self._plain, sequences, before, min(self.draft_length.plain_rounds, *room))
