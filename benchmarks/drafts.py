@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--agree", type=float, nargs="*", default=[], help="probabilities that free drafts hold, 3 a round")
     parser.add_argument("--mtp", type=int, nargs="*", default=[], help="drafts a round by the MTP layers, always as many")
+    parser.add_argument("--least", type=float, nargs="*", default=[], help="thresholds of certainty, with the largest of --mtp")
     parser.add_argument("--texts", type=Path, help="tokens (npy) of documents, which begin with 0; none: random tokens")
     parser.add_argument("--dialogues", type=Path, help="JSON lines with messages, of which the first is the prompt")
     for name, default in (("prompt", 512), ("new", 129), ("threads", 1), ("repeats", 2), ("warmup", 1)):
@@ -92,6 +93,9 @@ def _turn(model: Any, ids: Any, a: argparse.Namespace, found: dict[str, Any], se
     for n in a.mtp:
         fixed = {"num_assistant_tokens": n, "num_assistant_tokens_schedule": "constant"}
         ways[f"MTP, always {n}"] = {"use_mtp": True, **fixed}
+    for least in a.least:
+        most = {"num_assistant_tokens": max(a.mtp, default=3), "num_assistant_tokens_schedule": "constant"}
+        ways[f"MTP, certain by {least}"] = {"use_mtp": True, **most, "assistant_confidence_threshold": least}
     for side, way in ways.items():
         run, drafted = timed(model, ids, **options, **way)
         if not torch.equal(plain, drafted):

@@ -614,6 +614,37 @@ typedef struct dso_decode {
 } dso_decode;
 DSO_API int32_t dso_plan_decode(dso_plan* p, const dso_batch* batch, dso_decode* d);
 
+/* Several rounds of decoding with drafts, of one sequence. In a round, the drafting plan runs over its pending rows, whose
+ * states are the model's, and once more for each further draft, over its own last hidden state: a draft is its most likely
+ * token. Then the model runs over its last token and the drafts, and tokens are chosen row by row, as in dso_plan_decode, up to
+ * the first that is not the draft. The rows of these tokens are the drafting plan's next pending ones.
+ *   batch: the first step of the model without drafts: one row in phase DECODE. Its logits are [1 + drafts][vocab_size], its
+ *     last_hidden [1 + drafts][H]; both receive those of the last round.
+ *   pending: the drafting plan's first step, with logits of its last row, in phase DECODE: T rows, the last of which is the
+ *     one before the model's. Its last_hidden is [max(T, 1 + drafts)][H].
+ * Both block tables have the blocks of `room` tokens after the model's context_len. */
+typedef struct dso_drafted_decode {
+  int32_t rounds; /* at most, > 0 */
+  int32_t drafts; /* in a round at most, > 0 */
+  int32_t room;   /* tokens at most, > 1; no round begins when only one is left */
+  int32_t n_stops;
+  const int32_t* stops;     /* [n_stops]: the round that chooses one of these tokens ends with it, and is the last */
+  double seconds;           /* no round begins that would probably end later than this after the call */
+  float least;              /* a draft whose probability is below this is the last of its round */
+  int32_t reserved;         /* 0 */
+  const dso_choice* choice; /* of the call's i-th token: step i; without noise and variates */
+  const int32_t* token_of;  /* [vocab_size of the drafting plan]: the token of each logit; NULL: its own number */
+  int32_t* tokens;          /* [rounds * (1 + drafts)]: receives the chosen tokens */
+  int32_t* drafted;         /* [rounds]: receives the number of drafts of each round */
+  int32_t* chosen;          /* [rounds]: and of chosen tokens, the accepted drafts and one more */
+  double* took;             /* [rounds]: and of seconds */
+  int32_t done;             /* receives the number of rounds */
+  int32_t undecided;        /* receives 1 if one more token of the last round is to be chosen, from the row of logits after its
+                               chosen ones, which are then accepted drafts only */
+} dso_drafted_decode;
+DSO_API int32_t dso_plan_decode_drafted(dso_plan* p, const dso_batch* batch, dso_plan* drafter, const dso_batch* pending,
+                                        dso_drafted_decode* d);
+
 /* With timing on, the seconds spent in each step are summed over runs (wall time on thread 0), and runs are counted. */
 DSO_API int32_t dso_plan_set_timing(dso_plan* p, int32_t on);
 DSO_API int32_t dso_plan_timing(const dso_plan* p, double* seconds_per_step, int64_t* runs);

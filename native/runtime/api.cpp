@@ -10,6 +10,7 @@
 #include "cpu_limits.hpp"
 #include "standalone.hpp"
 #include "decode.hpp"
+#include "drafted_decode.hpp"
 #include "dso.h"
 #include "error.hpp"
 #include "isa.hpp"
@@ -214,6 +215,13 @@ int32_t dso_plan_run(dso_plan* p, const dso_batch* batch) {
 }
 int32_t dso_plan_decode(dso_plan* p, const dso_batch* batch, dso_decode* d) {
   return guarded([&] { decode(given(p, "plan"), given(batch, "batch"), given(d, "decode")); });
+}
+int32_t dso_plan_decode_drafted(dso_plan* p, const dso_batch* batch, dso_plan* drafter, const dso_batch* pending,
+                                dso_drafted_decode* d) {
+  return guarded([&] {
+    decode_drafted(given(p, "plan"), given(batch, "batch"), given(drafter, "drafter"), given(pending, "pending"),
+                   given(d, "drafted"));
+  });
 }
 int32_t dso_choose(dso_context* c, const float* logits, int32_t vocab, const dso_choice* choice, int32_t step,
                    const dso_mt19937* generator, int32_t* token) {

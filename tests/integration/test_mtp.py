@@ -285,6 +285,42 @@ def test_trained_drafts_have_the_acceptance_of_training(trained):
     assert report.proposed[0] > 100
 
 
+CALLS = {
+    "greedy": {"eos_token_id": None},
+    "end of text": {"eos_token_id": list(range(40, 70))},
+    "penalty": {"eos_token_id": None, "repetition_penalty": 1.3},
+    "certain drafts": {"eos_token_id": None, "assistant_confidence_threshold": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_rounds_in_calls_of_several(trained, monkeypatch, name):
+    """They are the rounds that run step by step, and the text is that of plain decoding, across blocks of the cache."""
+    monkeypatch.setattr(speculation, "DraftLengthController", Always)
+    calls, plan = [], trained.dso.plan
+    decode = plan.decode_drafted
+    monkeypatch.setattr(plan, "decode_drafted", lambda *args: (calls.append(decode(*args)), calls[-1])[1])
+    options = {"max_new_tokens": 70, "do_sample": False, "pad_token_id": 2, **CALLS[name]}
+    drafted = {**options, "use_mtp": True}
+    for ids in prompts(3, 50).split(1):
+        calls.clear()
+        plain = trained.generate(ids, **options)
+        assert torch.equal(plain, trained.generate(ids, **drafted))
+        rounds = trained.dso.speculation
+        if name == "penalty":  # drafts are penalized too, in Python
+            assert not calls
+            continue
+        assert sum(len(call.rounds) for call in calls) in (len(rounds), len(rounds) - 1)  # there may be room for one token
+        assert max(len(call.rounds) for call in calls) > 1
+        with monkeypatch.context() as single:
+            single.setattr(speculation, "_drafted_rounds", lambda *_: None)
+            assert torch.equal(plain, trained.generate(ids, **drafted))
+        if name != "certain drafts":
+            assert rounds == trained.dso.speculation
+        else:
+            assert len({n for outcomes in rounds for n, _ in outcomes}) > 1
+
+
 def test_trained_drafts_of_sampled_text(trained):
     """Drafts are sampled from the layer's distribution after the request's processors, so most are accepted."""
     torch.manual_seed(0)

@@ -76,7 +76,14 @@ LAYERS = (
         "run a graph: `reference` (torch) defines the results, `cpu` (native) is fast; `registry.py` also finds backends "
         "of other packages",
         may=("cache", "graph", "quant", "system"),
-        levels=(("sampling",), ("decoding",), ("base",), ("registry", "decode_one"), ("reference", "cpu"), (REST,)),
+        levels=(
+            ("sampling",),
+            ("decoding",),
+            ("base",),
+            ("registry", "decode_one", "drafted_round"),
+            ("reference", "cpu"),
+            (REST,),
+        ),
     ),
     Layer(
         "engine",

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from ..cache.block_manager import BLOCK_TOKENS as BLOCK_TOKENS  # the same on every backend
 from ..errors import BackendError
 from ..graph.rope_rotation import KeyRotation
-from .decoding import DecodeCall, Decoded
+from .decoding import DecodeCall, Decoded, DraftedCall, DraftedRounds
 from .sampling import TokenChoice
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class Capabilities:
         training: whether there are native training operations in addition to `linear` and `linear_gradient` (`train/ops/`).
         adapters: whether plans support low-rank adapters (`new_adapters`).
         decode_calls: whether `Plan.decode` runs several steps and chooses tokens natively, so that it is faster than `run`.
+        drafted_calls: whether `Plan.decode_drafted` runs several rounds natively.
         dense_operations: whether `feed_forward`, `norm` and `attend` are faster than the operations of torch that they replace
             in models without a plan.
     """
@@ -68,6 +69,7 @@ class Capabilities:
     training: bool = False
     adapters: bool = False
     decode_calls: bool = False
+    drafted_calls: bool = False
     dense_operations: bool = False
 
 
@@ -336,6 +338,30 @@ class Plan(Protocol):
             (`decode_one`).
 
         Raises: as `run`; what was written to the cache is to be discarded then.
+        """
+
+    def decode_drafted(
+        self, batch: StepBatch, drafter: Plan, pending: StepBatch, store: KvStore, call: DraftedCall
+    ) -> DraftedRounds:
+        """Runs rounds of decoding with drafts, of one sequence.
+
+        A round runs the drafting plan over its pending rows, whose states are this plan's, then for each further draft over its
+        own last hidden state, one row further. Drafts are its most likely tokens. Then it runs this plan over the last token
+        and the drafts, and chooses tokens row by row, as `decode` does, up to the first that is not the draft. The rows of
+        these tokens are the next pending ones.
+
+        Args:
+            batch: of the first step without drafts: one row, with `last_hidden`. Its logits, if given, have 1 + `call.drafts`
+                rows.
+            drafter: a plan of the same backend that reads `states`, such as that of an MTP layer.
+            pending: of the drafting plan's first step, with `states`, `last_hidden` and the logits of the last row. That is the
+                row before `batch`'s.
+            store: the cache of both plans. The block tables cover `call.room` tokens after the context of `batch`.
+            call: how many rounds, and how tokens are chosen.
+
+        Returns: as many rounds as were possible, at least one. A backend may always return after one (`drafted_round`).
+
+        Raises: as `decode`.
         """
 
     def check_weights(self) -> None:

@@ -1,4 +1,4 @@
-"""Several decode steps in one call: what `Plan.decode` takes and returns. No torch at import.
+"""Several decode steps in one call: what `Plan.decode` and `Plan.decode_drafted` take and return. No torch at import.
 
 The tokens are those that the caller would choose itself from the same logits. A backend chooses a token only where it is
 certain of that; otherwise it returns the logits, and the caller chooses.
@@ -91,6 +91,62 @@ class DecodeCall:
     generator: npt.NDArray[np.uint32] | None = None
     variates: int = 0
     token_of: Int32 | None = None
+
+
+@dataclass
+class DraftedCall:
+    """A call of `Plan.decode_drafted`.
+
+    Attributes:
+        rounds: maximum number of rounds, above 0.
+        drafts: maximum number of drafts in a round, above 0.
+        room: maximum number of tokens, above 1.
+        row: how the model's tokens are chosen, without noise and variates; `numbers` has `room` of them.
+        stops: int32 [n]; a round that chooses one of these tokens ends with it, and is the last.
+        seconds: no round but the first begins that would probably end later than this after the call.
+        least: a draft whose probability is below this is the last of its round.
+        token_of: int32 [N], the token of each of the drafting plan's logits; None: its own number.
+    """
+
+    rounds: int
+    drafts: int
+    room: int
+    row: RowChoice
+    stops: Int32
+    seconds: float
+    least: float = 0.0
+    token_of: Int32 | None = None
+
+
+class DraftedRound(NamedTuple):
+    """A round of `Plan.decode_drafted`.
+
+    Attributes:
+        tokens: the chosen tokens: accepted drafts, and one that the model chose after them.
+        drafted: number of drafts.
+        seconds: duration.
+    """
+
+    tokens: list[int]
+    drafted: int
+    seconds: float
+
+
+@dataclass
+class DraftedRounds:
+    """The result of `Plan.decode_drafted`.
+
+    Attributes:
+        rounds: the rounds, at least one.
+        logits: float32 torch [V], of the last round's last token, which the caller must choose; its `tokens` are accepted
+            drafts only. None: there is none.
+        last_hidden: the model's last hidden states of the last round, float32 torch [n, H], n being the number of its tokens,
+            including one that the caller chooses.
+    """
+
+    rounds: list[DraftedRound]
+    logits: torch.Tensor | None
+    last_hidden: torch.Tensor
 
 
 @dataclass

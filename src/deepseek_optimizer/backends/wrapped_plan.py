@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .base import KvStore, Plan, StepBatch, StepOutput
-from .decoding import DecodeCall, Decoded
+from .decoding import DecodeCall, Decoded, DraftedCall, DraftedRounds
 from .sampling import TokenChoice
 
 
@@ -34,6 +34,12 @@ class WrappedPlan:
     def decode(self, batch: StepBatch, store: KvStore, call: DecodeCall) -> Decoded:
         """See `Plan.decode`."""
         return self._plan.decode(batch, store, call)
+
+    def decode_drafted(
+        self, batch: StepBatch, drafter: Plan, pending: StepBatch, store: KvStore, call: DraftedCall
+    ) -> DraftedRounds:
+        """See `Plan.decode_drafted`."""
+        return self._plan.decode_drafted(batch, drafter, pending, store, call)
 
     def check_weights(self) -> None:
         """See `Plan.check_weights`."""

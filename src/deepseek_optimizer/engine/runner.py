@@ -9,13 +9,14 @@ import numpy as np
 import torch
 
 from ..backends.base import BLOCK_TOKENS, PREFILL, AdapterStore, Int32, Plan, StepBatch, StepOutput
-from ..backends.decoding import DecodeCall, Decoded
+from ..backends.decoding import DecodeCall, Decoded, DraftedCall, DraftedRounds
 from ..backends.sampling import Floats, TokenChoice
 from ..cache import states_of_step
 from .picture_steps import Embed, step_fields
 from .scheduling.memory import Memory
 from .sequence import Part, Sequence
 
+_FIRST = np.zeros(1, np.int32)
 _FEW = 16  # up to this many rows per sequence, drafting uses the decode kernels
 
 
@@ -187,6 +188,24 @@ class Runner:
         rows = np.arange(len(parts), dtype=np.int32)
         plan, batch = self._batch(parts, rows, torch.cat(states), last_hidden=True, logits=self._reused(len(parts)))
         return self.memory.decode(plan, batch, call)
+
+    def decode_drafted(
+        self, part: Part, drafter: Runner, pending: Part, states: list[torch.Tensor], call: DraftedCall
+    ) -> DraftedRounds:
+        """Runs several rounds with drafts of one sequence. The logits overwrite those of other steps.
+
+        Args:
+            part: the sequence's last token. The cache has room for `call.room` tokens from it on, which its length counts
+                already.
+            drafter: runs the drafting plan.
+            pending: the rows that this plan has not processed.
+            states: the model's hidden states of these, float32 [n, H] each.
+            call: the call.
+        """
+        plan, batch = self._batch([part], _FIRST, None, last_hidden=True, logits=self._reused(1 + call.drafts))
+        last = np.array([len(pending.ids) - 1], np.int32)
+        drafting, first = drafter._batch([pending], last, torch.cat(states), last_hidden=True, logits=drafter._reused(1))
+        return self.memory.decode_drafted(plan, batch, drafting, first, call)
 
     def _run(
         self,

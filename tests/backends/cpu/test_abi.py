@@ -42,7 +42,17 @@ def declarations(text: str):
 
 @pytest.mark.parametrize(
     "struct",
-    [native.Weight, native.Slot, native.Step, native.Batch, native.Rotation, native.StateShape, native.Choice, native.Decode],
+    [
+        native.Weight,
+        native.Slot,
+        native.Step,
+        native.Batch,
+        native.Rotation,
+        native.StateShape,
+        native.Choice,
+        native.Decode,
+        native.DraftedDecode,
+    ],
 )
 def test_structs(struct):
     name = re.search(r"dso_\w+", struct.__doc__)[0]

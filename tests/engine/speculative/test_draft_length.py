@@ -7,7 +7,7 @@ import random
 import pytest
 
 from deepseek_optimizer.engine.speculative.costs import StepCosts
-from deepseek_optimizer.engine.speculative.draft_length import DraftLengthController
+from deepseek_optimizer.engine.speculative.draft_length import MAX, DraftLengthController
 
 # Cost of an additional row relative to a plain step: memory-bound weights; experts, whose work grows with the rows.
 CHEAP, STEEP = 0.06, 0.55
@@ -77,6 +77,26 @@ def test_calls_of_several_rounds_last_until_the_next_trial():
             calls.append(controller.plain_rounds)
             controller.record(10e-3, [(0, 0)], calls[-1])
     assert sum(calls) > 15 * len(calls)
+
+
+def test_rounds_with_drafts_in_a_row_are_covered_by_the_credit():
+    """Whatever is accepted: as many as it covers if nothing is, and none after the next trial is due."""
+    controller, chosen = DraftLengthController(3), []
+    for n in range(400):
+        drafts = controller.choose(1)
+        rounds = controller.drafted_rounds if drafts else controller.plain_rounds
+        chosen.append((drafts, rounds))
+        for i in range(rounds if drafts else 1):
+            controller.record(1.0 + 0.2 * drafts, [(drafts, min(drafts, 2 * (n % 3 > 0)))], follows=i > 0)
+    assert max(rounds for drafts, rounds in chosen if drafts) > 4
+    assert all(rounds * 0.2 * drafts <= MAX + 1e-9 for drafts, rounds in chosen)
+    report = controller.report()
+    assert sum(rounds for _, rounds in report.chosen) == report.rounds
+
+
+def test_a_fixed_number_of_drafts_holds_for_many_rounds():
+    controller = DraftLengthController(3, fixed=True)
+    assert controller.choose(1) == 3 and controller.drafted_rounds > 8
 
 
 def test_plain_rounds_between_drafts_are_few():

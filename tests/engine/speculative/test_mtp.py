@@ -11,13 +11,16 @@ import pytest
 import torch
 
 from deepseek_optimizer.backends.base import DECODE
+from deepseek_optimizer.backends.decoding import DraftedCall, RowChoice
 from deepseek_optimizer.backends.reference import ReferenceBackend
 from deepseek_optimizer.engine.runner import Runner
 from deepseek_optimizer.engine.sampling.torch_sampler import TorchSampler
 from deepseek_optimizer.engine.sequence import Part, Sequence, rows_of
 from deepseek_optimizer.engine.speculative import mtp
 from deepseek_optimizer.engine.speculative.draft_and_verify import SpeculativeDecoder
+from deepseek_optimizer.engine.speculative.drafted_rounds import DraftedRoundCalls
 from deepseek_optimizer.engine.speculative.mtp import MtpProposer
+from deepseek_optimizer.errors import CacheFullError
 from deepseek_optimizer.graph.analysis import weight_shapes
 from deepseek_optimizer.graph.ir import Graph
 from deepseek_optimizer.integration.memory.arena import Arena
@@ -121,13 +124,15 @@ class Accepting:
 class Script:
     """A controller that returns the given numbers of drafts."""
 
+    drafted_rounds = 2
+
     def __init__(self, chosen: list[int]) -> None:
         self.chosen = list(chosen)
 
     def choose(self, sequences, max_drafts=None):
         return min(self.chosen.pop(0), max_drafts)
 
-    def record(self, seconds, outcomes, rounds=1):
+    def record(self, seconds, outcomes, rounds=1, follows=False):
         pass
 
 
@@ -239,6 +244,44 @@ def test_a_fork_continues_independently(world):
         decoder.round([one, twin], [9, 9])
     assert one.tokens != twin.tokens
     assert decoder.proposer.compared == 16
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["", "in a full cache"])
+@pytest.mark.parametrize("base", [0, 64])
+def test_rounds_in_calls_are_single_rounds(world, base, full, monkeypatch):
+    """With one layer; the text and the state of the proposer after each call are those of rounds run step by step."""
+    texts, made = [], []
+    for in_calls in (False, True):
+        chosen = [3, 1, 0, 4, *[0] * 6, 3, 2]
+        decoder = decoder_of(world, chosen, {0: base}, decodes=True)
+        decoder.sampler = TorchSampler(sampled=False)
+        if in_calls:
+            call = lambda rounds, drafts, room: (  # noqa: E731
+                made.append(drafts) or DraftedCall(rounds, drafts, room, RowChoice(), np.zeros(0, np.int32), 60.0)
+            )
+            decoder._drafted = DraftedRoundCalls(decoder.runner, decoder.proposer, call, decoder.sampler.choose)
+        sequence = begin(decoder, 0, random_ids(world.config, 70), seen_from=base and 40, chunk=40)
+        if in_calls and full:
+            monkeypatch.setattr(decoder.runner, "reserve", full_for_many(decoder.runner.reserve))
+        for _ in chosen:
+            decoder.round([sequence], [9])
+            track = decoder.proposer._tracks[0]
+            assert track.seen == sequence.cached and sum(map(len, track.waiting[0])) == track.seen - track.done[0]
+        texts.append(sequence.tokens)
+    count = min(map(len, texts))
+    assert texts[0][:count] == texts[1][:count] and count > 80
+    assert bool(made) == (len(world.plans) == 2 and not full)
+
+
+def full_for_many(reserve):
+    """`Runner.reserve` in a cache that has room for a few tokens, not for those of a call."""
+
+    def limited(sequences, counts, *, undo=False):
+        if not undo and max(counts) > 1:
+            raise CacheFullError(max(counts), 1)
+        reserve(sequences, counts, undo=undo)
+
+    return limited
 
 
 def test_no_states_no_drafts(world):

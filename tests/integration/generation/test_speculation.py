@@ -22,9 +22,9 @@ EOS = 2
 
 
 class Always:
-    """A controller that always allows all drafts, and records how many were accepted."""
+    """A controller that always allows all drafts, in up to five rounds in a call, and records how many were accepted."""
 
-    plain_rounds = 1
+    plain_rounds, drafted_rounds = 1, 5
 
     def __init__(self, max_drafts, fixed=False):
         self.max_drafts, self.rounds = max_drafts, []
@@ -32,7 +32,7 @@ class Always:
     def choose(self, sequences, max_drafts=None):
         return min(self.max_drafts, self.max_drafts if max_drafts is None else max_drafts)
 
-    def record(self, seconds, outcomes, rounds=1):
+    def record(self, seconds, outcomes, rounds=1, follows=False):
         self.rounds += [list(outcomes)] * rounds
 
     def report(self):

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from deepseek_optimizer.errors import ConfigError
+from deepseek_optimizer.integration.compat import recompute_layers
 from deepseek_optimizer.train.modules.draft_layer import add_draft_layer
 from deepseek_optimizer.train.modules.draft_loss import DraftObjective
 from deepseek_optimizer.train.modules.draft_vocabulary import set_draft_vocabulary
@@ -106,16 +107,64 @@ def test_accepted_drafts_are_those_up_to_the_first_wrong_one(model):
     assert objective.accepted() is None
 
 
-def test_the_last_layer_continues_with_its_own_states():
-    model = random_model(llama())
+@pytest.mark.parametrize("family", [llama, deepseek_v3], ids=["llama", "v3"])
+def test_the_last_layer_continues_with_its_own_states(family):
+    """As in drafting: after the model's states, a state of its own for each draft."""
+    model = random_model(family(num_nextn_predict_layers=1))
+    model.set_attn_implementation("sdpa")
     add_draft_layer(model)
-    ids = torch.tensor([random_ids(model.config, 11)])
+    randomize(model.model.layers[model.config.num_hidden_layers :], seed=5)
+    ids, steps = torch.tensor([random_ids(model.config, 11)]), 4
     with torch.no_grad():
         hidden = model.model(ids, use_cache=False).last_hidden_state
-        first, second = (state for _, _, state in mtp_states(model, hidden, ids, steps=2))
-        inputs = torch.cat((hidden[:, :1], first[:, :-1]), 1)
-        ((_, _, expected),) = mtp_states(model, inputs, ids)
-    torch.testing.assert_close(second, expected)
+        made = [state[0] for _, _, state in mtp_states(model, hidden, ids, steps=steps)]
+        for first in range(11 - steps):
+            inputs = hidden[:, : first + 1]
+            for step in range(steps):
+                known = ids[:, : first + step + 2]
+                after = torch.nn.functional.pad(inputs, (0, 0, 0, 1))  # the last token has no state yet, and is not seen
+                ((_, _, states),) = mtp_states(model, after, known)
+                torch.testing.assert_close(made[step][first + step], states[0, -2], rtol=1e-4, atol=1e-4)
+                inputs = torch.cat((inputs, states[:, -2:-1]), 1)
+
+
+def test_activation_checkpointing_does_not_change_the_loss():
+    model = random_model(llama())
+    model.set_attn_implementation("sdpa")
+    add_draft_layer(model)
+    ids, labels, positions, _ = packed(model)
+    losses, gradients = [], []
+    for checkpointing in (False, True):
+        if checkpointing:
+            recompute_layers(model)
+        model.train().zero_grad()
+        hidden = model.model(ids, position_ids=positions, use_cache=False).last_hidden_state.detach()
+        loss = DraftObjective(3)(model, hidden, ids, labels, None, {"position_ids": positions})
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    torch.testing.assert_close(*losses)
+    assert gradients[0]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@torch.no_grad()
+def test_texts_in_a_row_and_padding_do_not_change_drafts(model):
+    ids, _, positions, texts = packed(model)
+    pad = lambda tensor, *before: torch.nn.functional.pad(tensor, (*before, 3, 0))  # noqa: E731
+    hidden = model.model(ids, position_ids=positions, use_cache=False).last_hidden_state
+    together = [state[0] for _, _, state in mtp_states(model, hidden, ids, None, positions, steps=4)]
+    for begin, end in texts:
+        where = hidden[:, begin:end], ids[:, begin:end]
+        alone = [state[0] for _, _, state in mtp_states(model, *where, steps=4)]
+        behind = pad(where[0], 0, 0), pad(where[1])
+        mask, place = pad(torch.ones_like(where[1])), pad(positions[:, begin:end])
+        padded = [state[0] for _, _, state in mtp_states(model, *behind, mask, place, steps=4)]
+        for step in range(4):
+            rows = slice(step, end - begin - 2)  # whose tokens are of the text
+            torch.testing.assert_close(together[step][begin:end][rows], alone[step][rows], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(padded[step][3:][rows], alone[step][rows], rtol=1e-4, atol=1e-4)
 
 
 def test_only_the_layer_is_trained():

@@ -91,6 +91,7 @@ class CpuBackend(CpuSizes):
             training=True,
             adapters=True,
             decode_calls=True,
+            drafted_calls=True,
             dense_operations=True,
         )
 

@@ -1,4 +1,4 @@
-"""A call of `Plan.decode` for the native library."""
+"""Calls of `Plan.decode` and `Plan.decode_drafted` for the native library."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..decoding import DecodeCall, RowChoice
+from ..decoding import DecodeCall, DraftedCall, DraftedRound, RowChoice
 from .buffers import address, optional, strided
-from .native import Choice, Decode
+from .native import Choice, Decode, DraftedDecode
 
 _I32, _U32, _F64 = np.dtype(np.int32), np.dtype(np.uint32), np.dtype(np.float64)
 GENERATOR_WORDS = 626  # of dso_mt19937
@@ -41,6 +41,47 @@ def native_call(call: DecodeCall, rows: int, vocab: int, steps: int) -> tuple[De
     native.tokens = address(tokens, "tokens", _I32, (steps, rows))
     native.token_of = optional(call.token_of, "token_of", _I32, (vocab,))
     return native, tokens, [choices, call]
+
+
+class DraftedDecoding:
+    """The library's description of a call with drafts, and what it returns.
+
+    Args:
+        call: the call.
+        vocab, draft_vocab: number of logits of the model and of the drafting plan.
+
+    Attributes:
+        native: the description.
+    """
+
+    def __init__(self, call: DraftedCall, vocab: int, draft_vocab: int) -> None:
+        rounds, most = call.rounds, call.rounds * (1 + call.drafts)
+        self._choice = native_choice(call.row, call.room, vocab)
+        self._tokens, self._took = np.empty(most, np.int32), np.empty(rounds, np.float64)
+        self._drafted, self._chosen = np.empty(rounds, np.int32), np.empty(rounds, np.int32)
+        self._call = call  # keeps what is referred to
+        self.native = native = DraftedDecode(rounds, call.drafts, call.room, len(call.stops))
+        native.stops = address(call.stops, "stops", _I32, (len(call.stops),))
+        native.seconds, native.least = call.seconds, call.least
+        native.choice = C.addressof(self._choice)
+        native.token_of = optional(call.token_of, "token_of", _I32, (draft_vocab,))
+        native.tokens = address(self._tokens, "tokens", _I32, (most,))
+        native.drafted = address(self._drafted, "drafted", _I32, (rounds,))
+        native.chosen = address(self._chosen, "chosen", _I32, (rounds,))
+        native.took = address(self._took, "took", _F64, (rounds,))
+
+    @property
+    def rounds(self) -> list[DraftedRound]:
+        """The rounds that were run."""
+        done = self.native.done
+        ends = np.cumsum(self._chosen[:done]).tolist()
+        tokens = self._tokens.tolist()
+        return [
+            DraftedRound(tokens[end - count : end], drafted, seconds)
+            for end, count, drafted, seconds in zip(
+                ends, self._chosen.tolist(), self._drafted.tolist(), self._took.tolist(), strict=False
+            )
+        ]
 
 
 def native_choice(row: RowChoice, steps: int, vocab: int) -> Choice:

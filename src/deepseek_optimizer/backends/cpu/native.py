@@ -116,6 +116,16 @@ class Decode(C.Structure):
     ]  # fmt: skip
 
 
+class DraftedDecode(C.Structure):
+    """dso_drafted_decode."""
+
+    _fields_ = [
+        ("rounds", I32), ("drafts", I32), ("room", I32), ("n_stops", I32), ("stops", PTR), ("seconds", C.c_double),
+        ("least", C.c_float), ("reserved", I32), ("choice", PTR), ("token_of", PTR), ("tokens", PTR),
+        ("drafted", PTR), ("chosen", PTR), ("took", PTR), ("done", I32), ("undecided", I32),
+    ]  # fmt: skip
+
+
 class StateShape(C.Structure):
     """dso_state_shape."""
 
@@ -210,6 +220,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "dso_plan_reserve": (I32, [PTR, I32, I32]),
     "dso_plan_run": (I32, [PTR, PTR]),
     "dso_plan_decode": (I32, [PTR, PTR, PTR]),
+    "dso_plan_decode_drafted": (I32, [PTR, PTR, PTR, PTR, PTR]),
     "dso_choose": (I32, [PTR, PTR, I32, PTR, I32, PTR, PTR]),
     "dso_plan_check": (I32, [PTR]),
     "dso_plan_set_timing": (I32, [PTR, I32]),

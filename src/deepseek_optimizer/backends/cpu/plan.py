@@ -15,10 +15,10 @@ from ...errors import BackendError
 from ...graph.ir import CacheSpec, LatentSpec, RowsSpec, StateSpec
 from ...graph.rope_rotation import KeyRotation, Pairs
 from ..base import BLOCK_TOKENS, Int32, KvStore, StepBatch, StepOutput, reach_of
-from ..decoding import DecodeCall, Decoded
+from ..decoding import DecodeCall, Decoded, DraftedCall, DraftedRounds
 from ..sampling import TokenChoice, choose_tokens
 from .buffers import address, optional
-from .decode import native_call
+from .decode import DraftedDecoding, native_call
 from .native import (
     FLAGS,
     Batch,
@@ -196,7 +196,7 @@ class CpuPlan:
     def decode(self, batch: StepBatch, store: KvStore, call: DecodeCall) -> Decoded:
         changing = self._rope is not None and batch.reach is None  # frequencies that depend on the length
         steps = 1 if changing or self.has_states else call.steps
-        b, output, _keep = self._bound(batch, store, steps)
+        b, output, _keep = self._bound(batch, store, last_rows=steps * len(batch.positions))
         native, tokens, kept = native_call(call, len(batch.query_len), self.vocab_size, steps)
         self._call("dso_plan_decode", b, output, C.byref(native))
         del kept
@@ -204,6 +204,22 @@ class CpuPlan:
         if states is not None:
             states = states.view(steps, len(batch.query_len), -1)[: native.done + native.undecided]
         return Decoded(tokens[: native.done], logits if native.undecided else None, states)
+
+    def decode_drafted(
+        self, batch: StepBatch, drafter: Any, pending: StepBatch, store: KvStore, call: DraftedCall
+    ) -> DraftedRounds:
+        rows = 1 + call.drafts
+        if self._rope is not None and (batch.reach is None or pending.reach is None):
+            raise ValueError("reach is missing: the frequencies of RoPE would change during the call")
+        b, output, _keep = self._bound(batch, store, rows, rows)
+        p, drafts, _kept = drafter._bound(pending, store, last_rows=max(rows, len(pending.positions)))
+        decoding = DraftedDecoding(call, self.vocab_size, drafter.vocab_size)
+        self._call("dso_plan_decode_drafted", b, output, drafter.handle, C.byref(p), C.byref(decoding.native))
+        drafter.context.outputs.verify("dso_plan_decode_drafted", {"logits": drafts.logits, "last_hidden": drafts.last_hidden})
+        rounds, undecided = decoding.rounds, bool(decoding.native.undecided)
+        logits, states, last = self._returned(batch, output).logits, output.last_hidden, len(rounds[-1].tokens)
+        assert logits is not None and states is not None
+        return DraftedRounds(rounds, logits[last] if undecided else None, states[: last + undecided])
 
     def _call(self, name: str, b: Batch, output: StepOutput, *more: Any) -> None:
         written = {"logits": output.logits, "hidden": output.hidden, "last_hidden": output.last_hidden}
@@ -216,21 +232,25 @@ class CpuPlan:
             output.logits = batch.logits.copy_(output.logits)
         return output
 
-    def _bound(self, batch: StepBatch, store: KvStore | None, steps: int = 1) -> tuple[Batch, StepOutput, list[Any]]:
-        """The library's batch, where it writes its results, and what it refers to besides; `steps`: of a call of `decode`."""
+    def _bound(
+        self, batch: StepBatch, store: KvStore | None, logit_rows: int | None = None, last_rows: int | None = None
+    ) -> tuple[Batch, StepOutput, list[Any]]:
+        """The library's batch, where it writes its results, and what it refers to besides; `logit_rows`, `last_rows`: number of
+        rows of logits and of last hidden states that a call of several steps writes, if these are not those of the batch."""
         tokens, rows = len(batch.positions), len(batch.logit_rows)
+        last_rows = tokens if last_rows is None else last_rows
         if rows and not self.has_head:
             raise ValueError(f"logit_rows must be empty for a plan that has no head, got {rows} rows")
         sequences, width = len(batch.query_len), self.hidden_size
         tables = batch.tables(1 if store is None else store.spec.groups)  # type: ignore[attr-defined]  # a CpuStore
         groups, _, blocks = tables.shape
         f32, new = torch.float32, self.context.outputs.empty
-        shape, logits = (rows, self.vocab_size), batch.logits
+        shape, logits = (rows if logit_rows is None else logit_rows, self.vocab_size), batch.logits
         if logits is None or self.context.outputs.checked:
             optional(logits, "logits", f32, shape)
             logits = new(shape, f32)  # the copy has red zones
         hidden = new((self.hidden_states, tokens, width), f32) if batch.hidden else None
-        last = new((steps * tokens, width), f32) if batch.last_hidden else None
+        last = new((last_rows, width), f32) if batch.last_hidden else None
         embeds = None if batch.inputs_embeds is None else batch.inputs_embeds.detach().to("cpu", f32).contiguous()
         states = None if batch.states is None else batch.states.detach().to("cpu", f32).contiguous()
         b = Batch()
@@ -247,7 +267,7 @@ class CpuPlan:
         b.states = optional(states, "states", f32, (tokens, width))
         b.logits = address(logits, "logits", f32, shape)
         b.hidden = optional(hidden, "hidden", f32, (self.hidden_states, tokens, width))
-        b.last_hidden = optional(last, "last_hidden", f32, (steps * tokens, width))
+        b.last_hidden = optional(last, "last_hidden", f32, (last_rows, width))
         if store is not None:
             b.cache = store.handle.address  # type: ignore[attr-defined]  # a CpuStore
         if self.has_states:

@@ -15,9 +15,10 @@ from ...graph.ir import Graph, Node, Value
 from ...graph.ops import spec_of
 from ...graph.ops.products import rows_of
 from ...quant.packed import PackedStack, PackedWeight
-from ..base import KvStore, StepBatch, StepOutput, reach_of
+from ..base import KvStore, Plan, StepBatch, StepOutput, reach_of
 from ..decode_one import decode_one
-from ..decoding import DecodeCall, Decoded
+from ..decoding import DecodeCall, Decoded, DraftedCall, DraftedRounds
+from ..drafted_round import drafted_round
 from ..sampling import NOT_FINITE, TokenChoice, choose_token, choose_tokens
 from . import choose, compressed, latent, moe, ops, recurrent
 from .adapters import kv_b_of_sequences
@@ -80,6 +81,11 @@ class ReferencePlan:
 
     def decode(self, batch: StepBatch, store: KvStore, call: DecodeCall) -> Decoded:
         return decode_one(self, batch, store, call)
+
+    def decode_drafted(
+        self, batch: StepBatch, drafter: Plan, pending: StepBatch, store: KvStore, call: DraftedCall
+    ) -> DraftedRounds:
+        return drafted_round(self, batch, drafter, pending, store, call)
 
     def check_weights(self) -> None:
         """Does nothing: the weights are dequantized copies."""

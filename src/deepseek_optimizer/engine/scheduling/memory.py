@@ -9,7 +9,7 @@ from ...cache import BlockManager, SequenceBlocks
 
 if TYPE_CHECKING:
     from ...backends.base import Plan, StepBatch, StepOutput
-    from ...backends.decoding import DecodeCall, Decoded
+    from ...backends.decoding import DecodeCall, Decoded, DraftedCall, DraftedRounds
 
 
 class Memory(Protocol):
@@ -59,3 +59,8 @@ class Memory(Protocol):
 
     def decode(self, plan: Plan, batch: StepBatch, call: DecodeCall) -> Decoded:
         """Runs several decode steps of a plan over this memory."""
+
+    def decode_drafted(
+        self, plan: Plan, batch: StepBatch, drafter: Plan, pending: StepBatch, call: DraftedCall
+    ) -> DraftedRounds:
+        """Runs several rounds with drafts over this memory; see `Plan.decode_drafted`."""

@@ -13,9 +13,10 @@ from .base import Proposer
 from .draft_length import DraftLengthController
 
 if TYPE_CHECKING:
-    from ...backends.decoding import Decoded
+    from ...backends.decoding import Decoded, DraftedRound
     from ..runner import Runner
     from ..sampling.torch_sampler import TorchSampler
+    from .drafted_rounds import DraftedRoundCalls
 
 
 class SpeculativeDecoder:
@@ -28,6 +29,7 @@ class SpeculativeDecoder:
         draft_length: chooses the number of drafts.
         plain: runs several rounds without drafts at once, given the sequences, with room for one token each, and the maximum
             number of rounds; None: each round runs on its own.
+        drafted: runs several rounds with drafts of one sequence at once; None: each round runs on its own.
         clock: returns the time in seconds, to measure rounds for `draft_length`.
     """
 
@@ -38,14 +40,15 @@ class SpeculativeDecoder:
         sampler: TorchSampler,
         draft_length: DraftLengthController,
         plain: Callable[[list[Sequence], int], Decoded] | None = None,
+        drafted: DraftedRoundCalls | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.runner, self.proposer, self.sampler = runner, proposer, sampler
-        self.draft_length, self._plain, self._clock = draft_length, plain, clock
+        self.draft_length, self._plain, self._drafted, self._clock = draft_length, plain, drafted, clock
 
     def round(self, sequences: list[Sequence], room: list[int], used: list[Any] | None = None) -> list[list[int]]:
-        """Runs a round and appends the new tokens, at least one, to each sequence; all but the last are in the cache. Rounds
-        without drafts may be several steps.
+        """Runs a round, or several at once, and appends the new tokens, at least one, to each sequence; all but the last are in
+        the cache.
 
         Args:
             sequences: the sequences.
@@ -60,6 +63,13 @@ class SpeculativeDecoder:
         begun = self._clock()
         before = [s.cached for s in sequences]
         allowed = self.draft_length.choose(len(sequences), max(room) - 1)
+        if allowed and self._drafted is not None and len(sequences) == 1 and used is None:
+            self.proposer.catch_up(sequences)
+            begun = self._clock()
+            made = self._drafted(sequences[0], self.draft_length.drafted_rounds, allowed, room[0])
+            if made is not None:
+                self._record(made.rounds, self._clock() - begun)
+                return [[token for each in made.rounds for token in each.tokens]]
         max_drafts = self._reserve(sequences, [min(allowed, r - 1) for r in room])
         if self._plain is not None and not allowed:
             chosen, rounds = self._plain_rounds(self._plain, sequences, before, min(self.draft_length.plain_rounds, *room))
@@ -89,6 +99,12 @@ class SpeculativeDecoder:
         outcomes = [(len(d.tokens), len(tokens) - 1) for d, tokens in zip(drafts, accepted, strict=True)]
         self.draft_length.record(self._clock() - begun, outcomes)
         return accepted
+
+    def _record(self, rounds: list[DraftedRound], seconds: float) -> None:
+        """Records the rounds of a call that took so many seconds: what is not of a round is shared by all."""
+        around = max(0.0, seconds - sum(each.seconds for each in rounds)) / len(rounds)
+        for n, each in enumerate(rounds):
+            self.draft_length.record(each.seconds + around, [(each.drafted, len(each.tokens) - 1)], follows=n > 0)
 
     def _plain_rounds(
         self, plain: Callable[[list[Sequence], int], Decoded], sequences: list[Sequence], before: list[int], most: int

@@ -24,6 +24,7 @@ FIRST, SHARE, MAX = 0.8, 0.012, 4.0  # initial credit in plain steps, share of t
 _BETTER = 1.02  # minimum expected speedup of drafts over plain decoding
 _WARM = 2  # plain rounds before the first drafts
 _SOON, _LATER = 4, 128  # minimum and maximum number of rounds between trials of other numbers of drafts; doubles each time
+_AT_ONCE = 16  # maximum number of rounds with drafts in a row
 _SAMPLE = 4  # plain rounds that are measured together, between rounds with drafts
 
 
@@ -59,6 +60,7 @@ class DraftLengthController:
 
     Attributes:
         plain_rounds: after `choose` has returned 0, for how many rounds in a row that holds.
+        drafted_rounds: the same after it has returned another number.
     """
 
     def __init__(self, max_drafts: int, *, fixed: bool = False) -> None:
@@ -66,7 +68,7 @@ class DraftLengthController:
         self._acceptance = Acceptance(max_drafts)
         self._accepted, self._proposed = [0] * max_drafts, [0] * max_drafts  # all
         self._credit: float | None = None
-        self.plain_rounds = 1
+        self.plain_rounds = self.drafted_rounds = 1
         self._since, self._wait, self._turn = 0, _SOON, 0  # rounds since the last trial, and until the next
         self._chosen: list[tuple[int, int]] = []
         self._rounds = self._drafted = self._lengths = self._with = 0
@@ -80,7 +82,7 @@ class DraftLengthController:
             max_drafts: limit for this round, such as near the end of the text; None: `self.max_drafts`.
         """
         max_drafts = self.max_drafts if max_drafts is None else min(max_drafts, self.max_drafts)
-        self.plain_rounds = 1
+        self.plain_rounds, self.drafted_rounds = 1, _AT_ONCE if self.fixed else 1
         chosen = max_drafts if self.fixed or max_drafts <= 0 else self._choice(sequences, max_drafts)
         if self._chosen and self._chosen[-1][0] == chosen:
             self._chosen[-1] = (chosen, self._chosen[-1][1] + 1)
@@ -100,14 +102,18 @@ class DraftLengthController:
         drafts = max(range(1, max_drafts + 1), key=lambda n: rates[n])
         best = drafts if rates[drafts] > _BETTER * rates[0] else 0
         self._since += 1
-        slower = not best
-        if self._since >= self._wait:
+        slower, tried = not best, self._since >= self._wait
+        if tried:
             best = self._trial(best, drafts, max_drafts)
             self._since, self._wait, self._turn = 0, min(2 * self._wait, _LATER), self._turn + 1
         if slower:
             self.plain_rounds = self._wait - self._since  # until the next trial
         while best and self._cost(sequences, best) - plain > self._credit:
             best -= 1
+        if best and not tried:  # as many as the credit covers if no draft is accepted
+            loss = self._cost(sequences, best) - plain
+            covered = _AT_ONCE if _AT_ONCE * loss <= self._credit else int(self._credit / loss)
+            self.drafted_rounds = max(1, min(covered, self._wait - self._since))
         return best
 
     def _trial(self, best: int, drafts: int, max_drafts: int) -> int:
@@ -122,18 +128,19 @@ class DraftLengthController:
         assert seconds is not None and plain is not None  # a plain step was measured
         return max(seconds, plain)
 
-    def record(self, seconds: float, outcomes: Iterable[tuple[int, int]], rounds: int = 1) -> None:
+    def record(self, seconds: float, outcomes: Iterable[tuple[int, int]], rounds: int = 1, *, follows: bool = False) -> None:
         """Adds a round, or several plain ones.
 
         Args:
             seconds: duration of a round.
             outcomes: (drafts verified, drafts accepted) of each sequence.
             rounds: number of rounds; several only without drafts, at most `plain_rounds`.
+            follows: whether `choose` was not called for it, since it is one of `drafted_rounds`, but not the first.
         """
         outcomes = list(outcomes)
-        if rounds > 1:
-            self._since += rounds - 1
-            self._chosen[-1] = (0, self._chosen[-1][1] + rounds - 1)
+        if (unchosen := rounds - 1 + follows) > 0:
+            self._since += unchosen
+            self._chosen[-1] = (self._chosen[-1][0], self._chosen[-1][1] + unchosen)
         sequences, drafted = len(outcomes), sum(n for n, _ in outcomes)
         self.costs.add(sequences, drafted, seconds)
         tokens = 1 + sum(accepted for _, accepted in outcomes) / sequences

@@ -200,6 +200,37 @@ class MtpProposer:
                     self._repeat_last(active)
         return [d.draft() for d in drafting]
 
+    @property
+    def calls(self) -> bool:
+        """Whether rounds can be run by `Plan.decode_drafted`: there is one layer, and drafts are its most likely tokens."""
+        return self._several and len(self._layers) == 1
+
+    def begin_call(self, sequence: Sequence, cached: int) -> tuple[Runner, Part, list[Any], DraftVocabulary | None]:
+        """What a call of `Plan.decode_drafted` begins with, if `calls` and `ready`; `end_call` must follow it if it succeeds.
+
+        Args:
+            sequence: the sequence. Its cache has room for the tokens of the call.
+            cached: number of its tokens in the cache before the call.
+
+        Returns: the layer's runner, its pending rows, their states, and its draft vocabulary.
+        """
+        track = self._tracks[sequence.index]
+        track.tried = track.seen
+        begin = track.done[0]
+        part = Part(sequence, sequence.tokens[begin + 1 : cached + 1], begin, track.first_block(sequence))
+        return self._layers[0], part, track.waiting[0], self._vocabularies[0]
+
+    def end_call(self, sequence: Sequence, states: Any) -> None:
+        """Continues after a call.
+
+        Args:
+            sequence: the sequence, with the tokens of the call.
+            states: the model's last hidden states of the tokens of the last round, [n, H].
+        """
+        track = self._tracks[sequence.index]
+        track.seen = track.tried = sequence.cached
+        track.done, track.waiting = [track.seen - len(states)], [[states]]
+
     def _layer(self, k: int, active: list[_Drafting]) -> None:
         """Runs layer k over its pending rows and then those that depend on drafts; adds a draft to each sequence."""
         parts, inputs = [], []

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ...backends.base import AdapterStore, Backend, KvStore, Plan, StepBatch, StepOutput
-from ...backends.decoding import DecodeCall, Decoded
+from ...backends.decoding import DecodeCall, Decoded, DraftedCall, DraftedRounds
 from ...backends.wrapped_plan import WrappedPlan
 from ...graph.ir import Graph
 from .lora_layers import LowRank, pair_of_site, sum_of
@@ -36,6 +36,12 @@ class AdaptedPlan(WrappedPlan):
     def decode(self, batch: StepBatch, store: KvStore, call: DecodeCall) -> Decoded:
         """See `Plan.decode`."""
         return super().decode(self._with_adapter(batch), store, call)
+
+    def decode_drafted(
+        self, batch: StepBatch, drafter: Plan, pending: StepBatch, store: KvStore, call: DraftedCall
+    ) -> DraftedRounds:
+        """See `Plan.decode_drafted`."""
+        return super().decode_drafted(self._with_adapter(batch), drafter, pending, store, call)
 
     def _with_adapter(self, batch: StepBatch) -> StepBatch:
         return replace(batch, adapters=self._adapters, adapter_of=np.zeros(len(batch.query_len), np.int32))

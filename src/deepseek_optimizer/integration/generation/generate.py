@@ -77,7 +77,8 @@ class PlanGenerate(Replacement):
             self._warn_beyond_context(longest)
             return self._by_transformers(call, config, proposer)  # the forward warns about the reason
         max_drafts, schedule = (_given(call, model, f"num_assistant_tokens{part}") for part in ("", "_schedule"))
-        drafts = requested_drafts(self.runtime, config, max_drafts, schedule, proposer)
+        confidence = _given(call, model, "assistant_confidence_threshold")
+        drafts = requested_drafts(self.runtime, config, max_drafts, schedule, proposer, confidence)
         if not config.use_cache or not (cache is None or isinstance(cache, PagedCache)):
             return self._by_transformers(call, config, proposer)
         if cache is None:

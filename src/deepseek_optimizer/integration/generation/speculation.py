@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers.generation import logits_process, stopping_criteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from ...backends.decoding import DecodeCall, Decoded
+from ...backends.decoding import DecodeCall, Decoded, DraftedCall
 from ...engine.draft import Draft
 from ...engine.runner import Runner
 from ...engine.sampling.torch_sampler import TorchSampler
@@ -25,9 +25,11 @@ from ...engine.sequence import Part, Sequence
 from ...engine.speculative.base import Proposer
 from ...engine.speculative.draft_and_verify import SpeculativeDecoder
 from ...engine.speculative.draft_length import DraftLengthController
+from ...engine.speculative.drafted_rounds import DraftedRoundCalls
 from ...engine.speculative.mtp import MtpProposer
 from ...engine.speculative.prompt_lookup import PromptLookupProposer
 from ...errors import UnsupportedRequestError
+from ...graph.analysis import dynamic_rope
 from ...models import mtp_layers
 from ..bind.runtime import Runtime
 from ..compat import cache_name
@@ -59,15 +61,22 @@ class Drafts:
         maximum: maximum number of drafts per round.
         proposer: creates the proposer, given a sampler for its drafts.
         fixed: always use the maximum, whether or not it saves time.
+        least: a draft whose probability is below this is the last of its round, where rounds are run in calls of several.
     """
 
     maximum: int
     proposer: Callable[[TorchSampler], Proposer]
     fixed: bool = False
+    least: float = 0.0
 
 
 def requested_drafts(
-    runtime: Runtime, config: Any, given: int | None, schedule: str | None, proposer: Proposer | None
+    runtime: Runtime,
+    config: Any,
+    given: int | None,
+    schedule: str | None,
+    proposer: Proposer | None,
+    confidence: float | None = None,
 ) -> Drafts | None:
     """The speculative decoding that a request asks for; None: none.
 
@@ -77,6 +86,7 @@ def requested_drafts(
         given, schedule: the caller's `num_assistant_tokens` and `num_assistant_tokens_schedule`, or None; the schedule
             "constant" always drafts that number.
         proposer: the caller's proposer, or None.
+        confidence: the caller's `assistant_confidence_threshold`, or None.
 
     Raises:
         UnsupportedRequestError: use_mtp=True, but there are no MTP layers.
@@ -93,7 +103,7 @@ def requested_drafts(
     if not plans:
         raise UnsupportedRequestError(f"use_mtp=True, but {_why_no_mtp(runtime)}")
     maximum = given or max(DEFAULT_DRAFTS, len(plans))
-    return Drafts(maximum, lambda drafter: mtp_proposer(runtime, runtime.arena, drafter), fixed)
+    return Drafts(maximum, lambda drafter: mtp_proposer(runtime, runtime.arena, drafter), fixed, confidence or 0.0)
 
 
 def mtp_proposer(runtime: Runtime, memory: Memory, drafter: TorchSampler) -> MtpProposer:
@@ -335,7 +345,8 @@ def speculative_sample(
         runner = Runner(runtime.current_plan, runtime.arena, runtime.graph.vocab_size, decodes=True)
         plain_rounds = _PlainRounds(runner, choices, request.text.of_row, runtime.graph.vocab_size, proposer.wants_states)
     controller = DraftLengthController(drafts.maximum, fixed=drafts.fixed)
-    decoder = SpeculativeDecoder(runner, proposer, sampler, controller, plain_rounds)
+    drafted = None if choices is None else _drafted_rounds(request, runner, proposer, choices, sampler, drafts.least)
+    decoder = SpeculativeDecoder(runner, proposer, sampler, controller, plain_rounds, drafted)
     limit = runtime.graph.max_positions - max(s.first_position + len(s.tokens) for s in sequences) + 1
     if stop.max_length is not None:
         limit = min(limit, stop.max_length - request.text.prompt)
@@ -357,6 +368,21 @@ def speculative_sample(
     scores, raw = (None if output is None else tuple(output) for output in (request.scores, request.logits))
     fields: dict[str, Any] = {"sequences": ids, "scores": scores, "logits": raw, cache_name(): cache}
     return GenerateDecoderOnlyOutput(**fields)
+
+
+def _drafted_rounds(
+    request: _Request, runner: Runner, proposer: Proposer, choices: TokenChoices, sampler: TorchSampler, least: float
+) -> DraftedRoundCalls | None:
+    """Runs several rounds with drafts in one call of the backend; None: the request's rounds are run step by step."""
+    graph = request.runtime.graph
+    possible = request.runtime.backend.capabilities.drafted_calls and not graph.states and dynamic_rope(graph) is None
+    if not possible or not choices.greedy or not isinstance(proposer, MtpProposer):
+        return None
+
+    def make_call(rounds: int, drafts: int, room: int) -> DraftedCall:
+        return replace(choices.drafted_call(rounds, drafts, room), least=least)
+
+    return DraftedRoundCalls(runner, proposer, make_call, sampler.choose)
 
 
 def _begin(

@@ -15,7 +15,7 @@ import torch
 from transformers.generation import logits_process as processors
 
 from ...backends.base import Int32
-from ...backends.decoding import DecodeCall, Decoded, RowChoice, TokenPenalties
+from ...backends.decoding import DecodeCall, Decoded, DraftedCall, RowChoice, TokenPenalties
 from ...backends.sampling import GREEDY, TokenChoice
 from .loop import RowStops
 from .torch_generator import GENERATOR_LOCK, draws_as_expected, read_state, written_state
@@ -120,6 +120,15 @@ class TokenChoices:
         call = DecodeCall(max(1, count), (), self._stops, self._seconds)
         with GENERATOR_LOCK:
             return self._sampled(steps, text, tokens, call)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the largest logit is chosen."""
+        return self._filters is None and self._penalty is None
+
+    def drafted_call(self, rounds: int, drafts: int, room: int) -> DraftedCall:
+        """A call with drafts, if `greedy`; for the arguments see `DraftedCall`."""
+        return DraftedCall(rounds, drafts, room, RowChoice(), self._stops, self._seconds)
 
     def _sampled(self, steps: Steps, text: Callable[[int], torch.Tensor], tokens: list[int], call: DecodeCall) -> Decoded:
         vocab, choice = steps.vocab_size, RowChoice(self._filters or GREEDY)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...backends.base import BLOCK_TOKENS, KvStore, Plan, StepBatch, StepOutput
-from ...backends.decoding import DecodeCall, Decoded
+from ...backends.decoding import DecodeCall, Decoded, DraftedCall, DraftedRounds
 from ...cache import HOLE, BlockManager, Groups, SequenceBlocks
 from ...errors import UnsupportedRequestError
 from ...graph.rope_rotation import KeyRotation
@@ -163,6 +163,16 @@ class Arena:
         """Runs several decode steps, as `run` does one."""
         with self._store_lock:
             decoded = plan.decode(batch, self.store, call)
+        if self._release_due:
+            self._try_sweep()
+        return decoded
+
+    def decode_drafted(
+        self, plan: Plan, batch: StepBatch, drafter: Plan, pending: StepBatch, call: DraftedCall
+    ) -> DraftedRounds:
+        """Runs several rounds with drafts, as `run` does one step."""
+        with self._store_lock:
+            decoded = plan.decode_drafted(batch, drafter, pending, self.store, call)
         if self._release_due:
             self._try_sweep()
         return decoded

@@ -3,8 +3,7 @@
 The layer is a multi-token prediction layer, whose own state takes the place of the model's from the second draft on, as in
 `engine.speculative.mtp`; training does the same for `draft_steps` drafts (Li et al., "EAGLE-3", arXiv 2503.01840, section 3.2;
 Zhang et al., "HASS", arXiv 2408.15766). Labels are the model's own most likely tokens instead of the text's, since drafts are
-accepted for being those. One simplification: keys and values of all rows come from the states of the same draft, where
-drafting has those of the model for the rows before.
+accepted for being those.
 
 With a draft vocabulary, rows whose token is outside of it are not trained, and count as wrong drafts.
 """

@@ -141,7 +141,8 @@ def mtp_states(
         input_ids: int64 [B, S].
         attention_mask, position_ids: as passed to the model.
         steps: number of states; if there are fewer layers, the last one is applied again to its own states, each row to that of
-            the row before, as in `engine.speculative.mtp`; the first row of a text has the model's. None: one for each layer.
+            the row before, as in `engine.speculative.mtp`: it attends to what it computed from the model's states, and after
+            these to what it computed from its own. None: one for each layer.
     """
     decoder, config = model.get_decoder(), model.config
     if position_ids is None:
@@ -151,18 +152,62 @@ def mtp_states(
     rotation = decoder.rotary_emb(hidden, position_ids)
     embedded, state = decoder.embed_tokens(input_ids), hidden
     layers = decoder.layers[config.num_hidden_layers :]
-    for step in range(len(layers) if steps is None else steps):
+    steps = len(layers) if steps is None else steps
+    passes = _Passes()
+    for step in range(steps):
         depth = min(step, len(layers) - 1)
         layer = layers[depth]
         if step > depth:
-            state = torch.where((position_ids == 0)[..., None], hidden, state.roll(1, 1))
+            state = state.roll(1, 1)
         following = layer.embed_tokens(input_ids) if hasattr(layer, "embed_tokens") else embedded
         both = torch.cat((layer.enorm(following.roll(-(depth + 1), 1)), layer.hnorm(state)), -1)
+        attending: dict[str, Any] = {"attention_mask": mask}
+        if depth + 1 == len(layers) < steps:  # several passes
+            layer.gradient_checkpointing = False  # it would drop the keys and values of earlier passes
+            attending = {"attention_mask": pass_mask(position_ids, attention_mask, step - depth), cache_name(): passes}
         state = layer(
-            layer.eh_proj(both), attention_mask=mask, position_ids=position_ids, position_embeddings=rotation, use_cache=False
+            layer.eh_proj(both), position_ids=position_ids, position_embeddings=rotation, use_cache=False, **attending
         )
         state = layer.shared_head.norm(state)
         yield depth, layer, state
+
+
+class _Passes:
+    """Keys and values of the passes of a layer over its rows, in place of Transformers' cache."""
+
+    def __init__(self) -> None:
+        self._keys: list[torch.Tensor] = []
+        self._values: list[torch.Tensor] = []
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds those of a pass, [B, heads, S, D]; returns all, [B, heads, passes * S, D]."""
+        self._keys.append(key)
+        self._values.append(value)
+        return torch.cat(self._keys, 2), torch.cat(self._values, 2)
+
+
+def pass_mask(position_ids: torch.Tensor, attention_mask: torch.Tensor | None, passes: int) -> torch.Tensor:
+    """bool [B, 1, S, (passes + 1) S]: the rows of earlier passes of a layer and of this one that its rows attend to.
+
+    Row i of a pass has the state that the pass before computed at row i - 1. So of the first pass, which has the model's
+    states, it attends to rows up to i - passes, and then to one row of each pass: those that its state was computed from, and
+    itself.
+
+    Args:
+        position_ids: int64 [B, S] or [1, S].
+        attention_mask: [B, S], 0 for padding; None: there is none.
+        passes: number of passes before.
+    """
+    places = torch.arange(position_ids.shape[1], device=position_ids.device, dtype=torch.int64)
+    behind = places[:, None] - places  # of a row, how many rows after each of the others
+    begin = places - position_ids  # of each row's text
+    first = (behind >= passes) & (begin[:, :, None] == begin[:, None])
+    if attention_mask is not None:
+        first &= attention_mask[:, None].bool()
+    own = [(behind == passes - n)[None].expand_as(first) for n in range(1, passes + 1)]
+    if not passes:
+        first = first | (behind == 0)  # padding attends to itself: no row may be empty
+    return torch.cat((first, *own), -1)[:, None]
 
 
 def head_of(layer: Any, model: Any) -> nn.Module:
