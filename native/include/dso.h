@@ -467,7 +467,8 @@ enum {
                                        logit per head, layer, index (entries; -1: none), groups, scale, window -> out0 F32: all
                                        heads attend to rows of head_dim elements, which are keys and values */
   DSO_OP_GROUPED_LINEAR = 55, /* in0 F32 [T, groups * cols], w0 matrix [groups * rows, cols] -> out0 F32 [T, groups * rows]: of
-                                 each group of columns the product with its rows of the matrix */
+                                 each group of columns the product with its rows of the matrix. SHARED flag: w0 [rows, cols],
+                                 the matrix of all groups */
   DSO_OP_ADD_FEATURES = 56,   /* in0 F32 -> out0 F32 (may alias): in0 + batch->features[index], index = layer field; in0 without
                                  features */
   DSO_OP_LINEAR_GELU = 57,    /* in0, w0 (b0) -> out0 any: GELU_ERF of W0 x, with the GELU flag GELU. in1 as for LINEAR */
@@ -493,7 +494,8 @@ enum {
   DSO_FLAG_SQRT_SOFTPLUS = 16384, /* ROUTE, HASH_ROUTE: scores are sqrt(log(1 + e^x)) instead of a softmax */
   DSO_FLAG_PLAIN_UP = 32768,      /* EXPERTS_GATE_UP: with a limit, up instead of up + 1 */
   DSO_FLAG_OVERLAP = 65536,       /* COMPRESS: see there */
-  DSO_FLAG_CAUSAL = 131072        /* ATTENTION: rows attend to tokens up to their own only, whatever batch->visible_to says */
+  DSO_FLAG_CAUSAL = 131072,       /* ATTENTION: rows attend to tokens up to their own only, whatever batch->visible_to says */
+  DSO_FLAG_SHARED = 262144        /* GROUPED_LINEAR: see there */
 };
 
 typedef struct dso_step {

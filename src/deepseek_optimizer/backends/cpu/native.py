@@ -33,7 +33,7 @@ KV_TYPES = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}
 FLAGS = {"eager": 1, "interleaved": 2, "grouped": 4, "expand": 8, "last": 16, "sigmoid": 32, "top2": 64, "normalize": 128,
          "gelu": 256, "silu": 512, "channels": 1024, "chunked": 2048, "weigh_input": 4096, "ids": 8192,
          "sqrt_softplus": 16384, "plain_up": 32768, "overlap": 65536,
-         "causal": 131072}  # fmt: skip
+         "causal": 131072, "shared": 262144}  # fmt: skip
 _EINVAL, _ENOMEM, _EFILE = 1, 2, 5
 UNDECIDED = -1
 
