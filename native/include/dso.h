@@ -18,7 +18,7 @@ extern "C" {
 #define DSO_API
 #endif
 
-#define DSO_ABI_VERSION 16
+#define DSO_ABI_VERSION 17
 DSO_API int32_t dso_abi_version(void);
 
 enum {
@@ -473,6 +473,7 @@ enum {
                                  features */
   DSO_OP_LINEAR_GELU = 57,    /* in0, w0 (b0) -> out0 any: GELU_ERF of W0 x, with the GELU flag GELU. in1 as for LINEAR */
   DSO_OP_RELU = 58,           /* in0 F32 -> out0 any: max(x, 0) */
+  DSO_OP_DRAFT_OUT = 59,      /* in0 F32 -> batch->draft_states, if requested. At most one in a plan */
 };
 enum {
   DSO_FLAG_EAGER = 1,
@@ -532,10 +533,11 @@ typedef struct dso_batch {
                                  tables of groups that the plan does not use are not read */
   const int32_t* logit_rows;  /* [R], ascending */
   const float* inputs_embeds; /* [T, H] or NULL */
-  const float* states;        /* [T, H]: input of STATE_IN; NULL for plans without it */
+  const float* states;        /* [T, D]: input of STATE_IN; NULL for plans without it */
   float* logits;              /* [R, vocab_size] */
   float* hidden;              /* [n_hidden, T, H] or NULL */
   float* last_hidden;         /* [T, H]: only the last hidden state, after the final norm, or NULL */
+  float* draft_states;        /* [T, D]: the input of DRAFT_OUT, or NULL, as it must be for plans without that step */
   dso_cache* cache;           /* NULL only for plans without attention */
   const float* inv_freq; /* [S, rot/2]: inverse frequencies per sequence, used by ROPE_TABLE instead of w0; NULL: w0 for all.
                             Only for plans with one ROPE_TABLE */
@@ -598,9 +600,10 @@ DSO_API int32_t dso_choose(dso_context* c, const float* logits, int32_t vocab, c
 
 /* Several decode steps, each with the tokens that the step before it chose. The batch is that of the first step: one row per
  * sequence, with its logits, in phase DECODE; its block table must have the blocks of all steps. Its logits are those of the
- * last step that was run; its last_hidden, if not NULL, is [steps][S][H] and receives those of each step. Its states are those
- * of the first step; each other step takes the last hidden states of the step before, so last_hidden must not be NULL. Plans
- * with recurrent states and batches with inv_freq for a changing length take one step a call. */
+ * last step that was run; its last_hidden and draft_states, if not NULL, are [steps][S][H] and [steps][S][D] and receive those
+ * of each step. Its states are those of the first step; each other step takes the draft states of the step before, or, in plans
+ * without DRAFT_OUT, the last hidden states, which must not be NULL then. Plans with recurrent states and batches with inv_freq
+ * for a changing length take one step a call. */
 typedef struct dso_decode {
   int32_t steps; /* at most, > 0 */
   int32_t n_stops;

@@ -101,12 +101,12 @@ class Decoded:
         tokens: the tokens that each step chose, int32 [steps, S].
         logits: float32 torch [S, V], of one further step that was run, whose tokens the caller must choose; None: there is
             none.
-        last_hidden: if the batch wants it, those of all steps, float32 torch [steps, S, H].
+        draft_states: if the batch wants them, those of all steps, float32 torch [steps, S, D].
     """
 
     tokens: Int32
     logits: torch.Tensor | None = None
-    last_hidden: torch.Tensor | None = None
+    draft_states: torch.Tensor | None = None
 
     @property
     def steps(self) -> int:

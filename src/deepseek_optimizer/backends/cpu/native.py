@@ -20,7 +20,7 @@ from . import native_train
 from .buffers import Outputs, checking
 from .kept_rows import KeptRows
 
-ABI_VERSION = 16
+ABI_VERSION = 17
 BLOCK_TOKENS = 32
 
 FORMATS = {
@@ -89,9 +89,9 @@ class Batch(C.Structure):
     _fields_ = [
         ("T", I32), ("S", I32), ("R", I32), ("max_blocks", I32), ("token_ids", PTR), ("positions", PTR),
         ("query_len", PTR), ("context_len", PTR), ("phase", PTR), ("block_table", PTR), ("logit_rows", PTR),
-        ("inputs_embeds", PTR), ("states", PTR), ("logits", PTR), ("hidden", PTR), ("last_hidden", PTR), ("cache", PTR),
-        ("inv_freq", PTR), ("recurrent", PTR), ("state_from", PTR), ("state_to", PTR), ("n_state_to", I32),
-        ("adapter_of", PTR), ("adapters", PTR), ("axes", PTR), ("visible_to", PTR), ("features", PTR),
+        ("inputs_embeds", PTR), ("states", PTR), ("logits", PTR), ("hidden", PTR), ("last_hidden", PTR),
+        ("draft_states", PTR), ("cache", PTR), ("inv_freq", PTR), ("recurrent", PTR), ("state_from", PTR), ("state_to", PTR),
+        ("n_state_to", I32), ("adapter_of", PTR), ("adapters", PTR), ("axes", PTR), ("visible_to", PTR), ("features", PTR),
     ]  # fmt: skip
 
 
