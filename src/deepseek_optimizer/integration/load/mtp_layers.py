@@ -109,11 +109,14 @@ def add_mtp_layers(model: Any, own: list[frozenset[str]], dtype: torch.dtype | N
     config, layers = model.config, model.model.layers
     first = type(layers[0])
     norm = type(layers[0].input_layernorm)
-    count = config.num_hidden_layers
+    count, streams = config.num_hidden_layers, getattr(model.model, "hc_head", None)
     extended = copy.deepcopy(config)
     if hasattr(config, "first_k_dense_replace"):  # all MTP layers have experts
         extended.first_k_dense_replace = 0
-    for name, kind in (("mlp_layer_types", "sparse"), ("layer_types", "full_attention")):
+    kind_of = {"mlp_layer_types": "sparse", "layer_types": "full_attention"}
+    if streams is not None:
+        kind_of = {"mlp_layer_types": "moe", "layer_types": "sliding_attention"}
+    for name, kind in kind_of.items():
         if (kinds := getattr(config, name, None)) is not None:
             setattr(extended, name, [*kinds, *[kind] * len(own)])
     with torch.device("meta"):
@@ -121,7 +124,11 @@ def add_mtp_layers(model: Any, own: list[frozenset[str]], dtype: torch.dtype | N
             layer: Any = first(extended, count + depth)
             hidden = config.hidden_size
             layer.enorm, layer.hnorm = (norm(hidden, eps=config.rms_norm_eps) for _ in range(2))
-            layer.eh_proj = nn.Linear(2 * hidden, hidden, bias=False)
+            if streams is None:
+                layer.eh_proj = nn.Linear(2 * hidden, hidden, bias=False)
+            else:
+                layer.e_proj, layer.h_proj = (nn.Linear(hidden, hidden, bias=False) for _ in range(2))
+                layer.hc_head = type(streams)(config)
             layer.shared_head = nn.Module()
             layer.shared_head.norm = norm(hidden, eps=config.rms_norm_eps)
             if "embed_tokens.weight" in leaves:
