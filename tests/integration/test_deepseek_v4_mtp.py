@@ -59,10 +59,6 @@ def test_layers_are_loaded_under_their_published_names(folder, load):
         assert f"{ours}.embed_tokens.weight" not in state and f"{ours}.shared_head.head.weight" not in state
 
 
-def test_both_ways_load_the_same(folder):
-    assert_same_weights(by_load_model(folder, precision="int4"), by_from_pretrained(folder, precision="int4"))
-
-
 def test_the_models_own_logits_do_not_change(folder, model):
     plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", experts_implementation="eager")
     ids = torch.tensor([random_ids(plain.config, 40)])
@@ -115,15 +111,18 @@ def test_greedy_text_equals_plain_decoding(model, lengths, drafts, monkeypatch):
 
 
 def test_drafts_rejected_at_every_offset_of_the_windows(model, monkeypatch):
-    """Texts that begin at each offset of the windows of 3 and 7 tokens, and continue in a cache that drafts were written to."""
+    """Texts of every length modulo the windows of 3 and 7 tokens, at the end of a block and after it, which continue in a cache
+    that drafts were written to."""
     monkeypatch.setattr(speculation, "DraftLengthController", Always)
     text = random_ids(model.config, 60)
-    for begin in range(20, 42):
+    for begin in range(29, 37):
         caches = [PagedCache(model), PagedCache(model)]
         ids = torch.tensor([text[:begin]])
         for more in (3, 1, 7):
             texts = [
-                model.generate(ids, max_new_tokens=more, **drafts, **{cache_name(): cache}, **GREEDY)
+                model.generate(
+                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=more, **drafts, **{cache_name(): cache}, **GREEDY
+                )
                 for drafts, cache in zip(({}, {"use_mtp": True}), caches, strict=True)
             ]
             assert torch.equal(*texts)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.core_model_loading import WeightRenaming
 
 from ...checkpoint import Checkpoint
 from ...errors import CheckpointError
@@ -143,6 +144,19 @@ def add_head(layer: Any, hidden: int, vocab_size: int, draft_vocab_size: int | N
     layer.shared_head.head = nn.Linear(hidden, draft_vocab_size or vocab_size, bias=False)
     if draft_vocab_size is not None:
         layer.shared_head.register_buffer("tokens", torch.empty(draft_vocab_size, dtype=torch.int64))
+
+
+def renamings(config: Any) -> list[WeightRenaming]:
+    """Transformers' renamings of tensors of DeepSeek-V4's MTP layers, which published checkpoints call `mtp.N.*`: to be applied
+    after those of the decoder layers, which rename every `norm`."""
+    if config.model_type != "deepseek_v4":
+        return []
+    pairs = [
+        (rf"^mtp\.{depth}\.{stored}", f"layers.{config.num_hidden_layers + depth}.{own}")
+        for depth in range(mtp_layers(config))
+        for stored, own in ((r"kv_norm\.", "shared_head.norm."), ("hc_head_", "hc_head.hc_"), ("", ""))
+    ]
+    return [WeightRenaming(source_patterns=pattern, target_patterns=target) for pattern, target in pairs]
 
 
 def ignored_keys(config: Any) -> set[str]:
