@@ -120,7 +120,7 @@ class Runner:
             last_hidden: whether to return the last hidden states.
             draft_states: whether to return what MTP layers take as states.
         """
-        wanted = {"last_hidden": last_hidden, "draft_states": draft_states}
+        wanted: dict[str, Any] = {"last_hidden": last_hidden, "draft_states": draft_states}
         return self._run(parts, np.array(rows, np.int32), **wanted, logits=self._reused(len(rows)))
 
     def _reused(self, rows: int) -> torch.Tensor | None:

@@ -73,7 +73,8 @@ class _Gated(torch.autograd.Function):
         gate_up, weights = ctx.saved_tensors
         with torch.enable_grad():
             both = gate_up.detach().requires_grad_()
-            h = swiglu(*limited(*both.chunk(2, -1), ctx.limit))
+            gate, up = both.chunk(2, -1)
+            h = swiglu(*limited(gate, up, ctx.limit))
         (gate_up_grad,) = torch.autograd.grad(h, both, grads[0] * weights.to(h.dtype)[:, None])
         exact = torch.float64 if h.dtype == torch.float64 else torch.float32
         return gate_up_grad, (grads[0].to(exact) * h.detach()).sum(-1).to(weights.dtype), None
@@ -81,7 +82,8 @@ class _Gated(torch.autograd.Function):
 
 def gated(gate_up: torch.Tensor, weights: torch.Tensor, limit: float | None) -> torch.Tensor:
     """[S, 2 I], [S] -> [S, I]: weight * silu(gate) * up, after `limited`."""
-    return swiglu(*limited(*gate_up.chunk(2, -1), limit)) * weights.to(gate_up.dtype)[:, None]
+    gate, up = gate_up.chunk(2, -1)
+    return swiglu(*limited(gate, up, limit)) * weights.to(gate_up.dtype)[:, None]
 
 
 def dispatch(x: torch.Tensor, order: torch.Tensor, chosen: int) -> torch.Tensor:
