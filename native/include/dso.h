@@ -18,7 +18,7 @@ extern "C" {
 #define DSO_API
 #endif
 
-#define DSO_ABI_VERSION 16
+#define DSO_ABI_VERSION 17
 DSO_API int32_t dso_abi_version(void);
 
 enum {
@@ -467,11 +467,13 @@ enum {
                                        logit per head, layer, index (entries; -1: none), groups, scale, window -> out0 F32: all
                                        heads attend to rows of head_dim elements, which are keys and values */
   DSO_OP_GROUPED_LINEAR = 55, /* in0 F32 [T, groups * cols], w0 matrix [groups * rows, cols] -> out0 F32 [T, groups * rows]: of
-                                 each group of columns the product with its rows of the matrix */
+                                 each group of columns the product with its rows of the matrix. SHARED flag: w0 [rows, cols],
+                                 the matrix of all groups */
   DSO_OP_ADD_FEATURES = 56,   /* in0 F32 -> out0 F32 (may alias): in0 + batch->features[index], index = layer field; in0 without
                                  features */
   DSO_OP_LINEAR_GELU = 57,    /* in0, w0 (b0) -> out0 any: GELU_ERF of W0 x, with the GELU flag GELU. in1 as for LINEAR */
   DSO_OP_RELU = 58,           /* in0 F32 -> out0 any: max(x, 0) */
+  DSO_OP_DRAFT_OUT = 59,      /* in0 F32 -> batch->draft_states, if requested. At most one in a plan */
 };
 enum {
   DSO_FLAG_EAGER = 1,
@@ -493,7 +495,8 @@ enum {
   DSO_FLAG_SQRT_SOFTPLUS = 16384, /* ROUTE, HASH_ROUTE: scores are sqrt(log(1 + e^x)) instead of a softmax */
   DSO_FLAG_PLAIN_UP = 32768,      /* EXPERTS_GATE_UP: with a limit, up instead of up + 1 */
   DSO_FLAG_OVERLAP = 65536,       /* COMPRESS: see there */
-  DSO_FLAG_CAUSAL = 131072        /* ATTENTION: rows attend to tokens up to their own only, whatever batch->visible_to says */
+  DSO_FLAG_CAUSAL = 131072,       /* ATTENTION: rows attend to tokens up to their own only, whatever batch->visible_to says */
+  DSO_FLAG_SHARED = 262144        /* GROUPED_LINEAR: see there */
 };
 
 typedef struct dso_step {
@@ -530,10 +533,11 @@ typedef struct dso_batch {
                                  tables of groups that the plan does not use are not read */
   const int32_t* logit_rows;  /* [R], ascending */
   const float* inputs_embeds; /* [T, H] or NULL */
-  const float* states;        /* [T, H]: input of STATE_IN; NULL for plans without it */
+  const float* states;        /* [T, D]: input of STATE_IN; NULL for plans without it */
   float* logits;              /* [R, vocab_size] */
   float* hidden;              /* [n_hidden, T, H] or NULL */
   float* last_hidden;         /* [T, H]: only the last hidden state, after the final norm, or NULL */
+  float* draft_states;        /* [T, D]: the input of DRAFT_OUT, or NULL, as it must be for plans without that step */
   dso_cache* cache;           /* NULL only for plans without attention */
   const float* inv_freq; /* [S, rot/2]: inverse frequencies per sequence, used by ROPE_TABLE instead of w0; NULL: w0 for all.
                             Only for plans with one ROPE_TABLE */
@@ -596,9 +600,10 @@ DSO_API int32_t dso_choose(dso_context* c, const float* logits, int32_t vocab, c
 
 /* Several decode steps, each with the tokens that the step before it chose. The batch is that of the first step: one row per
  * sequence, with its logits, in phase DECODE; its block table must have the blocks of all steps. Its logits are those of the
- * last step that was run; its last_hidden, if not NULL, is [steps][S][H] and receives those of each step. Its states are those
- * of the first step; each other step takes the last hidden states of the step before, so last_hidden must not be NULL. Plans
- * with recurrent states and batches with inv_freq for a changing length take one step a call. */
+ * last step that was run; its last_hidden and draft_states, if not NULL, are [steps][S][H] and [steps][S][D] and receive those
+ * of each step. Its states are those of the first step; each other step takes the draft states of the step before, or, in plans
+ * without DRAFT_OUT, the last hidden states, which must not be NULL then. Plans with recurrent states and batches with inv_freq
+ * for a changing length take one step a call. */
 typedef struct dso_decode {
   int32_t steps; /* at most, > 0 */
   int32_t n_stops;
@@ -619,9 +624,9 @@ DSO_API int32_t dso_plan_decode(dso_plan* p, const dso_batch* batch, dso_decode*
  * token. Then the model runs over its last token and the drafts, and tokens are chosen row by row, as in dso_plan_decode, up to
  * the first that is not the draft. The rows of these tokens are the drafting plan's next pending ones.
  *   batch: the first step of the model without drafts: one row in phase DECODE. Its logits are [1 + drafts][vocab_size], its
- *     last_hidden [1 + drafts][H]; both receive those of the last round.
+ *     draft_states [1 + drafts][D], or, without DRAFT_OUT, last_hidden [1 + drafts][H]; both receive those of the last round.
  *   pending: the drafting plan's first step, with logits of its last row, in phase DECODE: T rows, the last of which is the
- *     one before the model's. Its last_hidden is [max(T, 1 + drafts)][H].
+ *     one before the model's. Its draft_states (last_hidden) are [max(T, 1 + drafts)][D].
  * Both block tables have the blocks of `room` tokens after the model's context_len. */
 typedef struct dso_drafted_decode {
   int32_t rounds; /* at most, > 0 */

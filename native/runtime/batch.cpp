@@ -227,6 +227,8 @@ void check_batch(const dso_batch& b, const BatchNeeds& needs) {
   if (b.inv_freq && needs.rope_tables != 1)
     fail(DSO_EINVAL, "batch.inv_freq needs a plan with one ROPE_TABLE, not %lld", (long long)needs.rope_tables);
   if (needs.states && !b.states) fail(DSO_EINVAL, "batch.states is NULL");
+  if (b.draft_states && needs.draft_width == 0)
+    fail(DSO_EINVAL, "batch.draft_states must be NULL: the plan has no DRAFT_OUT step");
   if (b.R > 0 && !b.logit_rows) fail(DSO_EINVAL, "batch.logit_rows is NULL");
   for (int64_t r = 0; r < b.R; ++r) {
     if (b.logit_rows[r] < 0 || b.logit_rows[r] >= b.T)

@@ -44,6 +44,7 @@ struct BatchNeeds {
   int64_t rope_tables = 0;
   int64_t features = 0;                         // of ADD_FEATURES
   int64_t hidden_width = 0;                     // of the last hidden state; 0: the plan returns none
+  int64_t draft_width = 0;                      // of DRAFT_OUT; 0: there is none
   bool summaries = false;                       // whether the cache must have summaries
   std::vector<dso_state_shape> recurrent;       // recurrent states, by number; heads 0: not used
   std::vector<Visible> visible;                 // by layer

@@ -22,8 +22,9 @@ void check(const dso_plan& plan, const dso_batch& b, const dso_decode& d) {
   if (!b.token_ids || !b.positions || !b.context_len || !b.query_len || !b.phase || !b.logits)
     fail(DSO_EINVAL, "decode: batch.token_ids, positions, context_len, query_len, phase or logits is NULL");
   if (b.inputs_embeds || b.hidden) fail(DSO_EINVAL, "decode: batch.inputs_embeds and hidden must be NULL");
-  if (b.states && d.steps > 1 && !b.last_hidden)
-    fail(DSO_EINVAL, "decode: batch.last_hidden is NULL: the states of each step are those of the one before");
+  if (b.states && d.steps > 1 && !plan.next_states(b))
+    fail(DSO_EINVAL, "decode: batch.%s is NULL: the states of each step are those of the one before",
+         plan.next_states_name());
   if (d.steps > 1 && plan.has_states())
     fail(DSO_EINVAL, "decode.steps is %d, must be 1: the plan has recurrent states", d.steps);
   for (int32_t s = 0; s < b.S; ++s) {
@@ -57,7 +58,7 @@ void decode(dso_plan& plan, const dso_batch& batch, dso_decode& d) {
   for (size_t s = 0; s < rows; ++s) penalties.emplace_back(d.choices[s], plan.vocab_size());
   Chooser chooser(plan.kernels(), plan.vocab_size());
   Mt19937 generator(d.generator ? *d.generator : dso_mt19937{1, 0, {}});
-  const int64_t state_floats = int64_t(rows) * plan.hidden_width();
+  const int64_t hidden_floats = int64_t(rows) * plan.hidden_width(), draft_floats = int64_t(rows) * plan.draft_width();
   for (;;) {
     plan.run(b);
     generator.mark();
@@ -86,8 +87,9 @@ void decode(dso_plan& plan, const dso_batch& batch, dso_decode& d) {
       ++positions[s];
       ++lengths[s];
     }
-    if (b.states) b.states = b.last_hidden;
-    if (b.last_hidden) b.last_hidden += state_floats;
+    if (b.states) b.states = plan.next_states(b);
+    if (b.last_hidden) b.last_hidden += hidden_floats;
+    if (b.draft_states) b.draft_states += draft_floats;
   }
 }
 

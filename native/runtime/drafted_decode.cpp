@@ -16,13 +16,14 @@ using Clock = std::chrono::steady_clock;
 
 double since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
-void check_one_sequence(const dso_batch& b, const char* name) {
+void check_one_sequence(const dso_plan& plan, const dso_batch& b, const char* name) {
   if (b.S != 1) fail(DSO_EINVAL, "drafted: %s.S is %d, must be 1", name, b.S);
   if (b.T < 1 || b.R != 1) fail(DSO_EINVAL, "drafted: %s.T is %d, %s.R is %d, must be above 0 and 1", name, b.T, name, b.R);
   if (b.axes || b.visible_to || b.features || b.inputs_embeds || b.hidden)
     fail(DSO_EINVAL, "drafted: %s.axes, visible_to, features, inputs_embeds and hidden must be NULL", name);
-  if (!b.token_ids || !b.positions || !b.context_len || !b.query_len || !b.phase || !b.logits || !b.last_hidden)
-    fail(DSO_EINVAL, "drafted: %s.token_ids, positions, context_len, query_len, phase, logits or last_hidden is NULL", name);
+  if (!b.token_ids || !b.positions || !b.context_len || !b.query_len || !b.phase || !b.logits)
+    fail(DSO_EINVAL, "drafted: %s.token_ids, positions, context_len, query_len, phase or logits is NULL", name);
+  if (!plan.next_states(b)) fail(DSO_EINVAL, "drafted: %s.%s is NULL", name, plan.next_states_name());
   if (b.phase[0] != DSO_PHASE_DECODE) fail(DSO_EINVAL, "drafted: %s.phase[0] is %d, must be 0", name, b.phase[0]);
 }
 
@@ -40,8 +41,8 @@ void check(const dso_plan& model, const dso_batch& b, const dso_plan& drafter, c
   if (!(d.least >= 0 && d.least <= 1)) fail(DSO_EINVAL, "drafted.least must be from 0 to 1");
   if (!d.choice || !d.tokens || !d.drafted || !d.chosen || !d.took)
     fail(DSO_EINVAL, "drafted.choice, tokens, drafted, chosen or took is NULL");
-  check_one_sequence(b, "batch");
-  check_one_sequence(p, "pending");
+  check_one_sequence(model, b, "batch");
+  check_one_sequence(drafter, p, "pending");
   if (b.T != 1) fail(DSO_EINVAL, "drafted: batch.T is %d, must be 1", b.T);
   if (b.states || !p.states) fail(DSO_EINVAL, "drafted: batch.states must be NULL, and pending.states not");
   const int32_t seen = p.context_len[0] + p.T;  // by the drafting plan
@@ -50,9 +51,9 @@ void check(const dso_plan& model, const dso_batch& b, const dso_plan& drafter, c
   check_room(b, "batch", b.context_len[0], d.room);
   check_room(p, "pending", seen, d.room);
   if (model.has_states() || drafter.has_states()) fail(DSO_EINVAL, "drafted: the plans must not have recurrent states");
-  if (model.hidden_width() != drafter.hidden_width())
-    fail(DSO_EINVAL, "drafted: the model's hidden states have %lld elements, the drafter's %lld",
-         (long long)model.hidden_width(), (long long)drafter.hidden_width());
+  if (model.next_states_width() != drafter.next_states_width())
+    fail(DSO_EINVAL, "drafted: the model's states have %lld elements, the drafter's %lld", (long long)model.next_states_width(),
+         (long long)drafter.next_states_width());
   check_choice(*d.choice, model.vocab_size(), 0, false);
   if (d.choice->noise) fail(DSO_EINVAL, "drafted: choices[0].noise must be NULL");
 }
@@ -95,23 +96,23 @@ class Drafter {
       : plan_(plan),
         rows_(pending),
         logits_(pending.logits),
-        last_hidden_(pending.last_hidden),
+        made_(plan.next_states(pending)),
         d_(d),
         weights_(d.least > 0 ? size_t(plan.vocab_size()) : 0) {}
 
   // Appends up to `most` drafts to `tokens`, after processing the rows `ids` with the model's `states`.
   void draft(const int32_t* ids, int32_t count, int32_t context, const float* states, int32_t most,
              std::vector<int32_t>& tokens) {
-    const int64_t width = plan_.hidden_width();
+    const int64_t width = plan_.next_states_width();
     for (int32_t n = 0; n < most; ++n) {
       const bool first = n == 0;
       if (first) {
         plan_.run(rows_.of(ids, count, context, 1, states));
         context += count;
-        std::copy_n(last_hidden_ + (count - 1) * width, width, own_state(width));
+        std::copy_n(made_ + (count - 1) * width, width, own_state(width));
       } else {
         plan_.run(rows_.of(&tokens.back(), 1, context++, 1, state_.data()));
-        std::copy_n(last_hidden_, width, own_state(width));
+        std::copy_n(made_, width, own_state(width));
       }
       const int64_t best = plan_.kernels().first_largest(logits_, plan_.vocab_size());
       if (best < 0) return;  // not finite: the model decides without a draft
@@ -133,7 +134,7 @@ class Drafter {
 
   dso_plan& plan_;
   SequenceRows rows_;
-  float *const logits_, *const last_hidden_;
+  float *const logits_, *const made_;  // made_: the states of its rows
   const dso_drafted_decode& d_;
   std::vector<float> state_, weights_;
 };
@@ -185,7 +186,7 @@ void decode_drafted(dso_plan& model, const dso_batch& batch, dso_plan& drafter, 
     const double passed = since(start);
     if (d.undecided || stops || d.done == d.rounds || d.room - total < 2 || passed / d.done * (d.done + 1) > d.seconds) return;
     ids.assign(1, waiting.back());
-    states = batch.last_hidden;  // of the last token and the drafts that hold
+    states = model.next_states(batch);  // of the last token and the drafts that hold
   }
 }
 

@@ -37,6 +37,7 @@ constexpr Entry kOps[] = {
     {DSO_OP_SELECT_ROWS, "SELECT_ROWS", make_select_rows},
     {DSO_OP_HIDDEN_OUT, "HIDDEN_OUT", make_hidden_out},
     {DSO_OP_STATE_IN, "STATE_IN", make_state_in},
+    {DSO_OP_DRAFT_OUT, "DRAFT_OUT", make_draft_out},
     {DSO_OP_ADD_FEATURES, "ADD_FEATURES", make_add_features},
     {DSO_OP_CONCAT, "CONCAT", make_concat},
     {DSO_OP_SIGMOID_GATE, "SIGMOID_GATE", make_sigmoid_gate},

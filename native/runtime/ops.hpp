@@ -38,6 +38,7 @@ std::unique_ptr<Op> make_convert(StepReader& step);
 std::unique_ptr<Op> make_select_rows(StepReader& step);
 std::unique_ptr<Op> make_hidden_out(StepReader& step);
 std::unique_ptr<Op> make_state_in(StepReader& step);
+std::unique_ptr<Op> make_draft_out(StepReader& step);
 std::unique_ptr<Op> make_add_features(StepReader& step);
 std::unique_ptr<Op> make_concat(StepReader& step);
 std::unique_ptr<Op> make_sigmoid_gate(StepReader& step);

@@ -183,6 +183,17 @@ class StateIn final : public RowsOf {
   }
 };
 
+class DraftOut final : public RowsOf {
+ public:
+  using RowsOf::RowsOf;
+
+ private:
+  int64_t rows(const Run& run) const override { return run.batch.source->draft_states ? run.batch.T : 0; }
+  void row(const Run& run, int64_t r, int) override {
+    std::memcpy(run.batch.source->draft_states + r * like_.width, at(run, like_, r), 4 * like_.width);
+  }
+};
+
 class AddFeatures final : public RowsOf {
  public:
   AddFeatures(const SlotRef& in, const SlotRef& out, int64_t index) : RowsOf(in), out_(out), index_(index) {}
@@ -324,6 +335,15 @@ std::unique_ptr<Op> make_state_in(StepReader& s) {
   const SlotRef out = s.out(0, kF32Only, 0, false);
   s.plan().needs.states = true;
   return std::make_unique<StateIn>(out);
+}
+
+std::unique_ptr<Op> make_draft_out(StepReader& s) {
+  s.takes(1, 0, 0, 0, 0);
+  const SlotRef in = s.in(0, kF32Only);
+  if (in.selected) s.refuse("in[0], slot %d, holds selected rows", in.index);
+  if (s.plan().needs.draft_width > 0) s.refuse("the plan has a DRAFT_OUT step already");
+  s.plan().needs.draft_width = in.width;
+  return std::make_unique<DraftOut>(in);
 }
 
 std::unique_ptr<Op> make_add_features(StepReader& s) {

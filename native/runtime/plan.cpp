@@ -126,6 +126,7 @@ void dso_plan::reshape() {
                     b.decode_logits,
                     b.source->hidden != nullptr,
                     b.source->last_hidden != nullptr,
+                    b.source->draft_states != nullptr,
                     !b.adapted.empty()};
   if (shape == shape_) return;
   shape_ = {};  // until all of it is up to date

@@ -20,6 +20,11 @@ struct dso_plan final : private dso::Job {
   const dso::Kernels& kernels() const { return context_->kernels; }
   int32_t vocab_size() const { return vocab_size_; }
   int64_t hidden_width() const { return needs_.hidden_width; }  // of the last hidden state; 0: there is none
+  int64_t draft_width() const { return needs_.draft_width; }    // of DRAFT_OUT; 0: there is none
+  // What a plan that drafts with this one's results reads: those of DRAFT_OUT, or, without that step, the last hidden states.
+  int64_t next_states_width() const { return draft_width() > 0 ? draft_width() : hidden_width(); }
+  float* next_states(const dso_batch& batch) const { return draft_width() > 0 ? batch.draft_states : batch.last_hidden; }
+  const char* next_states_name() const { return draft_width() > 0 ? "draft_states" : "last_hidden"; }
   bool has_states() const { return !needs_.recurrent.empty(); }
   void check_weights() const;  // Error if a mapped file that contains some of them has changed
   void reserve(int64_t T, int64_t R);
@@ -65,7 +70,7 @@ struct dso_plan final : private dso::Job {
   size_t stage_ = 0;  // the stage that next() opens
   struct Shape {
     int64_t T = -1, R = -1, decode_rows = -1, decode_logits = -1;
-    bool hidden = false, last_hidden = false, adapted = false;
+    bool hidden = false, last_hidden = false, draft_states = false, adapted = false;
     bool operator==(const Shape&) const = default;
   } shape_;
 

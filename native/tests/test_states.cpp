@@ -29,7 +29,7 @@ void rows_side_by_side(const Kernels& kernels, const Case& c, int32_t H, int32_t
   std::vector<dso_step> steps = {step_of(DSO_OP_EMBEDDING, {}, {0}, {0}), step_of(DSO_OP_STATE_IN, {}, {1}),
                                  step_of(DSO_OP_HIDDEN_OUT, {0}, {}),     step_of(DSO_OP_HIDDEN_OUT, {1}, {}),
                                  step_of(DSO_OP_CONCAT, {0, 1}, {2}),     step_of(DSO_OP_LINEAR, {2}, {3}, {1}),
-                                 step_of(DSO_OP_SELECT_ROWS, {3}, {4})};
+                                 step_of(DSO_OP_DRAFT_OUT, {1}, {}),      step_of(DSO_OP_SELECT_ROWS, {3}, {4})};
   steps[3].layer = 1;
   steps[3].flags = DSO_FLAG_LAST;
   dso_plan* plan = nullptr;
@@ -62,9 +62,10 @@ void rows_side_by_side(const Kernels& kernels, const Case& c, int32_t H, int32_t
   check(dso_plan_run(plan, &b) == DSO_EINVAL && strstr(dso_last_error(), "batch.states is NULL"), "no states: %s",
         dso_last_error());
   b.states = states.data();
-  // Hidden states: none, only the last, all, both.
-  for (int asked = 0; asked < 4; ++asked) {
-    std::vector<float> last(states.size(), NAN), all(2 * states.size(), NAN);
+  // Hidden states: none, only the last, all, both; each without and with draft states.
+  for (int asked = 0; asked < 8; ++asked) {
+    std::vector<float> last(states.size(), NAN), all(2 * states.size(), NAN), drafts(states.size(), NAN);
+    b.draft_states = asked & 4 ? drafts.data() : nullptr;
     b.last_hidden = asked & 1 ? last.data() : nullptr;
     b.hidden = asked & 2 ? all.data() : nullptr;
     std::fill(found.begin(), found.end(), NAN);
@@ -72,6 +73,7 @@ void rows_side_by_side(const Kernels& kernels, const Case& c, int32_t H, int32_t
     check(memcmp(found.data(), expected.data(), 4 * found.size()) == 0, "%s, %s, %d wide, %d rows: not the rows side by side",
           kernels.isa, c.name, H, T);
     if (asked & 1) check(last == states, "%s: last_hidden is not the last state", kernels.isa);
+    if (asked & 4) check(drafts == states, "%s: draft_states are not the input of DRAFT_OUT", kernels.isa);
     if (asked & 2)
       check(std::equal(states.begin(), states.end(), all.begin() + T * H), "%s: hidden state 1 is another", kernels.isa);
   }
@@ -90,6 +92,8 @@ void refused() {
   refuse(step_of(DSO_OP_CONCAT, {0, 0}, {1}), "out[0] must have width 16");
   refuse(step_of(DSO_OP_CONCAT, {0, 1}, {2}), "slot 1, which no earlier step writes");
   refuse(step_of(DSO_OP_STATE_IN, {0}, {1}), "must be -1");
+  refuse(step_of(DSO_OP_DRAFT_OUT, {0}, {1}), "must be -1");
+  refuse(step_of(DSO_OP_DRAFT_OUT, {1}, {}), "slot 1, which no earlier step writes");
 }
 
 }  // namespace

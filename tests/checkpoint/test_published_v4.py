@@ -13,16 +13,15 @@ from safetensors.torch import load_file, save_file
 from deepseek_optimizer import CheckpointError, load_model
 from deepseek_optimizer.checkpoint import open_checkpoint
 from support.family_configs import deepseek_v4
-from support.models import assert_close_rows, random_ids, random_model, transformers_logits
+from support.models import assert_close_rows, random_ids, transformers_logits
+from support.mtp_files import save_with_mtp
 
 _VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
 SIZES = {"hidden_size": 64, "moe_intermediate_size": 32}
 
 
 def published(path: Path, **fields: Any) -> Any:
-    model = random_model(deepseek_v4(**SIZES, **fields))
-    model.save_pretrained(path)
-    return model
+    return save_with_mtp(path, deepseek_v4(**SIZES, **fields))
 
 
 def test_published_names_are_read(tmp_path: Path) -> None:
@@ -40,10 +39,12 @@ def test_published_names_are_read(tmp_path: Path) -> None:
 
 
 def quantize(path: Path, **section: Any) -> dict[str, torch.Tensor]:
-    """Stores experts as FP4, q_b_proj as FP8, and an MTP layer; returns the values of what was quantized, by published name."""
+    """Stores experts as FP4, and q_b_proj and the projections of an MTP layer's inputs as FP8; returns the values of what was
+    quantized, by published name."""
     tensors, values = load_file(path / "model.safetensors"), {}
     generator = torch.Generator().manual_seed(0)
-    for name in [name for name in tensors if ".experts." in name or name.endswith("attn.wq_b.weight")]:
+    fp8 = ("attn.wq_b.weight", "e_proj.weight", "h_proj.weight")
+    for name in [name for name in tensors if ".experts." in name or name.endswith(fp8)]:
         rows, cols = tensors.pop(name).shape
         if ".experts." in name:
             codes = torch.randint(0, 16, (rows, cols), generator=generator, dtype=torch.uint8)
@@ -58,7 +59,6 @@ def quantize(path: Path, **section: Any) -> dict[str, torch.Tensor]:
             scale = (exponents.float() - 127).exp2().repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :cols]
             values[name] = numbers.float() * scale
         tensors[name.removesuffix("weight") + "scale"] = exponents.view(torch.float8_e8m0fnu)
-    tensors["mtp.0.attn.wkv.weight"] = torch.zeros(20, 64)
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     config = json.loads((path / "config.json").read_text())
     config["quantization_config"] = {
@@ -75,7 +75,8 @@ def test_fp4_and_fp8_codes_are_kept(tmp_path: Path) -> None:
     with open_checkpoint(tmp_path) as checkpoint:
         for name, value in values.items():
             roles = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
-            own = name if name.startswith("model.") else f"model.{name}"
+            own = name.replace("mtp.0.", "layers.4.")
+            own = own if own.startswith("model.") else f"model.{own}"
             own = own.replace(".attn.wq_b.", ".self_attn.q_b_proj.").replace(".ffn.", ".mlp.")
             for short, role in roles.items():
                 own = own.replace(f".{short}.", f".{role}.")
@@ -83,6 +84,8 @@ def test_fp4_and_fp8_codes_are_kept(tmp_path: Path) -> None:
             assert checkpoint.natural_format(own) == ("mxfp4" if ".experts." in own else "fp8")
     with torch.no_grad():
         for name, value in values.items():
+            if name.startswith("mtp."):
+                continue
             layer = model.model.layers[int(name.partition("layers.")[2].partition(".")[0])]
             if name.endswith("wq_b.weight"):
                 layer.self_attn.q_b_proj.weight.copy_(value)
@@ -96,7 +99,11 @@ def test_fp4_and_fp8_codes_are_kept(tmp_path: Path) -> None:
     experts = loaded.model.layers[0].mlp.experts
     assert (experts.gate_up_format, experts.down_format) == ("mxfp4", "mxfp4")
     assert loaded.model.layers[0].self_attn.q_b_proj.format == "fp8"
-    for own, packed in zip(model.model.layers, loaded.model.layers, strict=True):
+    *layers, mtp = loaded.model.layers
+    assert (mtp.e_proj.format, mtp.h_proj.format, mtp.mlp.experts.down_format) == ("fp8", "fp8", "mxfp4")
+    down = [values[f"mtp.0.ffn.experts.{e}.w2.weight"] for e in range(model.config.n_routed_experts)]
+    assert torch.equal(mtp.mlp.experts.dequantized()[1], torch.stack(down))
+    for own, packed in zip(model.model.layers, layers, strict=True):
         held = (own.mlp.experts.gate_up_proj, own.mlp.experts.down_proj)
         assert all(torch.equal(a, b) for a, b in zip(held, packed.mlp.experts.dequantized(), strict=True))
     with torch.no_grad():  # products with these formats round their inputs

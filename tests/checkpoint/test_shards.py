@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from deepseek_optimizer.checkpoint import open_checkpoint
 from deepseek_optimizer.checkpoint.layout import Stored, bytes_of, layout_of
@@ -84,6 +85,16 @@ def test_write_and_map(tmp_path: Path, size: int) -> None:
                     assert mapped.data.data_ptr() % 64 == 0 and checkpoint.info(name).offset % 64 == 0
             else:
                 assert torch.equal(checkpoint.read(name), value)
+
+
+def test_tensors_in_pieces(tmp_path: Path) -> None:
+    tensors = {"a.weight": torch.randn(6, 4), "empty": torch.empty(0, 3), "b.weight": torch.randn(7)}
+    (shard,) = plan_shards(meta(tensors))
+    pieces = ((name, piece) for name in shard.layout.order for piece in tensors[name].split(2))
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        write_shard(file, shard, pieces)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert stored.keys() == tensors.keys() and all(torch.equal(stored[name], tensors[name]) for name in tensors)
 
 
 def test_weights_that_deviate_from_the_plan(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from deepseek_optimizer.checkpoint import Checkpoint, open_checkpoint, stream_weights
 from deepseek_optimizer.checkpoint import base as checkpoint_base
-from deepseek_optimizer.checkpoint.stacks import parts, surplus_expert
+from deepseek_optimizer.checkpoint.stacks import matrices_per_expert, parts, surplus_expert
 from deepseek_optimizer.errors import CheckpointError
 from deepseek_optimizer.quant import PackedMatrix, PackedStack, get_format
 from support.checkpoint_files import safetensors_bytes
@@ -72,6 +72,21 @@ def test_separate_and_merged_experts_are_packed_matrix_by_matrix(
         assert isinstance(stack, PackedStack) and stack.shape == SHAPES[name] and stack.format == WANTED[name]
         for i, matrix in enumerate(matrices(tensors, name)):
             assert torch.equal(stack.matrix(i).data, get_format(stack.format).pack(matrix)), (name, i)
+
+
+@pytest.mark.parametrize("form", [dict, merged])
+@pytest.mark.parametrize("size, pieces", [(1, EXPERTS), (11_000, 3), (1 << 30, 1)])
+def test_pieces_of_a_stack_are_whole_experts(tmp_path: Path, form: Any, size: int, pieces: int) -> None:
+    checkpoint, made = checkpoint_of(tmp_path, form(one_by_one())), dict[str, list[Any]]()
+    whole = dict(stream_weights(checkpoint, WANTED, SHAPES))
+    for name, piece in stream_weights(checkpoint, WANTED, SHAPES, piece_bytes=size):
+        made.setdefault(name, []).append(piece)
+    assert len(made[GATE_UP]) == pieces
+    for name in (GATE_UP, DOWN):
+        stacks = made[name]
+        assert torch.equal(torch.cat([part.data for part in stacks]), whole[name].data)
+        assert all(len(part.data) == part.count and part.count % matrices_per_expert(name) == 0 for part in stacks)
+        assert all(part.data.nbytes <= max(size, whole[name].nbytes // EXPERTS) for part in stacks)
 
 
 def test_the_format_of_a_stack_is_the_largest_of_its_parts(tmp_path: Path) -> None:

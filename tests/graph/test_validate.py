@@ -13,7 +13,7 @@ from deepseek_optimizer.graph.ir import Graph, Node, Value
 from deepseek_optimizer.graph.printing import node_text, to_text
 from deepseek_optimizer.graph.validate import check_graph
 from deepseek_optimizer.models import build_graph, build_mtp_graph
-from support.family_configs import deepseek_v3, deepseek_v32, llama, qwen3
+from support.family_configs import deepseek_v3, deepseek_v4, deepseek_v32, llama, qwen3
 
 
 def first(graph: Graph, op: str) -> int:
@@ -118,6 +118,18 @@ def test_damage_to_latent_attention_and_experts_is_detected(name: str) -> None:
 def test_damage_to_an_mtp_layer_is_detected() -> None:
     for damage in (outputs("concat", Value("l3.both", 143)), outputs("state_in", Value("state", 71))):
         check_damage(build_mtp_graph(deepseek_v3(), 0), damage, "do not fit")
+
+
+def test_damage_to_draft_states_is_detected() -> None:
+    """Those of V4's MTP layers are as wide as what the layers take."""
+    graph = build_mtp_graph(deepseek_v4(), 0)
+    assert graph.draft_width == 3 * 72 and build_mtp_graph(deepseek_v3(), 0).draft_width == 72
+    for damage, message in (
+        (outputs("state_in", Value("state", 72)), "do not fit"),
+        (twice("draft_out"), "at most one draft_out"),
+        (without("draft_out"), "do not fit"),
+    ):
+        check_damage(graph, damage, message)
 
 
 def test_ops_need_their_kind_of_cache() -> None:

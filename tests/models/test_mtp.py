@@ -19,12 +19,15 @@ from deepseek_optimizer.cache import SequenceBlocks
 from deepseek_optimizer.errors import BackendError, ConfigError
 from deepseek_optimizer.graph import rules
 from deepseek_optimizer.graph.analysis import weight_shapes
+from deepseek_optimizer.graph.min_formats import exact_weights
 from deepseek_optimizer.graph.validate import check_graph
 from deepseek_optimizer.models import build_graph, build_mtp_graph, draft_vocab_size, mtp_layers
 from support import tiny_v3
-from support.family_configs import deepseek_v3, deepseek_v32, llama, mistral, qwen2, qwen3, youtu
+from support.family_configs import deepseek_v3, deepseek_v4, deepseek_v32, llama, mistral, qwen2, qwen3, youtu
 from support.models import CASES, assert_close_rows, random_ids, random_model, randomize, weights_of
+from support.mtp_files import mtp_tensors
 from support.steps import Part, Runner, run_step, runner
+from support.v4_mtp import mtp_layer, published_name
 
 WITH_LAYERS: dict[str, Callable[[], Any]] = {
     "v3": lambda: deepseek_v3(num_nextn_predict_layers=2),
@@ -158,6 +161,68 @@ def test_bad_count_of_layers(value: Any) -> None:
     raw = json.loads(deepseek_v3().to_json_string(use_diff=False)) | {"num_nextn_predict_layers": value}
     with pytest.raises(ConfigError, match="num_nextn_predict_layers"):
         mtp_layers(raw)
+
+
+def test_a_v4_layer_equals_deepseeks_own_code() -> None:
+    """The second layer's inputs are the first's streams. The rows of both follow the model's in the cache."""
+    config = deepseek_v4(num_nextn_predict_layers=2)
+    model = random_model(config)
+    ids, backend, depths = random_ids(config, 70), ReferenceBackend(), range(2)
+    main = runner(backend, build_graph(config, mtp_layers=2), weights_of(model))
+    blocks, in_chunks = main.sequence(), main.sequence()
+    states = run_step(main.plan, main.store, [Part(blocks, ids)], draft_states=True).draft_states
+    cached = main.store.read(0, blocks.table(), 70)[0]
+    for depth in depths:
+        graph = rules.apply(build_mtp_graph(config, depth))[0]
+        check_graph(graph)
+        stored = mtp_tensors(config, depth)
+        own = {published_name(name, 4).partition(".")[2].partition(".")[2]: value for name, value in stored.items()}
+        embedding, head = model.get_input_embeddings().weight.detach(), model.lm_head.weight.detach()
+        ids, before = ids[1:], states[:-1]
+        streams, normed = mtp_layer(own, config, embedding[torch.tensor(ids)], before.unflatten(-1, (3, -1)))
+        plan = backend.compile(graph, {**merged_experts(stored, config), **shared_weights(model, depth)})
+        blocks.crop(0)
+        in_chunks.crop(0)
+        made = run_mtp(plan, main.store, blocks, ids, before, draft_states=True, last_hidden=True)
+        parts = [run_mtp(plan, main.store, in_chunks, ids[p], before[p]).logits for p in (slice(0, 33), slice(33, None))]
+        assert_close_rows(made.draft_states, streams.flatten(1))
+        assert_close_rows(made.last_hidden, normed)
+        for logits in (made.logits, torch.cat(parts)):
+            assert_close_rows(logits, normed @ head.T)
+        states = made.draft_states
+    assert torch.equal(main.store.read(0, blocks.table(), 68)[0], cached[..., :68, :])  # the model's own rows are unchanged
+
+
+def merged_experts(stored: dict[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
+    """The tensors of an MTP layer with the stacks of experts that its graph names."""
+    rest = {name: value for name, value in stored.items() if ".mlp.experts." not in name}
+    path = next(name for name in stored if ".mlp.experts." in name).partition(".experts.")[0] + ".experts"
+    gate, up, down = (
+        torch.stack([stored[f"{path}.{e}.{role}_proj.weight"] for e in range(config.n_routed_experts)])
+        for role in ("gate", "up", "down")
+    )
+    return {**rest, f"{path}.gate_up_proj": torch.cat((gate, up), 1), f"{path}.down_proj": down}
+
+
+def shared_weights(model: Any, depth: int) -> dict[str, torch.Tensor]:
+    """The model's embedding and head under the names that an MTP layer's graph has for them."""
+    path = f"model.layers.{model.config.num_hidden_layers + depth}"
+    return {
+        f"{path}.embed_tokens.weight": model.get_input_embeddings().weight,
+        f"{path}.shared_head.head.weight": model.lm_head.weight,
+    }
+
+
+def test_rows_of_v4_layers_in_the_cache() -> None:
+    config = deepseek_v4(num_nextn_predict_layers=2)
+    rows = build_graph(config).cache.rows
+    for count in (1, 2):
+        cache = build_graph(config, mtp_layers=count).cache
+        assert cache == build_mtp_graph(config, count - 1, count).cache == build_mtp_graph(config, 0, count).cache
+        assert cache.rows[: len(rows)] == rows and [kind.window for kind in cache.rows[len(rows) :]] == [21] * count
+    writes = [n.attrs["layer"] for depth in (0, 1) for n in build_mtp_graph(config, depth).nodes if n.op == "rows_write"]
+    assert writes == [len(rows), len(rows) + 1]
+    assert "model.layers.4.hc_head.hc_fn" in exact_weights(build_mtp_graph(config, 0))
 
 
 def test_states_are_checked() -> None:

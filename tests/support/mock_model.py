@@ -168,7 +168,7 @@ class MockRunner:
         rows = logits.numpy()
         return choose_tokens(rows, choices), rows
 
-    def decode(self, parts, call, *, last_hidden=False):
+    def decode(self, parts, call, *, draft_states=False):
         """Several steps, until a token of `call.stops`, up to `call.steps`, or at random."""
         rng, chosen, logits, states = random.Random(len(self.seen)), [], None, []
         texts = [list(part.sequence.tokens) for part in parts]
@@ -176,8 +176,8 @@ class MockRunner:
             if step:
                 for part in parts:
                     part.sequence.blocks.tokens += 1
-            output = self.step(parts, list(range(len(parts))), last_hidden=True)
-            made, states = output.logits, [*states, output.last_hidden]
+            output = self.step(parts, list(range(len(parts))), draft_states=True)
+            made, states = output.logits, [*states, output.draft_states]
             choices = [GREEDY if r.numbers is None else r.filters._replace(u=r.numbers[step]) for r in call.rows]
             rows = [
                 allowed(penalized(row, choice.penalties, part.sequence.tokens), choice, step)
@@ -195,9 +195,11 @@ class MockRunner:
                 break
         for part, text in zip(parts, texts, strict=True):
             part.sequence.tokens[:] = text
-        return Decoded(np.array(chosen, np.int32).reshape(-1, len(parts)), logits, torch.stack(states) if last_hidden else None)
+        return Decoded(
+            np.array(chosen, np.int32).reshape(-1, len(parts)), logits, torch.stack(states) if draft_states else None
+        )
 
-    def step(self, parts, rows, *, last_hidden):
+    def step(self, parts, rows, *, last_hidden=False, draft_states=False):
         self.before()
         phases = [p.phase for p in parts]
         assert phases == sorted(phases)
@@ -227,8 +229,12 @@ class MockRunner:
                     made.append(row * np.nan if part.ids[n] in self.broken else row)
             at += len(part.ids)
         self.seen.append((at, len(parts)))
-        states = torch.tensor(hidden, dtype=torch.float32)[:, None] if last_hidden else None
-        return SimpleNamespace(logits=torch.from_numpy(np.array(made, np.float32).reshape(-1, VOCAB)), last_hidden=states)
+        states = torch.tensor(hidden, dtype=torch.float32)[:, None]
+        return SimpleNamespace(
+            logits=torch.from_numpy(np.array(made, np.float32).reshape(-1, VOCAB)),
+            last_hidden=states if last_hidden else None,
+            draft_states=states if draft_states else None,
+        )
 
     def pass_states(self, parts):
         """Checks the states that the sequences continue from, and stores those after their rows."""

@@ -1,4 +1,5 @@
-"""Checkpoints with MTP layers, as published by DeepSeek: per-expert tensors, embedding and head repeated."""
+"""Checkpoints with MTP layers, as published by DeepSeek: per-expert tensors, embedding and head repeated; those of V4 have
+names of their own, and neither embedding nor head."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from deepseek_optimizer.graph.analysis import weight_shapes
 from deepseek_optimizer.models import build_mtp_graph, draft_vocab_size, mtp_layers
 
 from .models import random_model
+from .v4_mtp import published_name
 
 
 def mtp_tensors(config: Any, depth: int, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -39,6 +41,11 @@ def with_mtp(
 ) -> dict[str, torch.Tensor]:
     """A checkpoint's tensors and those of its MTP layers; `repeated`: each has a copy of the model's embedding and head."""
     stored = dict(stored)
+    if config.model_type == "deepseek_v4":
+        for depth in range(mtp_layers(config)):
+            tensors = mtp_tensors(config, depth).items()
+            stored |= {published_name(name, config.num_hidden_layers): value.to(dtype) for name, value in tensors}
+        return stored
     for depth in range(mtp_layers(config)):
         exact = ("mlp.gate.weight", "e_score_correction_bias")
         tensors = mtp_tensors(config, depth).items()

@@ -17,7 +17,7 @@ from support.models import CASES, random_model
 from support.training import Rows
 
 PLAIN = ["llama-gqa", "llama-tied", "llama-biases", "llama-mqa", "llama-wide-heads", "llama-linear", "qwen2-gqa", "qwen3-gqa"]
-PLAIN += ["deepseek_v4-mixed"]  # whose experts have limits, which native ones have not
+PLAIN += ["deepseek_v4-mixed"]
 
 
 def _batch(count: int = 3, length: int = 17) -> dict[str, torch.Tensor]:

@@ -103,9 +103,10 @@ class StepBatch:
             layers [G, S, max_blocks]. In a group whose layers all have windows, -1 may stand for a block that no row sees.
         logit_rows: int32 [R], the rows of T whose logits are computed, ascending.
         inputs_embeds: float32 [T, H] torch tensor, or None.
-        states: float32 [T, H] torch tensor, the input of `state_in`; None for graphs without it.
+        states: float32 [T, D] torch tensor with D = `Graph.draft_width`, the input of `state_in`; None for graphs without it.
         hidden: whether to return all hidden states.
         last_hidden: whether to return the last one (after the final norm) separately.
+        draft_states: whether to return what MTP layers take as `states`.
         reach: int32 [S], > 0: the length in tokens that each sequence's RoPE frequencies are computed for, if RoPE is dynamic.
             A constant value over a sequence's lifetime gives all its keys and queries the same frequencies, independent of
             chunking and of other requests. None: each sequence's highest position in this step + 1.
@@ -139,6 +140,7 @@ class StepBatch:
     logits: torch.Tensor | None = None
     states: torch.Tensor | None = None
     last_hidden: bool = False
+    draft_states: bool = False
     reach: Int32 | None = None
     state_from: Int32 | None = None
     state_to: Int32 | None = None
@@ -193,11 +195,13 @@ class StepOutput:
         logits: float32 torch [R, V] on the plan's device; the batch's own tensor if it has one.
         hidden: float32 torch [n_hidden, T, H] or None; the last one after the final norm, as in Transformers.
         last_hidden: float32 [T, H] or None.
+        draft_states: float32 [T, D] or None: the input of the graph's `draft_out`; without one, the last hidden states.
     """
 
     logits: torch.Tensor
     hidden: torch.Tensor | None = None
     last_hidden: torch.Tensor | None = None
+    draft_states: torch.Tensor | None = None
 
 
 class KvStore(Protocol):
@@ -330,7 +334,7 @@ class Plan(Protocol):
         Args:
             batch: of the first step: one row per sequence, with its logits, in phase DECODE, without `inputs_embeds`,
                 `axes`, `visible_to` and `features`. Its block table covers all steps; nothing of it is changed. With `states`,
-                it has `last_hidden` too: those of a step are the `states` of the next.
+                it has `draft_states` too: those of a step are the `states` of the next.
             store: as in `run`.
             call: how many steps, and how tokens are chosen.
 
@@ -346,16 +350,16 @@ class Plan(Protocol):
         """Runs rounds of decoding with drafts, of one sequence.
 
         A round runs the drafting plan over its pending rows, whose states are this plan's, then for each further draft over its
-        own last hidden state, one row further. Drafts are its most likely tokens. Then it runs this plan over the last token
+        own draft state, one row further. Drafts are its most likely tokens. Then it runs this plan over the last token
         and the drafts, and chooses tokens row by row, as `decode` does, up to the first that is not the draft. The rows of
         these tokens are the next pending ones.
 
         Args:
-            batch: of the first step without drafts: one row, with `last_hidden`. Its logits, if given, have 1 + `call.drafts`
+            batch: of the first step without drafts: one row, with `draft_states`. Its logits, if given, have 1 + `call.drafts`
                 rows.
             drafter: a plan of the same backend that reads `states`, such as that of an MTP layer.
-            pending: of the drafting plan's first step, with `states`, `last_hidden` and the logits of the last row. That is the
-                row before `batch`'s.
+            pending: of the drafting plan's first step, with `states`, `draft_states` and the logits of the last row. That is
+                the row before `batch`'s.
             store: the cache of both plans. The block tables cover `call.room` tokens after the context of `batch`.
             call: how many rounds, and how tokens are chosen.
 

@@ -12,7 +12,7 @@ from .sampling import GREEDY, NOT_FINITE
 def decode_one(plan: Plan, batch: StepBatch, store: KvStore, call: DecodeCall) -> Decoded:
     """Runs one step of a call. See `Plan.decode`."""
     output = plan.run(batch, store)
-    logits, states = output.logits, None if output.last_hidden is None else output.last_hidden[None]
+    logits, states = output.logits, None if output.draft_states is None else output.draft_states[None]
     nothing = np.zeros((0, len(call.rows)), np.int32)
     if any(part is not None for row in call.rows for part in (row.noise, row.variate, row.penalties)) or any(
         row.barred is not None and row.barred_steps > 0 for row in call.rows

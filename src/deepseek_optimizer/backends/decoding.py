@@ -140,13 +140,13 @@ class DraftedRounds:
         rounds: the rounds, at least one.
         logits: float32 torch [V], of the last round's last token, which the caller must choose; its `tokens` are accepted
             drafts only. None: there is none.
-        last_hidden: the model's last hidden states of the last round, float32 torch [n, H], n being the number of its tokens,
+        draft_states: the model's draft states of the last round, float32 torch [n, D], n being the number of its tokens,
             including one that the caller chooses.
     """
 
     rounds: list[DraftedRound]
     logits: torch.Tensor | None
-    last_hidden: torch.Tensor
+    draft_states: torch.Tensor
 
 
 @dataclass
@@ -157,12 +157,12 @@ class Decoded:
         tokens: the tokens that each step chose, int32 [steps, S].
         logits: float32 torch [S, V], of one further step that was run, whose tokens the caller must choose; None: there is
             none.
-        last_hidden: if the batch wants it, those of all steps, float32 torch [steps, S, H].
+        draft_states: if the batch wants them, those of all steps, float32 torch [steps, S, D].
     """
 
     tokens: Int32
     logits: torch.Tensor | None = None
-    last_hidden: torch.Tensor | None = None
+    draft_states: torch.Tensor | None = None
 
     @property
     def steps(self) -> int:

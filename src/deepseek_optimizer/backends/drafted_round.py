@@ -20,7 +20,7 @@ def drafted_round(
     begun = time.perf_counter()
     drafts = _drafts(drafter, pending, store, call)
     output = plan.run(_rows(batch, [int(batch.token_ids[0]), *drafts], int(batch.context_len[0])), store)
-    assert output.logits is not None and output.last_hidden is not None
+    assert output.logits is not None and output.draft_states is not None
     logits, tokens, undecided = output.logits, [], False
     for row, draft in enumerate([*drafts, None]):
         token = _chosen(plan, logits[row : row + 1], call, row)
@@ -31,7 +31,7 @@ def drafted_round(
         if token != draft or token in call.stops:
             break
     done = DraftedRound(tokens, len(drafts), time.perf_counter() - begun)
-    return DraftedRounds([done], logits[row] if undecided else None, output.last_hidden[: row + 1])
+    return DraftedRounds([done], logits[row] if undecided else None, output.draft_states[: row + 1])
 
 
 def _drafts(drafter: Plan, pending: StepBatch, store: KvStore, call: DraftedCall) -> list[int]:
@@ -39,14 +39,16 @@ def _drafts(drafter: Plan, pending: StepBatch, store: KvStore, call: DraftedCall
     step = pending
     for _ in range(min(call.drafts, call.room - 1)):
         output = drafter.run(step, store)
-        assert output.logits is not None and output.last_hidden is not None
+        assert output.logits is not None and output.draft_states is not None
         (best,) = drafter.choose_tokens(output.logits, [GREEDY])
         if best is None or best == NOT_FINITE:
             break
         drafts.append(best if call.token_of is None else int(call.token_of[best]))
         if float(output.logits[0].softmax(-1)[best]) < call.least:
             break
-        step = replace(_rows(step, drafts[-1:], int(step.context_len[0]) + len(step.token_ids)), states=output.last_hidden[-1:])
+        step = replace(
+            _rows(step, drafts[-1:], int(step.context_len[0]) + len(step.token_ids)), states=output.draft_states[-1:]
+        )
     return drafts
 
 

@@ -56,7 +56,8 @@ class PromptPlan(WrappedPlan):
 
 def _without_results(batch: StepBatch) -> Int32:
     """How many of each sequence's first rows have no result that is needed, int32 [S]; at least one row is left."""
-    if batch.hidden or batch.last_hidden or batch.visible_to is not None:  # the tokens of a picture see each other in one step
+    # The tokens of a picture see each other in one step.
+    if batch.hidden or batch.last_hidden or batch.draft_states or batch.visible_to is not None:
         return np.zeros_like(batch.query_len)
     starts = np.cumsum(batch.query_len) - batch.query_len
     after = np.searchsorted(batch.logit_rows, starts)  # the first needed row from the sequence's start on

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -15,9 +16,9 @@ import torch
 from ..errors import CheckpointError
 from ..quant import ColumnOrder, PackedMatrix, PackedStack, Packer, get_format, reference_packer
 from ..quant.base import TILE_ROWS
-from ..quant.tiles import empty_stack, empty_tiles, panels
+from ..quant.tiles import empty_stack, empty_tiles, panels, tile_counts
 from .files import Mapper
-from .stacks import StackPart, StackShape, is_stack, merged_shape, parts
+from .stacks import StackPart, StackShape, is_stack, matrices_per_expert, merged_shape, parts
 
 PANEL_ELEMENTS = 1 << 21  # read, checked and packed at a time: 4 MB in bf16, enough for a thread pool
 
@@ -140,9 +141,26 @@ class Checkpoint(ABC):
         """A stack in `format`, packed matrix by matrix as in `packed`."""
         count, rows, cols = shape
         out = empty_stack(count, rows, cols, get_format(format).tile_bytes)
-        for i, part in enumerate(self.parts(name, shape)):
-            self.pack_rows(part.tensor, part.row, part.row + rows, format, packer, out[i])
+        self.pack_matrices(name, format, shape, 0, packer, out)
         return PackedStack(format, count, rows, cols, out)
+
+    def stack_pieces(
+        self, name: str, format: str, shape: StackShape, packer: Packer, piece_bytes: int
+    ) -> Iterator[PackedStack]:
+        """`packed_stack` in pieces of whole experts, in order, each of about `piece_bytes` at most."""
+        count, rows, cols = shape
+        tile_bytes, step = get_format(format).tile_bytes, matrices_per_expert(name)
+        step *= max(1, piece_bytes // math.prod((step, *tile_counts(rows, cols), tile_bytes)))
+        for first in range(0, count, step):
+            out = empty_stack(min(step, count - first), rows, cols, tile_bytes)
+            self.pack_matrices(name, format, shape, first, packer, out)
+            yield PackedStack(format, len(out), rows, cols, out)
+            del out  # only the caller may keep it alive
+
+    def pack_matrices(self, name: str, format: str, shape: StackShape, first: int, packer: Packer, out: torch.Tensor) -> None:
+        """Packs the matrices of a stack from `first` on, whose tiles are `out`; they are those of whole experts."""
+        for tiles, part in zip(out, self.parts(name, shape)[first : first + len(out)], strict=True):
+            self.pack_rows(part.tensor, part.row, part.row + shape[1], format, packer, tiles)
 
     def pack_rows(self, name: str, begin: int, end: int, format: str, packer: Packer, out: torch.Tensor) -> None:
         """Rows [begin, end) of a stored matrix, packed as a matrix of their own into the tiles `out`, in `column_order`."""

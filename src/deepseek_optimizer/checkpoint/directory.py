@@ -12,8 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..errors import CheckpointError
-from ..quant import PackedStack, Packer, get_format, reference_packer
-from ..quant.tiles import empty_stack
+from ..quant import Packer
 from ..quant.transposed_stack import StackLayout, matrices_of
 from .base import Checkpoint, TensorInfo
 from .files import DataFile, inside, read_json
@@ -142,19 +141,18 @@ class SafetensorsCheckpoint(Checkpoint):
             return stored
         return {tensor: (experts, cols, rows) for tensor, (experts, rows, cols) in stored.items()}
 
-    def packed_stack(self, name: str, format: str, shape: StackShape, packer: Packer = reference_packer) -> PackedStack:
+    def pack_matrices(self, name: str, format: str, shape: StackShape, first: int, packer: Packer, out: torch.Tensor) -> None:
         """As in the base class; of a transposed stack, an expert at a time."""
         if name not in self.transposed:
-            return super().packed_stack(name, format, shape, packer)
+            return super().pack_matrices(name, format, shape, first, packer, out)
         count, rows, cols = shape
-        out = empty_stack(count, rows, cols, get_format(format).tile_bytes)
-        experts = self.info(name).shape[0]
-        for i, tiles in enumerate(out.unflatten(0, (experts, -1))):
+        each = count // self.info(name).shape[0]
+        for i, tiles in enumerate(out.unflatten(0, (-1, each)), first // each):
             expert = self.read_rows(name, i * cols, (i + 1) * cols)
             self.check_finite(name, expert)
             for matrix, part in zip(matrices_of(expert[None], rows, self.transposed[name])[0], tiles, strict=True):
                 packer(matrix.contiguous(), format, part)
-        return PackedStack(format, count, rows, cols, out)
+        return None
 
     def check_dtype(self, name: str) -> None:
         self._dtype(self.info(name))

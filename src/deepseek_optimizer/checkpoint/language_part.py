@@ -43,7 +43,6 @@ _TOWERS: Final = {
     "the audio tower": r"model\.(audio_tower|embed_audio)\..*",
 }
 _PARTS: Final[Mapping[str, LanguagePart]] = {
-    "deepseek_v4": LanguagePart(unread=_MTP),
     "glm_moe_dsa": LanguagePart(unread=_GLM_5),
     "llama4": LanguagePart("llama4_text", {"language_model.": ""}, _IMAGES),
     "mistral3": LanguagePart("mistral", {"language_model.": "", **_IN_MODEL}, _IMAGES),

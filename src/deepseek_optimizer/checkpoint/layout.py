@@ -25,10 +25,12 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Layout:
-    """One file. `header`: its first bytes, including the length; `order`: its tensors in file order; `size`: total bytes."""
+    """One file. `header`: its first bytes, including the length; `order`: its tensors in file order; `sizes`: their bytes;
+    `size`: total bytes."""
 
     header: bytes
     order: tuple[str, ...]
+    sizes: tuple[int, ...]
     size: int
 
 
@@ -55,7 +57,8 @@ def layout_of(tensors: Mapping[str, Stored]) -> Layout:
         at += sizes[name]
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % _ALIGN)
-    return Layout(len(text).to_bytes(8, "little") + text, tuple(order), 8 + len(text) + at)
+    lengths = tuple(sizes[name] for name in order)
+    return Layout(len(text).to_bytes(8, "little") + text, tuple(order), lengths, 8 + len(text) + at)
 
 
 def bytes_of(value: Stored) -> memoryview:

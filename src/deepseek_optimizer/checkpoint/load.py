@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -45,6 +46,7 @@ def stream_weights(
     progress: Callable[[LoadProgress], None] | None = None,
     ignored: Iterable[str] = IGNORED,
     order: Sequence[str] | None = None,
+    piece_bytes: int | None = None,
 ) -> Iterator[tuple[str, PackedWeight | torch.Tensor]]:
     """Yields the wanted tensors in file order: packed matrices and stacks, and plain tensors where the format is None.
 
@@ -58,6 +60,8 @@ def stream_weights(
         progress: called after each tensor.
         ignored: patterns (full match) of stored tensor names that may be absent from `wanted`.
         order: names of the tensors to yield, in this order; None: all, in file order.
+        piece_bytes: stacks are yielded in pieces of whole experts, one after the other under the same name, each of about this
+            size at most; None: whole.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected, has another shape, or contains NaN. The error names it.
@@ -65,7 +69,7 @@ def stream_weights(
     check_tensors(checkpoint, wanted, shapes, ignored)
     if order is None:
         order = sorted(wanted, key=lambda name: _place(checkpoint, name, shapes[name]))
-    return _stream(checkpoint, {name: wanted[name] for name in order}, shapes, packer, progress)
+    return _stream(checkpoint, {name: wanted[name] for name in order}, shapes, packer, progress, piece_bytes)
 
 
 def check_tensors(
@@ -113,6 +117,7 @@ def _stream(
     shapes: Mapping[str, tuple[int, ...]],
     packer: Packer,
     progress: Callable[[LoadProgress], None] | None,
+    piece_bytes: int | None,
 ) -> Iterator[tuple[str, PackedWeight | torch.Tensor]]:
     sizes = {name: sum(checkpoint.info(t).nbytes for t in checkpoint.stored(name, tuple(shapes[name]))) for name in wanted}
     total, done, start = sum(sizes.values()), 0, time.monotonic()
@@ -124,10 +129,15 @@ def _stream(
             yield name, tensor
             del tensor  # only the caller may keep it alive
         else:
-            if len(shape := tuple(shapes[name])) == 3:
-                yield name, checkpoint.packed_stack(name, format, shape, packer)  # type: ignore[arg-type]  # three dimensions
-            else:
+            shape: Any = tuple(shapes[name])
+            if len(shape) != 3:
                 yield name, checkpoint.packed(name, format, packer)
+            elif piece_bytes is None:
+                yield name, checkpoint.packed_stack(name, format, shape, packer)
+            else:
+                for piece in checkpoint.stack_pieces(name, format, shape, packer, piece_bytes):
+                    yield name, piece
+                    del piece  # only the caller may keep it alive
         done += sizes[name]
         if progress is not None:
             progress(LoadProgress(name, done, total, count, len(wanted), time.monotonic() - start))

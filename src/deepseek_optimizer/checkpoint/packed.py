@@ -10,7 +10,7 @@ multiples of 64 bytes where their sizes allow it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -94,6 +94,15 @@ class PackedCheckpoint(SafetensorsCheckpoint):
         if name not in self._entries:
             return super().packed_stack(name, format, shape, packer)
         return PackedStack(format, *shape, self._tiles(name, format))
+
+    def stack_pieces(
+        self, name: str, format: str, shape: StackShape, packer: Packer, piece_bytes: int
+    ) -> Iterator[PackedStack]:
+        """The stack as stored, in one piece."""
+        if name not in self._entries:
+            yield from super().stack_pieces(name, format, shape, packer, piece_bytes)
+        else:
+            yield self.packed_stack(name, format, shape, packer)
 
     def mappings(self) -> list[Any]:
         return [file.mapping for file in self._files.values() if file.mapping is not None]

@@ -31,7 +31,8 @@ _KIMI: Final[Renames] = (
 )  # fmt: skip
 _V4: Final[Renames] = (
     (r"^(?:model\.)?embed\.weight$", "model.embed_tokens.weight"), (r"^(?:model\.)?head\.weight$", "lm_head.weight"),
-    (r"^(layers\.|norm\.|hc_head)", r"model.\1"), (r"^model\.hc_head_(fn|base|scale)$", r"model.hc_head.hc_\1"),
+    (r"^(layers\.|norm\.|hc_head)", r"model.\1"), (r"(^model|\.\d+)\.hc_head_(fn|base|scale)$", r"\1.hc_head.hc_\2"),
+    (r"^(model\.layers\.\d+)\.norm\.", r"\1.shared_head.norm."),
     (r"\.attn\.", ".self_attn."), (r"\.ffn\.", ".mlp."), (r"\.indexer\.compressor\.", ".compressor.indexer."),
     (r"\.self_attn\.indexer\.weights_proj\.", ".self_attn.compressor.indexer.scorer.weights_proj."),
     (r"\.self_attn\.indexer\.", ".self_attn.compressor.indexer."),
@@ -47,6 +48,8 @@ _RENAMES: Final[Mapping[str, Renames]] = {
     "mixtral": _MIXTRAL, "minimax_m2": _MIXTRAL, "granitemoe": _GRANITE, "lfm2_moe": _NUMBERED, "kimi_linear": _KIMI,
     "deepseek_v4": _V4,
 }  # fmt: skip
+# model_type -> pattern of the beginning of tensors that belong to MTP layer \1.
+_MTP: Final[Mapping[str, str]] = {"deepseek_v4": r"^(?:model\.)?mtp\.(\d+)\."}
 # model_type -> (pattern of a parameter's stored parts, the parameter): parts are joined along the first axis, in this order.
 _PARTS: Final[Mapping[str, tuple[tuple[str, ...], str]]] = {
     "kimi_linear": (tuple(rf"\.{p}_conv1d\.weight$" for p in "qkv"), ".conv1d.weight"),
@@ -83,15 +86,33 @@ def parameter_name(stored: str, model_type: Any) -> str:
     return stored
 
 
-def with_parameter_names(tensors: Mapping[str, TensorInfo], model_type: Any) -> dict[str, TensorInfo]:
+def mtp_as_layer(stored: str, config: Mapping[str, Any]) -> str:
+    """The name of a stored tensor, with that of the layer in place of the beginning `mtp.N.` that some families give to tensors
+    of MTP layer N. Those layers follow the model's own.
+
+    Args:
+        config: the content of config.json.
+    """
+    family, layers = config.get("model_type"), config.get("num_hidden_layers")
+    pattern = _MTP.get(family) if isinstance(family, str) else None
+    if pattern is None or not isinstance(layers, int):
+        return stored
+    return re.sub(pattern, lambda found: f"layers.{layers + int(found[1])}.", stored)
+
+
+def with_parameter_names(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, TensorInfo]:
     """The tensors of a checkpoint by the names that the model's parameters have.
+
+    Args:
+        tensors: by the names that the files have.
+        config: the content of config.json.
 
     Raises:
         CheckpointError: two tensors have the same name then.
     """
     renamed: dict[str, TensorInfo] = {}
     for stored, info in tensors.items():
-        name = parameter_name(stored, model_type)
+        name = parameter_name(mtp_as_layer(stored, config), config.get("model_type"))
         if name in renamed:
             raise CheckpointError(
                 f"is also stored as {renamed[name].name}; remove one of them", file=info.file, tensor=info.name

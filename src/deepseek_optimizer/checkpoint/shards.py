@@ -63,19 +63,22 @@ def _layer_of(name: str) -> str | None:
 
 
 def write_shard(file: Writable, shard: Shard, weights: Iterator[tuple[str, Stored]]) -> None:
-    """Writes the shard's tensors, which `weights` yields next, one by one without keeping them."""
+    """Writes the shard's tensors, which `weights` yields next, each whole or in pieces, one by one without keeping them."""
     file.write(shard.layout.header)
-    written = len(shard.layout.header)
-    for expected in shard.layout.order:
-        name, value = next(weights)
-        data = bytes_of(value)
-        if name != expected:
-            raise AssertionError(f"{name} came where {shard.name} has {expected}")
-        file.write(data)
-        written += data.nbytes
-        del value, data
-    if written != shard.layout.size:
-        raise AssertionError(f"{shard.name} has {written} bytes instead of {shard.layout.size}")
+    for expected, size in zip(shard.layout.order, shard.layout.sizes, strict=True):
+        missing = size
+        while True:
+            name, value = next(weights)
+            data = bytes_of(value)
+            if name != expected:
+                raise AssertionError(f"{name} came where {shard.name} has {expected}")
+            if data.nbytes > missing:
+                raise AssertionError(f"{name} has {data.nbytes} bytes instead of {missing}")
+            file.write(data)
+            missing -= data.nbytes
+            del value, data
+            if not missing:
+                break
 
 
 def write_index(directory: Path, shards: Sequence[Shard]) -> None:

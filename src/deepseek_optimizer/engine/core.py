@@ -281,7 +281,7 @@ class EngineCore:
         ends = list(accumulate(len(p.ids) for p in parts))
         rows = [row for chunk, end in zip(chunks, ends, strict=True) for row in logit_rows(chunk, end)]
         follows = bool(self.drafting and self.drafting.wants_states)
-        states = follows or any(s.running.request.embed for s in chunks)
+        embeds = any(s.running.request.embed for s in chunks)
         decoding, prompt = token_counts(chunks)
         call = None
         if self.unwatched and self.runner.decodes and self.sliding is None:
@@ -289,20 +289,21 @@ class EngineCore:
         tokens: list[int | None]
         logits: Any
         last_hidden: Any = None
+        states: Any = None
         try:
             if call is not None:
-                decoded = self.runner.decode(parts, call, last_hidden=follows)
+                decoded = self.runner.decode(parts, call, draft_states=follows)
                 ran = self.clock()
                 steps, (tokens, logits) = decoded.steps, as_drafts(chunks, decoded)
-                last_hidden = None if decoded.last_hidden is None else decoded.last_hidden.transpose(0, 1).flatten(0, 1)
+                states = None if decoded.draft_states is None else decoded.draft_states.transpose(0, 1).flatten(0, 1)
             else:
-                result = self.runner.step(parts, rows, last_hidden=states)
+                result = self.runner.step(parts, rows, last_hidden=embeds, draft_states=follows)
                 ran = self.clock()
-                steps, last_hidden = 1, result.last_hidden if states else None
+                steps, last_hidden, states = 1, result.last_hidden, result.draft_states
                 tokens, logits = self.runner.choose_tokens(result.logits, token_choices(chunks, self.runner.on_host))
         except (MemoryError, BackendError) as error:
             return outputs + self._fail([chunk.running for chunk in chunks], error)
-        outputs += self._advance(chunks, tokens, logits, last_hidden, drafted=call is None)
+        outputs += self._advance(chunks, tokens, logits, last_hidden, states, drafted=call is None)
         for chunk in chunks:
             self.scheduler.forget(chunk.running)
         seconds = (ran - begun) / steps
@@ -385,8 +386,10 @@ class EngineCore:
         return outputs
 
     def _advance(
-        self, chunks: list[ScheduledChunk], tokens: list[int | None], logits: Any, states: Any, *, drafted: bool
+        self, chunks: list[ScheduledChunk], tokens: list[int | None], logits: Any, hidden: Any, states: Any, *, drafted: bool
     ) -> list[Output]:
+        """Completes a step; `hidden`: last hidden states of its rows, if a request embeds; `states`: their draft states, if a
+        proposer wants them."""
         outputs: list[Output] = []
         outcomes: list[tuple[Running, int, int]] = []
         row = begin = 0
@@ -403,7 +406,7 @@ class EngineCore:
                 row += 1 + more if chunk.ends else 0
                 outputs.append(self._end(r, "error", error=str(NotANumberError())))
             elif r.request.embed:
-                self._embed(r, states[begin : begin + count], chunk, outputs)
+                self._embed(r, hidden[begin : begin + count], chunk, outputs)
             elif chunk.ends and r.request.scored_tokens:
                 outputs.append(self._score(r, chunk, logits[row]))
                 row += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,21 +106,23 @@ class Runner:
                 for blocks in forgettable:
                     blocks.forget()
 
-    def verify(self, parts: list[Part], *, last_hidden: bool) -> StepOutput:
+    def verify(self, parts: list[Part], *, draft_states: bool) -> StepOutput:
         """Runs a step with logits for every row, by the decode kernels: bit for bit the logits of plain decoding. With
         `vocab_size`, they overwrite those of the previous step."""
         rows = np.arange(sum(len(p.ids) for p in parts), dtype=np.int32)
-        return self._run(parts, rows, last_hidden=last_hidden, logits=self._reused(len(rows)))
+        return self._run(parts, rows, draft_states=draft_states, logits=self._reused(len(rows)))
 
-    def step(self, parts: list[Part], rows: list[int], *, last_hidden: bool) -> StepOutput:
+    def step(self, parts: list[Part], rows: list[int], *, last_hidden: bool = False, draft_states: bool = False) -> StepOutput:
         """Runs a step over parts of both phases. Its logits overwrite those of the previous step.
 
         Args:
             parts: the sequences' tokens, those of phase DECODE first.
             rows: ascending indices, into the rows of all parts together, of the rows whose logits are needed.
             last_hidden: whether to return the last hidden states.
+            draft_states: whether to return what MTP layers take as states.
         """
-        return self._run(parts, np.array(rows, np.int32), last_hidden=last_hidden, logits=self._reused(len(rows)))
+        wanted: dict[str, Any] = {"last_hidden": last_hidden, "draft_states": draft_states}
+        return self._run(parts, np.array(rows, np.int32), **wanted, logits=self._reused(len(rows)))
 
     def _reused(self, rows: int) -> torch.Tensor | None:
         if not self._vocab_size:
@@ -128,16 +131,16 @@ class Runner:
             self._logits = torch.empty(max(rows, 16), self._vocab_size, dtype=torch.float32, device="cpu")
         return self._logits[:rows]
 
-    def decode(self, parts: list[Part], call: DecodeCall, *, last_hidden: bool = False) -> Decoded:
+    def decode(self, parts: list[Part], call: DecodeCall, *, draft_states: bool = False) -> Decoded:
         """Runs several decode steps, of the sequences' last blocks, if `decodes`. The logits overwrite those of other steps.
 
         Args:
             parts: a token of each sequence, for which there is room in the cache.
             call: the call; its steps fit into the sequences' last blocks.
-            last_hidden: whether to return the last hidden states.
+            draft_states: whether to return what MTP layers take as states.
         """
         rows = np.arange(len(parts), dtype=np.int32)
-        plan, batch = self._batch(parts, rows, None, last_hidden=last_hidden, logits=self._reused(len(parts)))
+        plan, batch = self._batch(parts, rows, draft_states=draft_states, logits=self._reused(len(parts)))
         decoded = self.memory.decode(plan, batch, call)
         for part in parts:
             part.sequence.blocks.tokens += decoded.steps - 1
@@ -162,12 +165,12 @@ class Runner:
         return tokens, dict(zip(needed, logits[needed].cpu().numpy(), strict=True))
 
     def draft(self, parts: list[Part], states: list[torch.Tensor], *, logits: bool) -> StepOutput:
-        """Runs a step of a drafting plan; the output has the hidden states of all rows. With `vocab_size`, the logits overwrite
+        """Runs a step of a drafting plan; the output has the draft states of all rows. With `vocab_size`, the logits overwrite
         those of the previous step.
 
         Args:
             parts: the sequences' tokens.
-            states: input hidden states, float32 [n, H] each; together one row per token.
+            states: input states, float32 [n, D] each; together one row per token.
             logits: whether to compute the logits of each sequence's last row.
         """
         counts = [len(p.ids) for p in parts]
@@ -175,18 +178,18 @@ class Runner:
         if max(counts) > _FEW:  # affects speed only
             parts = [replace(part, phase=PREFILL) for part in parts]
         reused = self._reused(len(rows)) if logits else None
-        return self._run(parts, rows.astype(np.int32), torch.cat(states), last_hidden=True, logits=reused)
+        return self._run(parts, rows.astype(np.int32), torch.cat(states), draft_states=True, logits=reused)
 
     def draft_several(self, parts: list[Part], states: list[torch.Tensor], call: DecodeCall) -> Decoded:
         """Runs several steps of a drafting plan, each over its own states of the step before; the result has those of all.
 
         Args:
             parts: a token of each sequence. The cache has room for those of all steps, which its length counts already.
-            states: input hidden states of the first step, float32 [1, H] each.
+            states: input states of the first step, float32 [1, D] each.
             call: the call.
         """
         rows = np.arange(len(parts), dtype=np.int32)
-        plan, batch = self._batch(parts, rows, torch.cat(states), last_hidden=True, logits=self._reused(len(parts)))
+        plan, batch = self._batch(parts, rows, torch.cat(states), draft_states=True, logits=self._reused(len(parts)))
         return self.memory.decode(plan, batch, call)
 
     def decode_drafted(
@@ -199,28 +202,26 @@ class Runner:
                 already.
             drafter: runs the drafting plan.
             pending: the rows that this plan has not processed.
-            states: the model's hidden states of these, float32 [n, H] each.
+            states: the model's draft states of these, float32 [n, D] each.
             call: the call.
         """
-        plan, batch = self._batch([part], _FIRST, None, last_hidden=True, logits=self._reused(1 + call.drafts))
+        plan, batch = self._batch([part], _FIRST, None, draft_states=True, logits=self._reused(1 + call.drafts))
         last = np.array([len(pending.ids) - 1], np.int32)
-        drafting, first = drafter._batch([pending], last, torch.cat(states), last_hidden=True, logits=drafter._reused(1))
+        drafting, first = drafter._batch([pending], last, torch.cat(states), draft_states=True, logits=drafter._reused(1))
         return self.memory.decode_drafted(plan, batch, drafting, first, call)
 
-    def _run(
-        self,
-        parts: list[Part],
-        rows: Int32,
-        states: torch.Tensor | None = None,
-        *,
-        last_hidden: bool,
-        logits: torch.Tensor | None = None,
-    ) -> StepOutput:
-        return self.memory.run(*self._batch(parts, rows, states, last_hidden=last_hidden, logits=logits))
+    def _run(self, parts: list[Part], rows: Int32, states: torch.Tensor | None = None, **wanted: Any) -> StepOutput:
+        """Runs a step; `wanted`: as in `_batch`."""
+        return self.memory.run(*self._batch(parts, rows, states, **wanted))
 
     def _batch(
-        self, parts: list[Part], rows: Int32, states: torch.Tensor | None, *, last_hidden: bool, logits: torch.Tensor | None
+        self, parts: list[Part], rows: Int32, states: torch.Tensor | None = None, **wanted: Any
     ) -> tuple[Plan, StepBatch]:
+        """The plan that runs a step, and the step.
+
+        Args:
+            wanted: the fields of `StepBatch` that say which results to return, and where to write logits.
+        """
         counts = np.array([len(p.ids) for p in parts], np.int32)
         starts = np.array([p.start for p in parts], np.int32)
         hidden_from = np.array([p.first_block * BLOCK_TOKENS for p in parts], np.int32)
@@ -236,11 +237,10 @@ class Runner:
             block_table=_tables(parts),
             logit_rows=rows,
             states=states,
-            last_hidden=last_hidden,
-            logits=logits,
             reach=_reach(parts),
             state_from=state_from,
             state_to=state_to,
+            **wanted,
         )
         if self._embed is not None and any(p.sequence.pictures is not None for p in parts):
             batch = replace(batch, **step_fields(parts, batch.positions, self._embed))

@@ -306,6 +306,11 @@ class Graph:
     draft_vocab_size: int | None = None
 
     @property
+    def draft_width(self) -> int:
+        """Elements per row of the states that MTP layers take (`draft_out`)."""
+        return next((n.inputs[0].width for n in self.nodes if n.op == "draft_out"), self.hidden_size)
+
+    @property
     def logits_width(self) -> int:
         """Number of logits of a row."""
         return self.draft_vocab_size or self.vocab_size

@@ -108,6 +108,8 @@ def _check_results(graph: Graph) -> None:
     heads = [n for n in graph.nodes if n.op == "lm_head"]
     if len(heads) > 1:
         raise GraphError(f"a graph must have at most one lm_head, but this one has {len(heads)}")
+    if sum(n.op == "draft_out" for n in graph.nodes) > 1:
+        raise GraphError("a graph must have at most one draft_out")
     indices = sorted(n.attrs["index"] for n in graph.nodes if n.op == "hidden_out")
     if indices != list(range(graph.hidden_states)):
         raise GraphError(f"hidden_out needs indices 0 to {graph.hidden_states - 1}, each once; has {indices}")

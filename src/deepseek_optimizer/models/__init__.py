@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import ConfigError, UnsupportedModelError, shown
-from ..graph.ir import Graph, RowsSpec
+from ..graph.ir import Graph
 from .decoder import MAX_VOCAB
 from .families import ENCODERS, FAMILIES, MULTIMODAL, PARTS, SUPPORTED, TOWERS, Family, Multimodal, traits
 from .fields import Fields
@@ -39,10 +39,7 @@ def build_graph(config: Any, mtp_layers: int = 0) -> Graph:
     graph = _build(fields, _model_type(config))
     _check_dtype(fields, "dtype")
     _check_mtp(config, mtp_layers)
-    if not mtp_layers:
-        return graph
-    assert not isinstance(graph.cache, RowsSpec)  # `_check_mtp`: families with such a cache have no MTP layers
-    return replace(graph, cache=replace(graph.cache, layers=graph.cache.layers + mtp_layers))
+    return graph if not mtp_layers else replace(graph, cache=build_mtp_graph(config, 0, mtp_layers).cache)
 
 
 def build_encoder_graph(config: Any) -> Graph:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import ConfigError, UnsupportedModelError, shown
 from ..graph.ir import CachedRows, Graph, Node, RowsSpec, Value
-from .blocks import emit, linear, norm, rms_norm
+from .blocks import FeedForward, add, emit, linear, norm, rms_norm
 from .decoder import MAX_HEADS, MAX_LAYERS, MAX_POSITIONS, MAX_WIDTH, Trunk, read_layer_kinds, read_trunk
 from .experts import ClampedForm, feed_forward, read_plain_routing
 from .fields import Fields
@@ -63,7 +63,61 @@ class _Cache:
         return len(self.rows) - 1
 
 
+@dataclass(frozen=True)
+class _Decoder:
+    """What the graphs of the model and of its MTP layers are built from: sizes, and a layer's feed-forward network."""
+
+    d: Trunk
+    attention: _Attention
+    streams: Streams
+    forward: FeedForward
+
+
 def build(fields: Fields) -> Graph:
+    m, cache = _read(fields), _Cache()
+    nodes: list[Node] = []
+    x = emit(nodes, "embedding", (), "embed", m.d.hidden, "model.embed_tokens.weight", scale=1.0)
+    tables = _tables(nodes, m.d, m.attention.kinds)
+    streams = spread(nodes, m.streams, x)
+    for layer in range(m.d.layers):
+        streams = _layer(nodes, m, cache, tables, streams, layer)
+    head = "model.embed_tokens.weight" if m.d.tied else "lm_head.weight"
+    _results(nodes, m, streams, "model.hc_head", m.d.final_norm, head)
+    return Graph(m.d.family, nodes, m.d.vocab, m.d.hidden, 1, RowsSpec(tuple(cache.rows)), m.d.max_positions)
+
+
+def build_mtp(fields: Fields, depth: int, layers: int) -> Graph:
+    """An MTP layer: a layer with a window over streams that are computed from those of the model (or of the previous MTP layer)
+    and from the embedding of the next token. It collapses its streams by weights of its own. In the cache, the rows of MTP
+    layers follow the model's. Source: `MTPBlock` in DeepSeek's own code for V4."""
+    main = build(fields)
+    assert isinstance(main.cache, RowsSpec)
+    m = _read(fields)
+    m = replace(m, attention=replace(m.attention, kinds=(*m.attention.kinds, *(SLIDING,) * layers)))
+    layer, s, cache = m.d.layers + depth, m.streams, _Cache()
+    name, path = f"l{layer}", f"model.layers.{layer}"
+    window = CachedRows(m.attention.head_dim, window=m.attention.window)
+    cache.rows += [*main.cache.rows, *(window,) * depth]
+    nodes: list[Node] = []
+    embedded = emit(nodes, "embedding", (), "embed", m.d.hidden, f"{path}.embed_tokens.weight", scale=1.0)
+    tables = _tables(nodes, m.d, (SLIDING,))
+    embedded = norm(nodes, m.d, embedded, f"{name}.embed_norm", f"{path}.enorm")
+    embedded = spread(nodes, s, linear(nodes, embedded, f"{name}.embed_in", m.d.hidden, f"{path}.e_proj"))
+    state = emit(nodes, "state_in", (), "state", s.count * m.d.hidden)
+    state = emit(
+        nodes, "head_norm", (state,), f"{name}.state_norm", state.width, f"{path}.hnorm.weight", eps=m.d.eps, heads=s.count,
+        head_dim=m.d.hidden,
+    )  # fmt: skip
+    state = emit(
+        nodes, "grouped_linear", (state,), f"{name}.state_in", state.width, f"{path}.h_proj.weight", groups=s.count, shared=True
+    )
+    streams = _layer(nodes, m, cache, tables, add(nodes, embedded, state, f"{name}.in"), layer)
+    _results(nodes, m, streams, f"{path}.hc_head", f"{path}.shared_head.norm", f"{path}.shared_head.head.weight")
+    rows = (*cache.rows, *(window,) * (layers - depth - 1))
+    return Graph(m.d.family, nodes, m.d.vocab, m.d.hidden, 1, RowsSpec(rows), m.d.max_positions)
+
+
+def _read(fields: Fields) -> _Decoder:
     fields = _current(fields)
     fields.only("attention_bias", None, False)
     fields.only("mlp_bias", None, False)
@@ -87,7 +141,7 @@ def build(fields: Fields) -> Graph:
     )
     if s.count * d.hidden > MAX_WIDTH:
         raise ConfigError(f"config.hc_mult: {s.count} streams of {d.hidden} elements exceed the maximum width of {MAX_WIDTH}")
-    return _graph(d, a, s, _forward(fields, d))
+    return _Decoder(d, a, s, _forward(fields, d))
 
 
 def _current(fields: Fields) -> Fields:
@@ -173,7 +227,7 @@ def _read_attention(fields: Fields, d: Trunk) -> _Attention:
     return _Attention(heads, head_dim, q_rank, window, groups, o_rank, kinds, every, indexer)
 
 
-def _forward(fields: Fields, d: Trunk) -> Any:
+def _forward(fields: Fields, d: Trunk) -> FeedForward:
     scoring = fields.get("scoring_func")
     fields.only("scoring_func", "sqrtsoftplus", "sigmoid")
     kinds = fields.get("mlp_layer_types")
@@ -188,31 +242,38 @@ def _forward(fields: Fields, d: Trunk) -> Any:
     return feed_forward(d, routing, (True,) * d.layers)
 
 
-def _graph(d: Trunk, a: _Attention, s: Streams, forward: Any) -> Graph:
-    nodes: list[Node] = []
-    cache = _Cache()
-    x = emit(nodes, "embedding", (), "embed", d.hidden, "model.embed_tokens.weight", scale=1.0)
-    used = sorted({int(kind != SLIDING) for kind in a.kinds})
+def _tables(nodes: list[Node], d: Trunk, kinds: tuple[str, ...]) -> dict[int, Value]:
+    """RoPE's tables for layers of these types: each has one for the rotation and one for that backwards."""
     tables = {}
-    for i in used:
+    for i in sorted({int(kind != SLIDING) for kind in kinds}):
         for back in (0, 2):
             rope = d.ropes[i + back]
             tables[i + back] = emit(nodes, "rope_table", (), f"rope{i + back}", rope.rot, rope=rope)
-    streams = spread(nodes, s, x)
-    for layer in range(d.layers):
-        path = f"model.layers.{layer}"
-        for block, hyper, norm_name in (("attn", "attn_hc", "input_layernorm"), ("mlp", "ffn_hc", "post_attention_layernorm")):
-            name = f"l{layer}.{block}"
-            weights = stream_weights(nodes, s, streams, f"{name}_hc", _parameters(f"{path}.{hyper}"))
-            x = norm(nodes, d, collapse(nodes, s, streams, weights, f"{name}_collapsed"), f"{name}_in", f"{path}.{norm_name}")
-            y = _attend(nodes, d, a, cache, tables, x, layer) if block == "attn" else forward(nodes, x, layer)
-            streams = expand(nodes, s, streams, weights, y, f"{name}_streams")
-    weights = stream_weights(nodes, s, streams, "head_hc", _parameters("model.hc_head", "hc_"))
-    normed = norm(nodes, d, collapse(nodes, s, streams, weights, "collapsed"), "final", d.final_norm)
+    return tables
+
+
+def _layer(
+    nodes: list[Node], m: _Decoder, cache: _Cache, tables: dict[int, Value], streams: Value, layer: int
+) -> Value:  # fmt: skip
+    """The streams after a layer."""
+    path = f"model.layers.{layer}"
+    for block, hyper, norm_name in (("attn", "attn_hc", "input_layernorm"), ("mlp", "ffn_hc", "post_attention_layernorm")):
+        name = f"l{layer}.{block}"
+        weights = stream_weights(nodes, m.streams, streams, f"{name}_hc", _parameters(f"{path}.{hyper}"))
+        x = collapse(nodes, m.streams, streams, weights, f"{name}_collapsed")
+        x = norm(nodes, m.d, x, f"{name}_in", f"{path}.{norm_name}")
+        y = _attend(nodes, m.d, m.attention, cache, tables, x, layer) if block == "attn" else m.forward(nodes, x, layer)
+        streams = expand(nodes, m.streams, streams, weights, y, f"{name}_streams")
+    return streams
+
+
+def _results(nodes: list[Node], m: _Decoder, streams: Value, hyper: str, norm_path: str, head: str) -> None:
+    """The states that the next MTP layer takes, the last hidden state and the logits."""
+    nodes.append(Node("draft_out", (streams,)))
+    weights = stream_weights(nodes, m.streams, streams, "head_hc", _parameters(hyper, "hc_"))
+    normed = norm(nodes, m.d, collapse(nodes, m.streams, streams, weights, "collapsed"), "final", norm_path)
     nodes.append(Node("hidden_out", (normed,), attrs={"index": 0}))
-    head = "model.embed_tokens.weight" if d.tied else "lm_head.weight"
-    emit(nodes, "lm_head", (normed,), "logits", d.vocab, head, bias=None)
-    return Graph(d.family, nodes, d.vocab, d.hidden, 1, RowsSpec(tuple(cache.rows)), d.max_positions)
+    emit(nodes, "lm_head", (normed,), "logits", m.d.vocab, head, bias=None)
 
 
 def _parameters(path: str, prefix: str = "") -> tuple[str, str, str]:

@@ -49,7 +49,7 @@ class Text:
 
     def batches(self) -> tuple[StepBatch, StepBatch]:
         cached, table = len(self.tokens) - 1, np.arange(BLOCKS, dtype=np.int32)[None]
-        common = {"phase": ints(DECODE), "last_hidden": True}
+        common = {"phase": ints(DECODE), "draft_states": True}
         batch = StepBatch(
             ints(self.tokens[-1]), ints(cached), ints(1), ints(cached), block_table=table, logit_rows=ints(0), **common
         )
@@ -86,7 +86,7 @@ class World:
             batch, token_ids=ints(*text.tokens[:-1]), positions=rows, query_len=ints(len(rows)), context_len=ints(0),
             logit_rows=ints(),
         )  # fmt: skip
-        states = self.plan.run(prompt, store).last_hidden
+        states = self.plan.run(prompt, store).draft_states
         text.begin, text.states = base, states[base:]
         if (done := PROMPT - 1 - pending) > base:
             _, first = text.batches()
@@ -153,7 +153,7 @@ def by_single_rounds(text: Text, call: DraftedCall) -> list[Any]:
         assert made.logits is None
         rounds += made.rounds
         total += len(made.rounds[0].tokens)
-        text.add(made.rounds[0].tokens, made.last_hidden)
+        text.add(made.rounds[0].tokens, made.draft_states)
         if made.rounds[0].tokens[-1] in call.stops:
             break
     return rounds
@@ -178,7 +178,7 @@ def test_a_call_equals_single_rounds(world, name, base):
     made = world.plan.decode_drafted(*interleaved(text, world.drafter), text.store, call)
     assert [(r.tokens, r.drafted) for r in made.rounds] == [(r.tokens, r.drafted) for r in rounds]
     assert made.logits is None and all(r.seconds > 0 for r in made.rounds)
-    torch.testing.assert_close(made.last_hidden, expected.states, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(made.draft_states, expected.states, rtol=1e-4, atol=1e-4)
     counts = {len(r.tokens) - 1 for r in rounds}
     assert counts > {0} or name in ("two tokens of room", "stop")  # some drafts hold, and some do not
     if name == "only certain drafts":
@@ -205,7 +205,7 @@ def test_tokens_are_those_of_plain_decoding(world, penalized):
             seen = torch.tensor(sorted(set(plain.tokens)))
             logits[seen] = torch.where(logits[seen] > 0, logits[seen] / 1.3, logits[seen] * 1.3)
         assert int(logits.argmax()) == token
-        plain.add([token], output.last_hidden)
+        plain.add([token], output.draft_states)
     assert len(tokens) > 6
 
 
@@ -219,7 +219,7 @@ def test_the_caller_chooses_where_a_choice_is_not_certain(world):
     made = world.plan.decode_drafted(batch, world.drafter, pending, text.store, world.call(row=row))
     assert [r.tokens for r in made.rounds] == [[]]
     torch.testing.assert_close((made.logits.double() / 1.2).softmax(-1), probabilities)
-    assert made.last_hidden.shape == (1, world.plan.hidden_size)
+    assert made.draft_states.shape == (1, world.plan.hidden_size)
 
 
 def test_no_round_begins_after_the_time(world):

@@ -97,7 +97,7 @@ def test_states_of_a_wrong_shape_are_rejected(backend):
 
 def several(plan, store, batch, states, steps, **call):
     """A call of `decode` over two sequences."""
-    batch.states, batch.last_hidden = states, True
+    batch.states, batch.draft_states = states, True
     return plan.decode(batch, store, DecodeCall(steps, [RowChoice()] * 2, np.zeros(0, np.int32), math.inf, **call))
 
 
@@ -118,9 +118,9 @@ def test_a_call_of_several_steps_continues_with_its_own_states(backend, token_of
         states, ids, expected = first, [3, 5], []
         for _ in range(steps):
             batch = make_batch([Part(blocks, [i], DECODE) for blocks, i in zip(one, ids, strict=True)], r.store)
-            batch.states, batch.last_hidden = states, True
+            batch.states, batch.draft_states = states, True
             output = r.plan.run(batch, r.store)
-            states, chosen = output.last_hidden, output.logits.argmax(-1)
+            states, chosen = output.draft_states, output.logits.argmax(-1)
             ids = chosen.tolist() if token_of is None else token_of[chosen.numpy()].tolist()
             expected.append((ids, states))
         batch = make_batch([Part(blocks, [i], DECODE) for blocks, i in zip(other, [3, 5], strict=True)], r.store)
@@ -130,7 +130,7 @@ def test_a_call_of_several_steps_continues_with_its_own_states(backend, token_of
         count = 1 if singly else steps
         assert decoded.logits is None and decoded.steps == count
         assert decoded.tokens.tolist() == [tokens for tokens, _ in expected[:count]]
-        assert torch.equal(decoded.last_hidden, torch.stack([state for _, state in expected[:count]]))
+        assert torch.equal(decoded.draft_states, torch.stack([state for _, state in expected[:count]]))
 
 
 def test_states_of_the_step_whose_tokens_are_left_to_the_caller(backend):
@@ -142,7 +142,7 @@ def test_states_of_the_step_whose_tokens_are_left_to_the_caller(backend):
     batch = make_batch([Part(r.sequence(), [3], DECODE), Part(r.sequence(), [5], DECODE)], r.store)
     decoded = several(r.plan, r.store, batch, None, 4)
     assert decoded.steps == 1 and len(decoded.tokens) == 0
-    assert decoded.logits.isnan().all() and decoded.last_hidden.shape == (1, 2, model.config.hidden_size)
+    assert decoded.logits.isnan().all() and decoded.draft_states.shape == (1, 2, model.config.hidden_size)
 
 
 def test_states_and_other_tokens_of_a_call_are_checked(backend):

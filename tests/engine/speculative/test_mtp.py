@@ -73,22 +73,22 @@ class World:
             batch.positions = batch.positions + start
             batch.block_table = table
             batch.context_len[:] = start - base
-            batch.states, batch.last_hidden = states, True
+            batch.states, batch.draft_states = states, True
             return plan.run(batch, store)
 
         blocks.append(cached + count)
         table = blocks.table()[None, base // 32 :]
         batch = steps.make_batch([steps.Part(main.sequence(), tokens[:-1], DECODE)], store)
-        batch.block_table, batch.last_hidden = blocks.table()[None], True
-        states = self.plans[0].run(batch, store).last_hidden[base:]
+        batch.block_table, batch.draft_states = blocks.table()[None], True
+        states = self.plans[0].run(batch, store).draft_states[base:]
         for k, plan in enumerate(self.plans[1:]):
             made = run(plan, [*tokens, *drafts][base + k + 1 : cached + k + 1], base, states)
             drafts.append(int(made.logits[0].argmax()))
-            states = made.last_hidden
+            states = made.draft_states
         for further in range(count - len(drafts)):
             made = run(self.plans[-1], drafts[-1:], cached + further, states[-1:])
             drafts.append(int(made.logits[0].argmax()))
-            states = made.last_hidden
+            states = made.draft_states
         return drafts[:count]
 
 
@@ -152,7 +152,7 @@ def begin(decoder: SpeculativeDecoder, index: int, ids: list[int], *, seen_from:
     for start in range(0, len(ids) - 1, chunk):
         part = Part(sequence, ids[start : min(start + chunk, len(ids) - 1)], start)
         runner.reserve([sequence], [len(part.ids)])
-        states = runner.verify([part], last_hidden=True).last_hidden
+        states = runner.verify([part], draft_states=True).draft_states
         if start >= seen_from:
             decoder.proposer.follow(sequence, states)
     return sequence

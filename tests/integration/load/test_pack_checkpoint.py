@@ -41,6 +41,15 @@ def test_the_same_files_as_save_pretrained(tmp_path: Path, case: str, precision:
     assert content(tmp_path / "packed") == content(tmp_path / "saved")
 
 
+@pytest.mark.parametrize("case", ["deepseek_v3-groups", "gpt_oss-sinks", "llama4_text-chunks", "deepseek_v4-mixed"])
+def test_experts_in_pieces(tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PIECE_BYTES", 1)
+    random_model(CASES[case](), dtype=torch.bfloat16).save_pretrained(tmp_path / "float")
+    load_model(tmp_path / "float", precision="int4").save_pretrained(tmp_path / "saved")
+    pack_checkpoint(tmp_path / "float", tmp_path / "packed", {"precision": "int4"})
+    assert content(tmp_path / "packed") == content(tmp_path / "saved")
+
+
 def test_a_gguf_file_and_its_notes(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(llama_file({"": "IQ3_S"}))
     with pytest.warns(UserWarning, match="rounds them again"):

@@ -12,6 +12,7 @@ from deepseek_optimizer.integration.training.modules import (
     is_expert_parallel,
     is_tied,
     set_attention_name,
+    silu_limit,
     uses_silu,
 )
 from support.family_configs import llama
@@ -40,6 +41,16 @@ def test_activations_and_experts():
     assert not uses_silu(mlp) and not is_expert_parallel(mlp)
     mlp._is_expert_parallel = True
     assert is_expert_parallel(mlp)
+
+
+def test_limits_of_feed_forward_blocks():
+    block = random_model(CASES["deepseek_v4-mixed"]()).model.layers[0].mlp
+    for module in (block.experts, block.shared_experts):
+        assert uses_silu(module) and silu_limit(module) == 1.5
+    other = random_model(CASES["llama-gqa"]()).model.layers[0].mlp
+    assert silu_limit(other) is None
+    other.limit = 1.5  # whose formula is not known
+    assert not uses_silu(other) and silu_limit(other) is None
 
 
 def test_tied_weights():

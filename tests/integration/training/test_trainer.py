@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 
 import pytest
-from transformers import Trainer
+import transformers
+from transformers import PreTrainedConfig, Trainer
 
 from deepseek_optimizer.integration.training.trainer import HookedTrainer, optimizer_names
+from support.family_configs import deepseek_v4
 
 PRIVATE = sorted(name for name in vars(HookedTrainer) if name.startswith("_") and not name.startswith("__"))
 PUBLIC = sorted(name for name, value in vars(HookedTrainer).items() if inspect.isfunction(value) and name[0] != "_")
@@ -37,6 +40,21 @@ def test_private_methods_call_public_ones_that_call_trainer(monkeypatch, tmp_pat
         actual, given, named = reached.pop()
         assert actual == name and [*given, *named.values()] == args
     assert len(PUBLIC) == len(PRIVATE)
+
+
+def test_trainer_reads_the_version_of_a_config_that_only_its_family_accepts(monkeypatch, tmp_path):
+    """So that it warns of checkpoints of other releases."""
+    deepseek_v4().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    read = []
+
+    def load(self, folder, model=None):
+        assert (Path(folder) / "model.safetensors").read_bytes() == b"weights"
+        read.append(PreTrainedConfig.from_json_file(f"{folder}/config.json").transformers_version)
+
+    monkeypatch.setattr(Trainer, "_load_from_checkpoint", load)
+    object.__new__(HookedTrainer).load_weights(str(tmp_path))
+    assert read == [transformers.__version__]
 
 
 def test_names_of_optimizers():

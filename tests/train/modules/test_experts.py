@@ -10,10 +10,10 @@ import torch.nn.functional as F
 
 from deepseek_optimizer.train.modules.experts import TrainedExperts, grouped_experts
 from deepseek_optimizer.train.saved_activations import SavedActivations
-from support.family_configs import deepseek_v2, deepseek_v3, deepseek_v32, llama, llama4_text, youtu
+from support.family_configs import deepseek_v2, deepseek_v3, deepseek_v4, deepseek_v32, llama, llama4_text, youtu
 from support.models import random_model
 
-FAMILIES = {"v2": deepseek_v2, "v3": deepseek_v3, "v32": deepseek_v32}
+FAMILIES = {"v2": deepseek_v2, "v3": deepseek_v3, "v32": deepseek_v32, "v4": deepseek_v4}
 
 
 def trained(module: torch.nn.Module) -> torch.nn.Module:
@@ -52,9 +52,12 @@ def case(tokens: int, experts: int, chosen: int, dtype: torch.dtype, seed: int =
     return x, gate_up, down, index, weights
 
 
-def test_gradients_in_fp64():
+@pytest.mark.parametrize("limit", [None, 0.4])
+def test_gradients_in_fp64(limit):
     x, gate_up, down, index, weights = case(5, 6, 3, torch.float64, only=4)
-    assert torch.autograd.gradcheck(lambda a, b, c, w: grouped_experts(a, b, c, index, w), (x, gate_up, down, weights))
+    assert torch.autograd.gradcheck(
+        lambda a, b, c, w: grouped_experts(a, b, c, index, w, limit=limit), (x, gate_up, down, weights)
+    )
 
 
 @pytest.mark.parametrize("tokens, experts, chosen, only", [(1, 4, 1, None), (7, 3, 3, None), (33, 16, 4, 5), (64, 8, 2, None)])
@@ -116,16 +119,17 @@ def test_sums_do_not_depend_on_the_order_of_names():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-10)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_equals_transformers(family):
-    own = random_model(FAMILIES[family]()).model.layers[-1].mlp.experts
+def test_equals_transformers(family, dtype, tolerance):
+    own = random_model(FAMILIES[family](), dtype=dtype).model.layers[-1].mlp.experts
     assert TrainedExperts.fits(own)
     ours = trained(own)
     assert isinstance(ours, type(own))
     assert list(ours.state_dict()) == list(own.state_dict())
     g = torch.Generator().manual_seed(3)
     index = torch.rand(50, own.num_experts, generator=g).topk(3, -1).indices
-    inputs = [torch.randn(50, own.hidden_dim, generator=g), torch.rand(50, 3, generator=g)]
+    inputs = [torch.randn(50, own.hidden_dim, generator=g).to(dtype), torch.rand(50, 3, generator=g).to(dtype)]
     made = []
     for module in (ours, own):
         x, w = (t.clone().requires_grad_() for t in inputs)
@@ -133,7 +137,16 @@ def test_equals_transformers(family):
         out.square().sum().backward()
         made.append((out, x.grad, w.grad, module.gate_up_proj.grad, module.down_proj.grad))
     for a, b in zip(*made, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_limits_change_the_result():
+    own = random_model(deepseek_v4()).model.layers[-1].mlp.experts
+    x, index, weights = torch.randn(9, own.hidden_dim), torch.arange(9)[:, None] % 6, torch.ones(9, 1)
+    with torch.no_grad():
+        first = trained(own)(x, index, weights)
+        own.limit = 1e9
+        assert not torch.allclose(trained(own)(x, index, weights), first)
 
 
 def test_unsupported_modules():

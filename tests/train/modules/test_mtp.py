@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 from deepseek_optimizer import ConfigError, load_model
 from deepseek_optimizer.backends.reference import ReferenceBackend
 from deepseek_optimizer.models import build_graph, build_mtp_graph
+from deepseek_optimizer.train.modules.draft_layer import add_draft_layer
 from deepseek_optimizer.train.modules.mtp import add_trained_layers, head_of, mtp_states
-from support.family_configs import deepseek_v3, deepseek_v32, gemma2, llama, qwen2, qwen3
+from support.family_configs import deepseek_v3, deepseek_v4, deepseek_v32, gemma2, llama, qwen2, qwen3
 from support.models import assert_close_rows, random_ids, random_model, randomize, weights_of
 from support.mtp_files import save_with_mtp
 from support.steps import Part, run_step, runner
@@ -119,6 +120,14 @@ def test_layers_have_the_models_dtype_except_routers():
     assert fp32 == {"mlp.gate.weight", "mlp.gate.e_score_correction_bias"}
     assert layer.enorm.weight.eq(1).all() and layer.mlp.gate.e_score_correction_bias.eq(0).all()
     assert 0.01 < layer.eh_proj.weight.float().std() < 0.03
+
+
+def test_layers_of_several_streams_are_refused():
+    model = random_model(deepseek_v4(num_nextn_predict_layers=1))
+    with pytest.raises(ConfigError, match="MTP layers of deepseek_v4 models, which take several residual streams"):
+        add_trained_layers(model)
+    with pytest.raises(ConfigError, match="a deepseek_v4 model can have no layer that drafts"):
+        add_draft_layer(model)
 
 
 def test_a_model_without_mtp_layers():

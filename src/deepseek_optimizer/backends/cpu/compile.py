@@ -212,6 +212,7 @@ def compile_graph(
     return CpuPlan(
         context, steps, compiler.slots, compiler.weights, compiler.keep, [compiler.row(n) for n in nodes],
         vocab_size=graph.logits_width, hidden_size=graph.hidden_size, hidden_states=graph.hidden_states,
-        rope=compiler.rope, has_head=graph.has_head, has_states=bool(graph.states), looks_up=graph.looks_up,
+        draft_width=graph.draft_width if any(n.op == "draft_out" for n in nodes) else 0, rope=compiler.rope,
+        has_head=graph.has_head, has_states=bool(graph.states), looks_up=graph.looks_up,
         features=graph.features,
     )  # fmt: skip

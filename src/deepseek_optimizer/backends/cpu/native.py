@@ -20,7 +20,7 @@ from . import native_train
 from .buffers import Outputs, checking
 from .kept_rows import KeptRows
 
-ABI_VERSION = 16
+ABI_VERSION = 17
 BLOCK_TOKENS = 32
 
 FORMATS = {
@@ -33,7 +33,7 @@ KV_TYPES = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}
 FLAGS = {"eager": 1, "interleaved": 2, "grouped": 4, "expand": 8, "last": 16, "sigmoid": 32, "top2": 64, "normalize": 128,
          "gelu": 256, "silu": 512, "channels": 1024, "chunked": 2048, "weigh_input": 4096, "ids": 8192,
          "sqrt_softplus": 16384, "plain_up": 32768, "overlap": 65536,
-         "causal": 131072}  # fmt: skip
+         "causal": 131072, "shared": 262144}  # fmt: skip
 _EINVAL, _ENOMEM, _EFILE = 1, 2, 5
 UNDECIDED = -1
 
@@ -89,9 +89,9 @@ class Batch(C.Structure):
     _fields_ = [
         ("T", I32), ("S", I32), ("R", I32), ("max_blocks", I32), ("token_ids", PTR), ("positions", PTR),
         ("query_len", PTR), ("context_len", PTR), ("phase", PTR), ("block_table", PTR), ("logit_rows", PTR),
-        ("inputs_embeds", PTR), ("states", PTR), ("logits", PTR), ("hidden", PTR), ("last_hidden", PTR), ("cache", PTR),
-        ("inv_freq", PTR), ("recurrent", PTR), ("state_from", PTR), ("state_to", PTR), ("n_state_to", I32),
-        ("adapter_of", PTR), ("adapters", PTR), ("axes", PTR), ("visible_to", PTR), ("features", PTR),
+        ("inputs_embeds", PTR), ("states", PTR), ("logits", PTR), ("hidden", PTR), ("last_hidden", PTR),
+        ("draft_states", PTR), ("cache", PTR), ("inv_freq", PTR), ("recurrent", PTR), ("state_from", PTR), ("state_to", PTR),
+        ("n_state_to", I32), ("adapter_of", PTR), ("adapters", PTR), ("axes", PTR), ("visible_to", PTR), ("features", PTR),
     ]  # fmt: skip
 
 

@@ -169,6 +169,7 @@ class CpuPlan:
         vocab_size: int,
         hidden_size: int,
         hidden_states: int,
+        draft_width: int,
         rope: Any,
         has_head: bool,
         has_states: bool,
@@ -177,6 +178,7 @@ class CpuPlan:
     ) -> None:
         self.context, self.lib, self._keep, self._rows = context, context.lib, keep, rows
         self.vocab_size, self.hidden_size, self.hidden_states = vocab_size, hidden_size, hidden_states
+        self._draft_width = draft_width  # of DRAFT_OUT; 0: the plan has none, and draft states are the last hidden states
         self.has_head, self.has_states, self._looks_up, self._features = has_head, has_states, looks_up, features
         self._rope = rope  # the models.rope.RopeSpec whose frequencies depend on a sequence's length, or None
         self._rot = 0 if rope is None else rope.rot
@@ -200,7 +202,7 @@ class CpuPlan:
         native, tokens, kept = native_call(call, len(batch.query_len), self.vocab_size, steps)
         self._call("dso_plan_decode", b, output, C.byref(native))
         del kept
-        logits, states = self._returned(batch, output).logits, output.last_hidden
+        logits, states = self._returned(batch, output).logits, output.draft_states
         if states is not None:
             states = states.view(steps, len(batch.query_len), -1)[: native.done + native.undecided]
         return Decoded(tokens[: native.done], logits if native.undecided else None, states)
@@ -212,22 +214,27 @@ class CpuPlan:
         if self._rope is not None and (batch.reach is None or pending.reach is None):
             raise ValueError("reach is missing: the frequencies of RoPE would change during the call")
         b, output, _keep = self._bound(batch, store, rows, rows)
-        p, drafts, _kept = drafter._bound(pending, store, last_rows=max(rows, len(pending.positions)))
+        p, drafted, _kept = drafter._bound(pending, store, last_rows=max(rows, len(pending.positions)))
         decoding = DraftedDecoding(call, self.vocab_size, drafter.vocab_size)
         self._call("dso_plan_decode_drafted", b, output, drafter.handle, C.byref(p), C.byref(decoding.native))
-        drafter.context.outputs.verify("dso_plan_decode_drafted", {"logits": drafts.logits, "last_hidden": drafts.last_hidden})
+        drafter.context.outputs.verify(
+            "dso_plan_decode_drafted",
+            {"logits": drafted.logits, "last_hidden": drafted.last_hidden, "draft_states": drafted.draft_states},
+        )
         rounds, undecided = decoding.rounds, bool(decoding.native.undecided)
-        logits, states, last = self._returned(batch, output).logits, output.last_hidden, len(rounds[-1].tokens)
+        logits, states, last = self._returned(batch, output).logits, output.draft_states, len(rounds[-1].tokens)
         assert logits is not None and states is not None
         return DraftedRounds(rounds, logits[last] if undecided else None, states[: last + undecided])
 
     def _call(self, name: str, b: Batch, output: StepOutput, *more: Any) -> None:
-        written = {"logits": output.logits, "hidden": output.hidden, "last_hidden": output.last_hidden}
+        written = {name: getattr(output, name) for name in ("logits", "hidden", "last_hidden", "draft_states")}
         self.context.call(name, self.handle, C.byref(b), *more, **written)
 
-    @staticmethod
-    def _returned(batch: StepBatch, output: StepOutput) -> StepOutput:
+    def _returned(self, batch: StepBatch, output: StepOutput) -> StepOutput:
         """The output, with logits in the batch's own tensor if it has one."""
+        if batch.draft_states and not self._draft_width:
+            output.draft_states = output.last_hidden
+            output.last_hidden = output.last_hidden if batch.last_hidden else None
         if batch.logits is not None and output.logits is not batch.logits:
             output.logits = batch.logits.copy_(output.logits)
         return output
@@ -250,7 +257,10 @@ class CpuPlan:
             optional(logits, "logits", f32, shape)
             logits = new(shape, f32)  # the copy has red zones
         hidden = new((self.hidden_states, tokens, width), f32) if batch.hidden else None
-        last = new((last_rows, width), f32) if batch.last_hidden else None
+        of_draft = (last_rows, self._draft_width)
+        drafts = new(of_draft, f32) if batch.draft_states and self._draft_width else None
+        wants_last = batch.last_hidden or (batch.draft_states and drafts is None)
+        last = new((last_rows, width), f32) if wants_last else None
         embeds = None if batch.inputs_embeds is None else batch.inputs_embeds.detach().to("cpu", f32).contiguous()
         states = None if batch.states is None else batch.states.detach().to("cpu", f32).contiguous()
         b = Batch()
@@ -264,10 +274,11 @@ class CpuPlan:
         b.block_table = address(tables, "block_table", _I32, (groups, sequences, blocks))
         b.logit_rows = address(batch.logit_rows, "logit_rows", _I32, (rows,))
         b.inputs_embeds = optional(embeds, "inputs_embeds", f32, (tokens, width))
-        b.states = optional(states, "states", f32, (tokens, width))
+        b.states = optional(states, "states", f32, (tokens, self._draft_width or width))
         b.logits = address(logits, "logits", f32, shape)
         b.hidden = optional(hidden, "hidden", f32, (self.hidden_states, tokens, width))
         b.last_hidden = optional(last, "last_hidden", f32, (last_rows, width))
+        b.draft_states = optional(drafts, "draft_states", f32, of_draft)
         if store is not None:
             b.cache = store.handle.address  # type: ignore[attr-defined]  # a CpuStore
         if self.has_states:
@@ -281,7 +292,7 @@ class CpuPlan:
         b.visible_to = optional(batch.visible_to, "visible_to", _I32, (tokens,))
         features = None if batch.features is None else batch.features.detach().to("cpu", f32).contiguous()
         b.features = optional(features, "features", f32, (self._features, tokens, width))
-        return b, StepOutput(logits, hidden, last), [tables, embeds, states, frequencies, features]
+        return b, StepOutput(logits, hidden, last, drafts), [tables, embeds, states, frequencies, features]
 
     @staticmethod
     def _add_states(b: Batch, batch: StepBatch, store: KvStore | None) -> None:

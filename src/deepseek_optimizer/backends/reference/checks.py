@@ -50,7 +50,7 @@ def check_batch(
 
 
 def _check_inputs(batch: StepBatch, graph: Graph, tokens: int) -> None:
-    wanted = (tokens, graph.hidden_size) if any(n.op == "state_in" for n in graph.nodes) else None
+    wanted = (tokens, graph.draft_width) if any(n.op == "state_in" for n in graph.nodes) else None
     given = None if batch.states is None else tuple(batch.states.shape)
     _require(given == wanted, "states", f"must have shape {wanted}" if wanted else "must be None: this graph has no state_in")
     if batch.inputs_embeds is not None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 
 from ...graph.ir import Node
 from . import latent, ops, streams
@@ -116,8 +117,10 @@ def _attention(
 
 def _grouped_linear(plan: Plan, step: Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     (name,), groups = node.weights, node.attrs["groups"]
-    x, weight = plan.rounded(x, name, finest=True).unflatten(-1, (groups, -1)), plan.weight(name).unflatten(0, (groups, -1))
-    return (torch.einsum("tgk,gnk->tgn", x, weight).flatten(1),)
+    x, weight = plan.rounded(x.unflatten(-1, (groups, -1)), name, finest=True), plan.weight(name)
+    if node.attrs.get("shared", False):
+        return (F.linear(x, weight).flatten(1),)
+    return (torch.einsum("tgk,gnk->tgn", x, weight.unflatten(0, (groups, -1))).flatten(1),)
 
 
 def _stream_weights(plan: Plan, step: Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -64,7 +64,8 @@ class ReferencePlan:
         blocks, slots = (0, 0) if store is None else (store.num_blocks, store.num_states)
         check_batch(batch, self.graph, blocks, self._spans, slots)
         step = Step.of(batch, store, self.device, self.dtype, len(self._spans))
-        unwanted = self._only_earlier if batch.last_hidden else self._only_hidden
+        asks = batch.last_hidden or batch.draft_states
+        unwanted = self._only_earlier if asks else self._only_hidden
         for i, node in enumerate(self.graph.nodes):
             if not batch.hidden and i in unwanted:
                 continue
@@ -72,9 +73,10 @@ class ReferencePlan:
             step.values.update(zip(node.outputs, outputs, strict=True))
         logits = self._logits(step)
         hidden = torch.stack([step.hidden[i] for i in range(self.graph.hidden_states)]) if batch.hidden else None
-        last = step.hidden[self.graph.hidden_states - 1] if batch.last_hidden else None
+        last = step.hidden[self.graph.hidden_states - 1] if asks else None
+        drafts = (last if step.drafts is None else step.drafts) if batch.draft_states else None
         logits = logits.float() if batch.logits is None else batch.logits.copy_(logits)
-        return StepOutput(logits, hidden, last)
+        return StepOutput(logits, hidden, last if batch.last_hidden else None, drafts)
 
     def choose_tokens(self, logits: torch.Tensor, choices: Sequence[TokenChoice | None]) -> list[int | None]:
         return choose_tokens(logits.numpy(), choices) if logits.is_cpu else choose_on_device(logits, choices)
@@ -459,8 +461,13 @@ class ReferencePlan:
         return (x[self._rows(step.batch)],)
 
     def _hidden_out(self, step: Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        if step.batch.hidden or step.batch.last_hidden:
+        if step.batch.hidden or step.batch.last_hidden or step.batch.draft_states:
             step.hidden[node.attrs["index"]] = x.float()
+        return ()
+
+    def _draft_out(self, step: Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if step.batch.draft_states:
+            step.drafts = x.float()
         return ()
 
     def _lm_head(self, step: Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -514,6 +521,7 @@ _OPS: Mapping[str, Callable[..., tuple[torch.Tensor, ...]]] = {
     "add_rms_norm": ReferencePlan._add_rms_norm,
     "select_rows": ReferencePlan._select_rows,
     "hidden_out": ReferencePlan._hidden_out,
+    "draft_out": ReferencePlan._draft_out,
     "lm_head": ReferencePlan._lm_head,
 }
 

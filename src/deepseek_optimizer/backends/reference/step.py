@@ -19,6 +19,7 @@ class Step:
     Attributes:
         groups: for each group of the cache's layers, for each sequence (rows of the step, tokens before them, blocks as int64
             [n]).
+        drafts: the input of `draft_out`, if the step asks for draft states and the graph has such a node.
         state_from: for each sequence the slot of its recurrent states.
         state_to: for each sequence the rows after which these are stored, and the slots for them.
     """
@@ -32,6 +33,7 @@ class Step:
     state_to: list[list[tuple[int, int]]]
     values: dict[Value, torch.Tensor] = field(default_factory=dict)
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
+    drafts: torch.Tensor | None = None
 
     @classmethod
     def of(cls, batch: StepBatch, store: Any, device: torch.device, dtype: torch.dtype, groups: int) -> Step:

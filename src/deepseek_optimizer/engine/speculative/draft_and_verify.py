@@ -81,7 +81,7 @@ class SpeculativeDecoder:
                 begun = self._clock()
             drafts = self.proposer.propose(sequences, max_drafts) if any(max_drafts) else [Draft() for _ in sequences]
             parts = [Part(s, [s.tokens[-1], *d.tokens], n) for s, d, n in zip(sequences, drafts, before, strict=True)]
-            result = self.runner.verify(parts, last_hidden=self.proposer.wants_states)
+            result = self.runner.verify(parts, draft_states=self.proposer.wants_states)
             logits = rows_of(result.logits, parts)
             accepted = [
                 self.sampler.accept(s.index, d, rows, used) for s, d, rows in zip(sequences, drafts, logits, strict=True)
@@ -93,7 +93,7 @@ class SpeculativeDecoder:
         for sequence, tokens in zip(sequences, accepted, strict=True):
             sequence.tokens += tokens
         if self.proposer.wants_states:
-            for part, tokens, states in zip(parts, accepted, rows_of(result.last_hidden, parts), strict=True):
+            for part, tokens, states in zip(parts, accepted, rows_of(result.draft_states, parts), strict=True):
                 self.proposer.follow(part.sequence, states[: len(tokens)])
         self.runner.forget(sequences)
         outcomes = [(len(d.tokens), len(tokens) - 1) for d, tokens in zip(drafts, accepted, strict=True)]
@@ -124,9 +124,9 @@ class SpeculativeDecoder:
             raise
         for sequence, tokens in zip(sequences, chosen, strict=True):
             sequence.tokens += tokens
-        if decoded.last_hidden is not None:
+        if decoded.draft_states is not None:
             for n, sequence in enumerate(sequences):
-                self.proposer.follow(sequence, decoded.last_hidden[:, n])
+                self.proposer.follow(sequence, decoded.draft_states[:, n])
         self.runner.forget(sequences)
         return chosen, decoded.steps
 

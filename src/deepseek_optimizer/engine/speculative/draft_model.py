@@ -65,7 +65,7 @@ class DraftModelProposer:
             return
         owns = [self._own[sequences[n].index] for n in active]
         parts = [Part(own, [own.tokens[-1]], own.cached - 1, phase=DECODE) for own in owns]
-        result = self._runner.step(parts, list(range(len(parts))), last_hidden=False)
+        result = self._runner.step(parts, list(range(len(parts))))
         for n, own, token in zip(active, owns, np.argmax(result.logits.cpu().numpy(), -1).tolist(), strict=True):
             own.tokens.append(token)
             drafts[n].append(token)
@@ -88,7 +88,7 @@ class DraftModelProposer:
             except CacheFullError:
                 return False
             phase = PREFILL if count > 1 else DECODE
-            self._runner.step([Part(own, own.tokens[start : start + count], start, phase=phase)], [], last_hidden=False)
+            self._runner.step([Part(own, own.tokens[start : start + count], start, phase=phase)], [])
             self._runner.forget([own])
         return True
 

@@ -68,6 +68,6 @@ class DraftedRoundCalls:
             raise
         self._runner.crop([sequence], [before + len(tokens)])
         sequence.tokens += tokens
-        self._proposer.end_call(sequence, result.last_hidden)
+        self._proposer.end_call(sequence, result.draft_states)
         self._runner.forget([sequence])
         return result

@@ -1,12 +1,13 @@
 """Drafts by a model's own multi-token prediction layers (DeepSeek-V3 technical report, section 2.2).
 
-The input of layer k (from 0) at row i is the previous layer's hidden state of row i (the model's own, for layer 0) and token
-i + k + 1; it predicts token i + k + 2. Its cache is its own layer in the model's blocks, with row i in the slot of token i. It
+The input of layer k (from 0) at row i is the previous layer's state of row i (the model's own, for layer 0) and token
+i + k + 1; it predicts token i + k + 2. A state is the last hidden state, or, in DeepSeek-V4, all residual streams of the row
+(`StepOutput.draft_states`). The layer's cache is its own layer in the model's blocks, with row i in the slot of token i. It
 thus has one row less than the model has tokens, and k rows of layer k depend on drafts until the tokens that they need are
 known; these rows are then recomputed.
 
-To draft more tokens than there are layers, the last layer is applied to its own hidden state again, one row further, as in
-vLLM; those rows depend on drafts too. The model does not overwrite these rows, since its own layers are separate.
+To draft more tokens than there are layers, the last layer is applied to its own state again, one row further, as in vLLM;
+those rows depend on drafts too. The model does not overwrite these rows, since its own layers are separate.
 
 A layer that did not process a sequence from its first token attends only to blocks that it has written itself.
 """
@@ -86,7 +87,7 @@ class _Drafting:
     Attributes:
         ready: whether drafts can be made.
         tokens, q: drafts so far, and their distributions.
-        guessed: hidden states that depend on drafts, the input of further rows.
+        guessed: states that depend on drafts, the input of further rows.
     """
 
     def __init__(self, sequence: Sequence, max_drafts: int, track: _Track | None) -> None:
@@ -180,7 +181,7 @@ class MtpProposer:
                 return
             part = Part(sequence, sequence.tokens[begin + k + 1 : end + k + 1], begin, track.first_block(sequence))
             states, rest = _split(track.waiting[k], end - begin)
-            result = runner.draft([part], states, logits=False).last_hidden
+            result = runner.draft([part], states, logits=False).draft_states
             track.waiting[k], track.done[k] = rest, end
             if k + 1 < len(self._layers):
                 track.waiting[k + 1].append(result)
@@ -242,7 +243,7 @@ class MtpProposer:
             inputs += [*d.track.waiting[k], d.guessed] if d.guessed is not None else d.track.waiting[k]
         result = self._layers[k].draft(parts, inputs, logits=True)
         last = k + 1 == len(self._layers)
-        for d, logits, rows in zip(active, result.logits, rows_of(result.last_hidden, parts), strict=True):
+        for d, logits, rows in zip(active, result.logits, rows_of(result.draft_states, parts), strict=True):
             d.add(self._choose, logits, self._vocabularies[k])
             stay = max(0, len(rows) - k)  # rows whose token is known
             d.track.done[k] += stay
@@ -264,20 +265,20 @@ class MtpProposer:
             token_of=None if vocabulary is None else vocabulary.token_of,
         )  # fmt: skip
         decoded = self._layers[-1].draft_several(self._further(active), [d.guessed for d in active], call)
-        assert decoded.last_hidden is not None
+        assert decoded.draft_states is not None
         for i, d in enumerate(active):
             tokens = decoded.tokens[:, i].tolist()
             d.tokens += tokens
             d.q += [None] * len(tokens)
             if decoded.logits is not None:  # the backend leaves it to the caller
                 d.add(self._choose, decoded.logits[i], vocabulary)
-            d.guessed = decoded.last_hidden[-1, i : i + 1]
+            d.guessed = decoded.draft_states[-1, i : i + 1]
 
     def _repeat_last(self, active: list[_Drafting]) -> None:
         """Applies the last layer to its own hidden state, for one more draft."""
         parts = self._further(active)
         result = self._layers[-1].draft(parts, [d.guessed for d in active], logits=True)
-        for d, logits, rows in zip(active, result.logits, rows_of(result.last_hidden, parts), strict=True):
+        for d, logits, rows in zip(active, result.logits, rows_of(result.draft_states, parts), strict=True):
             d.add(self._choose, logits, self._vocabularies[-1])
             d.guessed = rows
 

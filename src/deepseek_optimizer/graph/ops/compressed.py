@@ -67,6 +67,11 @@ def _grouped_fits(node: Node, _: Graph) -> bool:
     return bool(groups >= 1 and x % groups == 0 and y % groups == 0)
 
 
+def _grouped_shapes(node: Node, _: Graph) -> Shapes:
+    groups, x, y = node.attrs["groups"], node.inputs[0].width, node.outputs[0].width
+    return [(node.weights[0], (y // groups if node.attrs.get("shared", False) else y, x // groups))]
+
+
 SPECS = (
     OpSpec(
         name="rows_write",
@@ -154,11 +159,14 @@ SPECS = (
         name="grouped_linear",
         inputs=(Operand("x", "[T, groups * K]"),),
         outputs=(Operand("y", "[T, groups * N]"),),
-        weights=(Operand("W", "[groups * N, K]"),),
-        attrs=(step_attr("groups", INT),),
+        weights=(Operand("W", "[groups * N, K], or with `shared` [N, K]"),),
+        attrs=(step_attr("groups", INT), Attr("shared", BOOL, "whether all groups have the same matrix", False, flag="shared")),
         fits=_grouped_fits,
-        weight_shapes=lambda n, g: [(n.weights[0], (n.outputs[0].width, n.inputs[0].width // n.attrs["groups"]))],
+        weight_shapes=_grouped_shapes,
         code=55,
-        doc="y_g = W_g x_g for each group g of consecutive elements of x and rows of W.",
+        doc="""
+            y_g = W_g x_g for each group g of consecutive elements of x and rows of W; with `shared`, y_g = W x_g. The latter is
+            a product of each residual stream of a token.
+        """,
     ),
 )

@@ -92,13 +92,13 @@ SPECS = (
     ),
     OpSpec(
         name="state_in",
-        outputs=(_H,),
-        fits=lambda n, g: n.outputs[0].width == g.hidden_size,
+        outputs=(Operand("x", "[T, N]"),),
+        fits=lambda n, g: n.outputs[0].width == g.draft_width,
         rows="tokens",
         code=27,
         doc="""
-            x = the step's `states`: hidden states of another plan, the input of an MTP layer (DeepSeek-V3, section 2.2); or the
-            embeddings that an encoder's module has computed.
+            x = the step's `states`: draft states of another plan (`draft_out`), the input of an MTP layer (DeepSeek-V3, section
+            2.2); or the embeddings that an encoder's module has computed.
         """,
     ),
     OpSpec(
@@ -161,6 +161,18 @@ SPECS = (
         rows="tokens",
         code=15,
         doc="Returns x as hidden state `index`, if the step asks for hidden states.",
+    ),
+    OpSpec(
+        name="draft_out",
+        inputs=(Operand("x", "[T, N]"),),
+        fits=lambda n, g: n.inputs[0].width == g.draft_width,
+        returns="draft states",
+        rows="tokens",
+        code=59,
+        doc="""
+            Returns x, if the step asks for draft states: what an MTP layer takes as `states`. Without such a node, those are
+            the last hidden states. DeepSeek-V4's MTP layers take all residual streams of a token.
+        """,
     ),
     OpSpec(
         name="lm_head",

@@ -140,7 +140,7 @@ class OpSpec:
     reads: Literal["cache", "latents", "index keys", "rows"] | None = None
     writes: Literal["cache", "latents", "index keys", "rows"] | None = None
     read_layers: tuple[str, ...] = ("layer",)
-    returns: Literal["logits", "hidden states"] | None = None
+    returns: Literal["logits", "hidden states", "draft states"] | None = None
     rows: Literal["any", "tokens", "select"] = "any"
     repeated_inputs: tuple[int, ...] = ()
     repeated_outputs: tuple[int, ...] = ()
@@ -153,5 +153,5 @@ class OpSpec:
     @property
     def has_effect(self) -> bool:
         """Whether a step needs such nodes even if no other node reads their outputs. Hidden states do not count: they are
-        computed only on request."""
-        return self.writes is not None or self.returns == "logits"
+        computed only on request. Draft states do: they are computed in any case, and returned on request."""
+        return self.writes is not None or self.returns in ("logits", "draft states")

@@ -167,6 +167,7 @@ class Runtime(PackedModel):
             if self._mtp_plans is None:
                 mode, options = self.config.attention, self.compile_options
                 graphs = [apply_mode(rules.apply(g, self.config.rules)[0], mode)[0] for g in mtp_graphs(self.model)]
+                graphs = [replace(g, cache=self.graph.cache) for g in graphs]  # with the model's groups of layers
                 self._mtp_plans = [self.backend.compile(g, weights_of(self.model, g), options) for g in graphs]
             return self._mtp_plans
 

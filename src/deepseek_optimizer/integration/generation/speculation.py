@@ -282,7 +282,7 @@ class _PlainRounds:
         runner: runs the model's plan.
         choices: how the backend chooses the request's tokens.
         text: the text of a row so far, int64 [n].
-        states: whether the proposer needs the last hidden states.
+        states: whether the proposer needs draft states.
 
     Attributes: those of `token_choice.Steps`.
     """
@@ -303,7 +303,7 @@ class _PlainRounds:
 
     def decode(self, tokens: list[int], call: DecodeCall) -> Decoded:
         parts = [Part(s, [token], s.cached - 1) for s, token in zip(self._sequences, tokens, strict=True)]
-        return self._runner.decode(parts, call, last_hidden=self._states)
+        return self._runner.decode(parts, call, draft_states=self._states)
 
 
 def speculative_sample(

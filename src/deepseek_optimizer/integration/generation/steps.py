@@ -176,10 +176,10 @@ def run_columns(runtime: Runtime, state: PagedState, new: Columns) -> tuple[torc
             batch, targets = _batch(state, new, chunks, before, place, reach, model.hidden_size)
             output = state.arena.run(plan, batch)
             if state.follower is not None:
-                assert output.last_hidden is not None
+                assert output.draft_states is not None
                 ends = np.cumsum(batch.query_len)
                 for chunk, end in zip(chunks, ends, strict=True):
-                    state.follower(chunk.row, output.last_hidden[end - len(chunk.columns) : end])
+                    state.follower(chunk.row, output.draft_states[end - len(chunk.columns) : end])
             if len(targets) == rows * len(new.wanted):  # one step computed everything, in order
                 logits = output.logits.view(rows, len(new.wanted), model.vocab_size)
             elif len(targets):
@@ -295,7 +295,8 @@ def _batch(
         logit_rows=wanted.astype(np.int32),
         inputs_embeds=embeds,
         hidden=new.hidden,
-        last_hidden=state.follower is not None or new.last_hidden,
+        last_hidden=new.last_hidden,
+        draft_states=state.follower is not None,
         reach=reach[rows],
         state_from=state_from,
         state_to=state_to,

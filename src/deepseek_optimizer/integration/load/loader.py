@@ -246,6 +246,7 @@ def weights_for(
     cast: torch.dtype | None,
     progress: Callable[[LoadProgress], None] | None = None,
     order: Sequence[str] | None = None,
+    piece_bytes: int | None = None,
 ) -> Iterator[tuple[str, PackedWeight | torch.Tensor]]:
     """Yields the weights of a model from `sketch`, as `stream_weights` does; those in `exact_weights` in the dtypes of
     `plain_dtypes`.
@@ -255,7 +256,7 @@ def weights_for(
         checkpoint: the checkpoint.
         packer: packs a panel of rows.
         cast: the dtype of other plain tensors; None: as stored.
-        progress, order: as in `stream_weights`.
+        progress, order, piece_bytes: as in `stream_weights`.
 
     Raises:
         CheckpointError: as in `stream_weights`; or a tied weight is stored with different values.
@@ -266,7 +267,7 @@ def weights_for(
         if pair[0] in checkpoint.tensors:
             _check_same(checkpoint, *pair)
     ignored = not_wanted(checkpoint, model)
-    streamed = stream_weights(checkpoint, wanted, shapes, packer, progress, ignored, order)
+    streamed = stream_weights(checkpoint, wanted, shapes, packer, progress, ignored, order, piece_bytes)
     for name, value in streamed:
         dtype = dtypes.get(name, cast)
         if isinstance(value, torch.Tensor) and value.is_floating_point() and dtype is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.core_model_loading import WeightRenaming
 
 from ...checkpoint import Checkpoint
 from ...errors import CheckpointError
@@ -109,11 +110,14 @@ def add_mtp_layers(model: Any, own: list[frozenset[str]], dtype: torch.dtype | N
     config, layers = model.config, model.model.layers
     first = type(layers[0])
     norm = type(layers[0].input_layernorm)
-    count = config.num_hidden_layers
+    count, streams = config.num_hidden_layers, getattr(model.model, "hc_head", None)
     extended = copy.deepcopy(config)
     if hasattr(config, "first_k_dense_replace"):  # all MTP layers have experts
         extended.first_k_dense_replace = 0
-    for name, kind in (("mlp_layer_types", "sparse"), ("layer_types", "full_attention")):
+    kind_of = {"mlp_layer_types": "sparse", "layer_types": "full_attention"}
+    if streams is not None:
+        kind_of = {"mlp_layer_types": "moe", "layer_types": "sliding_attention"}
+    for name, kind in kind_of.items():
         if (kinds := getattr(config, name, None)) is not None:
             setattr(extended, name, [*kinds, *[kind] * len(own)])
     with torch.device("meta"):
@@ -121,7 +125,11 @@ def add_mtp_layers(model: Any, own: list[frozenset[str]], dtype: torch.dtype | N
             layer: Any = first(extended, count + depth)
             hidden = config.hidden_size
             layer.enorm, layer.hnorm = (norm(hidden, eps=config.rms_norm_eps) for _ in range(2))
-            layer.eh_proj = nn.Linear(2 * hidden, hidden, bias=False)
+            if streams is None:
+                layer.eh_proj = nn.Linear(2 * hidden, hidden, bias=False)
+            else:
+                layer.e_proj, layer.h_proj = (nn.Linear(hidden, hidden, bias=False) for _ in range(2))
+                layer.hc_head = type(streams)(config)
             layer.shared_head = nn.Module()
             layer.shared_head.norm = norm(hidden, eps=config.rms_norm_eps)
             if "embed_tokens.weight" in leaves:
@@ -136,6 +144,19 @@ def add_head(layer: Any, hidden: int, vocab_size: int, draft_vocab_size: int | N
     layer.shared_head.head = nn.Linear(hidden, draft_vocab_size or vocab_size, bias=False)
     if draft_vocab_size is not None:
         layer.shared_head.register_buffer("tokens", torch.empty(draft_vocab_size, dtype=torch.int64))
+
+
+def renamings(config: Any) -> list[WeightRenaming]:
+    """Transformers' renamings of tensors of DeepSeek-V4's MTP layers, which published checkpoints call `mtp.N.*`: to be applied
+    after those of the decoder layers, which rename every `norm`."""
+    if config.model_type != "deepseek_v4":
+        return []
+    pairs = [
+        (rf"^mtp\.{depth}\.{stored}", f"layers.{config.num_hidden_layers + depth}.{own}")
+        for depth in range(mtp_layers(config))
+        for stored, own in ((r"kv_norm\.", "shared_head.norm."), ("hc_head_", "hc_head.hc_"), ("", ""))
+    ]
+    return [WeightRenaming(source_patterns=pattern, target_patterns=target) for pattern, target in pairs]
 
 
 def ignored_keys(config: Any) -> set[str]:

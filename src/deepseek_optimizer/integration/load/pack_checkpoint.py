@@ -30,6 +30,8 @@ from .calibrate import Calibration, calibrate, calibration_for, without_rounding
 from .loader import load, name_source, plain_dtypes, resolve, show_reading, sketch, weights_for
 from .quantizer import mark_quantized
 
+_PIECE_BYTES = 64 << 20  # of a stack of experts; a layer of DeepSeek-V4-Flash has stacks of 2.3 GB
+
 
 def pack_checkpoint(
     path: str | os.PathLike[str],
@@ -43,7 +45,7 @@ def pack_checkpoint(
 ) -> None:
     """Writes the checkpoint that `load_model(path, **fields).save_pretrained(out)` would write, split into shards if large.
 
-    Memory: the largest packed tensor (the experts of a layer are one or two tensors) and a panel of rows; with calibration the
+    Memory: the largest packed matrix, or some experts of a layer if they are larger, and a panel of rows; with calibration the
     original model, which is rounded in memory. `out` appears in one step when it is complete. After an interruption, the next
     run with the same source and settings resumes: complete files are reused (see `Unfinished`).
 
@@ -122,7 +124,7 @@ def _write(
     backend, note = choose_backend(settings, torch.device("cpu"))
     order = [name for shard in shards for name in shard.layout.order]
     with show_reading(checkpoint, "Converting") as progress:
-        weights = weights_for(model, checkpoint, backend.pack, cast, progress, order)
+        weights = weights_for(model, checkpoint, backend.pack, cast, progress, order, _PIECE_BYTES)
         for shard in shards:
             with directory.file(shard.name) as file:
                 write_shard(file, shard, weights)

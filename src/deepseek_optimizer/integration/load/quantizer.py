@@ -46,7 +46,7 @@ from .calibrate import Calibration, calibrate, calibration_for, without_rounding
 from .kl_budget import adapt, calibration_tokens
 from .mapped import MappedFiles
 from .memory import check_memory
-from .mtp_layers import add_mtp_layers, ignored_keys, own_tensors, stored_mtp_layers
+from .mtp_layers import add_mtp_layers, ignored_keys, own_tensors, renamings, stored_mtp_layers
 from .pack_op import PackWeight, unmerged
 from .resolve import resolve
 
@@ -142,7 +142,8 @@ class PackingQuantizer(HfQuantizer):
         would be in memory three times."""
         if self.pre_quantized or not self.packs_experts:
             return weight_conversions
-        return [unmerged(conversion) for conversion in weight_conversions]
+        more = renamings(model.config) if self.no_plan is None and model is not None else []
+        return [*(unmerged(conversion) for conversion in weight_conversions), *more]
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
         dtype = kwargs.get("dtype") or model.dtype

@@ -30,8 +30,18 @@ def attention_function(name: str | None) -> Callable[..., Any]:
 
 
 def uses_silu(module: nn.Module) -> bool:
-    """Whether the activation of a feed-forward module is SiLU, with no limit of what enters it (DeepSeek-V4)."""
-    return isinstance(getattr(module, "act_fn", None), _SILU) and getattr(module, "limit", None) is None
+    """Whether a feed-forward module computes silu(gate) * up, where gate and up may be limited as in `silu_limit`."""
+    plain = getattr(module, "limit", None) is None or silu_limit(module) is not None
+    return isinstance(getattr(module, "act_fn", None), _SILU) and plain
+
+
+def silu_limit(module: nn.Module) -> float | None:
+    """The limit c in silu(min(gate, c)) * clamp(up, -c, c), as in DeepSeek-V4; None: there is none. Modules of other families
+    with a `limit` have other formulas."""
+    if not any(own.__name__.startswith("DeepseekV4") for own in type(module).__mro__):
+        return None
+    limit: float | None = getattr(module, "limit", None)
+    return limit
 
 
 def is_expert_parallel(module: nn.Module) -> bool:

@@ -6,6 +6,7 @@ overrides the private methods. If a release of Transformers no longer calls one 
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -133,10 +134,10 @@ class HookedTrainer(Trainer):
 
 @contextmanager
 def _readable(checkpoint: Path) -> Iterator[Path]:
-    """A checkpoint's directory, or one of links to all of its files but config.json.
+    """A checkpoint's directory, or one of links to its files with a config.json that has only the version of Transformers.
 
-    Trainer reads the config, for a warning about its version, as one of the base class. This refuses values that the family's
-    own class accepts, such as DeepSeek-V4's `mlp_layer_types`.
+    Trainer reads that version from the config, for a warning, as a config of the base class. This refuses values that the
+    family's own class accepts, such as DeepSeek-V4's `mlp_layer_types`.
     """
     config = checkpoint / "config.json"
     try:
@@ -147,6 +148,8 @@ def _readable(checkpoint: Path) -> Iterator[Path]:
             for path in checkpoint.iterdir():
                 if path != config:
                     (Path(folder) / path.name).symlink_to(path.absolute())
+            version = {"transformers_version": json.loads(config.read_text()).get("transformers_version")}
+            (Path(folder) / config.name).write_text(json.dumps(version))
             yield Path(folder)
     else:
         yield checkpoint

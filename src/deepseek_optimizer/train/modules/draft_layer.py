@@ -9,7 +9,7 @@ import torch
 from ...errors import ConfigError
 from ...integration.bind.graphs import HEAD, loaded_mtp_layers
 from ...integration.load.mtp_layers import add_mtp_layers
-from ...models import SUPPORTED, draft_vocab_size, has_mtp, mtp_layers
+from ...models import FAMILIES, SUPPORTED, draft_vocab_size, has_mtp, mtp_layers
 from .draft_vocabulary import frequent_tokens, set_draft_vocabulary, vocabulary_to_add
 from .mtp import RANDOM, add_trained_layers
 
@@ -64,8 +64,9 @@ def _freeze(model: Any) -> None:
     family = str(getattr(model.config, "model_type", ""))
     if hasattr(model, "get_base_model"):
         raise ConfigError("draft_steps: the model has an adapter; train the layer for the model without it, or merge it first")
-    if family not in SUPPORTED or not has_mtp(family):
-        able = ", ".join(filter(has_mtp, SUPPORTED))
+    able_to = [name for name in SUPPORTED if has_mtp(name) and FAMILIES[name].trains_mtp]
+    if family not in able_to:
+        able = ", ".join(able_to)
         raise ConfigError(f"draft_steps: a {family} model can have no layer that drafts; families that can: {able}")
     model.requires_grad_(False)
     if not mtp_layers(model.config):

@@ -1,8 +1,9 @@
-"""Experts of DeepSeek-V2, V3 and V3.2 in training: rows are sorted by expert, and one grouped product covers all experts.
+"""Experts of DeepSeek-V2 to V4 in training: rows are sorted by expert, and one grouped product covers all experts.
 
 y_t = sum over the chosen experts e of down_e (weight_te * silu(gate_e x_t) * (up_e x_t)). This equals Transformers'
 `DeepseekV3Experts` (DeepSeekMoE, arXiv 2401.06066, section 3), but the weight is applied to the narrow input of `down`, so that
-its gradient needs no tensor of the hidden size. Sums always run in the order of experts, whatever order the router returns.
+its gradient needs no tensor of the hidden size. In DeepSeek-V4, gate and up are limited before (`silu_limit`). Sums always run
+in the order of experts, whatever order the router returns.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...integration.training.modules import is_expert_parallel, uses_silu
+from ...integration.training.modules import is_expert_parallel, silu_limit, uses_silu
 from ..fp8.backend import Fp8Products
 from ..fp8.linear import fp8_grouped_linear
 from ..ops.grouped import grouped_linear
-from ..ops.swiglu import swiglu
+from ..ops.swiglu import limited, swiglu
 from ..saved_activations import SavedActivations
 
 
@@ -62,24 +63,27 @@ class _Gated(torch.autograd.Function):
     """[S, 2 I], [S] -> [S, I]: weight * silu(gate) * up. Saves only its operands."""
 
     @staticmethod
-    def forward(ctx: Any, gate_up: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, gate_up: torch.Tensor, weights: torch.Tensor, limit: float | None) -> torch.Tensor:
         ctx.save_for_backward(gate_up, weights)
-        return gated(gate_up, weights)
+        ctx.limit = limit
+        return gated(gate_up, weights, limit)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         gate_up, weights = ctx.saved_tensors
         with torch.enable_grad():
             both = gate_up.detach().requires_grad_()
-            h = swiglu(*both.chunk(2, -1))
+            gate, up = both.chunk(2, -1)
+            h = swiglu(*limited(gate, up, ctx.limit))
         (gate_up_grad,) = torch.autograd.grad(h, both, grads[0] * weights.to(h.dtype)[:, None])
         exact = torch.float64 if h.dtype == torch.float64 else torch.float32
-        return gate_up_grad, (grads[0].to(exact) * h.detach()).sum(-1).to(weights.dtype)
+        return gate_up_grad, (grads[0].to(exact) * h.detach()).sum(-1).to(weights.dtype), None
 
 
-def gated(gate_up: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """[S, 2 I], [S] -> [S, I]: weight * silu(gate) * up."""
-    return swiglu(*gate_up.chunk(2, -1)) * weights.to(gate_up.dtype)[:, None]
+def gated(gate_up: torch.Tensor, weights: torch.Tensor, limit: float | None) -> torch.Tensor:
+    """[S, 2 I], [S] -> [S, I]: weight * silu(gate) * up, after `limited`."""
+    gate, up = gate_up.chunk(2, -1)
+    return swiglu(*limited(gate, up, limit)) * weights.to(gate_up.dtype)[:, None]
 
 
 def dispatch(x: torch.Tensor, order: torch.Tensor, chosen: int) -> torch.Tensor:
@@ -95,6 +99,7 @@ def grouped_experts(
     weights: torch.Tensor,
     saved: SavedActivations | None = None,
     fp8: Fp8Products | None = None,
+    limit: float | None = None,
 ) -> torch.Tensor:
     """The weighted sum of each token's experts, by grouped products.
 
@@ -106,6 +111,7 @@ def grouped_experts(
         saved: marks the dispatched rows and the gated products as recomputable, so that only the outputs of gate and up are
             saved; None: save everything.
         fp8: the FP8 products; None: products in x's dtype.
+        limit: as in `silu_limit`.
 
     Returns: [T, H] of x's dtype.
     """
@@ -122,7 +128,7 @@ def grouped_experts(
     row_weights = weights.gather(-1, by_expert).flatten()[order]
     rows = saved.recomputable(_Dispatch.apply(x, order, place), partial(dispatch, x.detach(), order, chosen))
     both = product(rows, gate_up, offsets)
-    h = saved.recomputable(_Gated.apply(both, row_weights), partial(gated, both.detach(), row_weights.detach()))
+    h = saved.recomputable(_Gated.apply(both, row_weights, limit), partial(gated, both.detach(), row_weights.detach(), limit))
     result: torch.Tensor = _Collect.apply(product(h, down, offsets), order, place)
     return result
 
@@ -150,5 +156,5 @@ class TrainedExperts(nn.Module):
     def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         """hidden_states [T, H], top_k_index int64 [T, K], top_k_weights [T, K] -> [T, H] of hidden_states' dtype."""
         fp8: Fp8Products | None = getattr(self, "fp8", None) if self.training else None
-        where = (top_k_index, top_k_weights, getattr(self, "saved", None), fp8)
+        where = (top_k_index, top_k_weights, getattr(self, "saved", None), fp8, silu_limit(self))
         return grouped_experts(hidden_states, self.gate_up_proj, self.down_proj, *where)

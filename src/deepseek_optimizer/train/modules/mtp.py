@@ -24,7 +24,7 @@ from ...integration.bind.graphs import loaded_mtp_layers
 from ...integration.compat import cache_name
 from ...integration.load.mtp_layers import add_mtp_layers, own_tensors
 from ...integration.load.resolve import resolve
-from ...models import draft_vocab_size, has_mtp, mtp_layers
+from ...models import draft_vocab_size, has_mtp, mtp_layers, traits
 from ..checkpoints.converted import read_stack
 
 RANDOM = "initialized at random, since no checkpoint contains it"  # source of a layer's weights
@@ -38,8 +38,8 @@ def add_trained_layers(model: Any) -> list[str]:
     Returns: for each added layer, a sentence about the source of its weights; empty if the model has MTP layers already.
 
     Raises:
-        ConfigError: the config declares no MTP layers, or more than the checkpoint has with a draft vocabulary; or the model
-            has adapters.
+        ConfigError: the config declares no MTP layers, or more than the checkpoint has with a draft vocabulary; MTP layers of
+            the family cannot be trained; or the model has adapters.
         CheckpointError: MTP layers in the checkpoint are incomplete or of another shape; see `stored_mtp_layers`.
     """
     unwrap = getattr(model, "get_base_model", None)
@@ -51,6 +51,11 @@ def add_trained_layers(model: Any) -> list[str]:
         raise ConfigError(
             "mtp_loss_weight is set, but the model has adapters and no MTP layers; new ones would not be saved with the "
             "adapter. Set mtp_loss_weight=None, or use a model with MTP layers (load_model loads those of a checkpoint)"
+        )
+    if not traits(config).trains_mtp:
+        raise ConfigError(
+            f"mtp_loss_weight is set, but MTP layers of {config.model_type} models, which take several residual streams, "
+            "cannot be trained; set mtp_loss_weight=None"
         )
     if not (count := mtp_layers(config)):
         remedy = ", or config.num_nextn_predict_layers before the model is created" if has_mtp(config.model_type) else ""

@@ -19,6 +19,11 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return _swiglu(gate, up)
 
 
+def limited(gate: torch.Tensor, up: torch.Tensor, limit: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """min(gate, limit) and up within [-limit, limit], as DeepSeek-V4 limits what enters `swiglu`; unchanged without a limit."""
+    return (gate, up) if limit is None else (gate.clamp(max=limit), up.clamp(min=-limit, max=limit))
+
+
 def swiglu_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """`swiglu` in plain torch."""
     dtype = torch.promote_types(gate.dtype, up.dtype)
