@@ -13,6 +13,7 @@ from ...errors import DeepSeekOptimizerError, DocumentError, MissingPackageError
 from ..document import TextFile
 from ..recognized import PageLines, PictureProblem, RecognizedLine
 from .builder import TextBuilder
+from .page_drawing import is_drawn, rendered
 from .page_images import REMEDY, pictures_of_page
 
 _LOG = Lock()
@@ -34,7 +35,7 @@ def pictures(name: str, data: bytes, number: int) -> list[Any]:
     with _pypdf(name):
         page = _open(name, data).pages[number - 1]
         try:
-            return pictures_of_page(page)
+            return _pictures(page, data, number)
         except (MemoryError, PictureProblem, DeepSeekOptimizerError):
             raise
         except Exception as error:  # a broken picture can make pypdf and Pillow raise anything
@@ -93,7 +94,7 @@ def _read(name: str, data: bytes, scanned: PageLines | None) -> TextFile:
         if text.strip() or number in broken:
             builder.page(text, number)
             continue
-        lines, problem = ([], "") if scanned is None else _recognized(page, number, scanned)
+        lines, problem = ([], "") if scanned is None else _recognized(page, data, number, scanned)
         builder.recognized_page(lines, number)
         if lines:
             recognized.append(number)
@@ -118,10 +119,15 @@ def _read(name: str, data: bytes, scanned: PageLines | None) -> TextFile:
     return builder.build()
 
 
-def _recognized(page: Any, number: int, scanned: PageLines) -> tuple[list[RecognizedLine], str]:
+def _pictures(page: Any, data: bytes, number: int) -> list[Any]:
+    """The pictures of a page or, if there are none but it shows something else, the page as a picture."""
+    return pictures_of_page(page) or ([rendered(data, number)] if is_drawn(page) else [])
+
+
+def _recognized(page: Any, data: bytes, number: int, scanned: PageLines) -> tuple[list[RecognizedLine], str]:
     """The text of a page's pictures, and why there is none, if a picture is the reason."""
     try:
-        lines = scanned(number, lambda: pictures_of_page(page))
+        lines = scanned(number, lambda: _pictures(page, data, number))
     except (PictureProblem, RequestError) as error:
         return [], str(error)
     except (MemoryError, DeepSeekOptimizerError):
