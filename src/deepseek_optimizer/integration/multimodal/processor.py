@@ -37,7 +37,7 @@ def _without_videos(folder: Path) -> Any:
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError):  # the error about the missing package is then the one to report
         return None
-    kind = PROCESSOR_MAPPING.get(type(config), None)
+    kind: Any = PROCESSOR_MAPPING.get(type(config), None)
     if kind is None or _VIDEOS not in kind.get_attributes():
         return None
 
