@@ -23,3 +23,8 @@ def access_warning(settings: ServerSettings) -> list[str]:
     if settings.keys or is_loopback(settings.host):
         return []
     return ["warning   anyone who can reach this address can use the model; require a key with --api-key-file"]
+
+
+def ocr_lines(model: str | None) -> list[str]:
+    """The model that reads scanned pages, if there is one."""
+    return [] if model is None else [f"ocr       {model}, for scanned pages of uploaded documents"]

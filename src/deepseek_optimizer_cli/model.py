@@ -6,6 +6,8 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
@@ -80,6 +82,27 @@ def picture_encoder(loaded: Any, model: str, *, needed: bool) -> Any:
             raise
         typer.echo(f"dso: {error}; the model reads text only", err=True)
         return None
+
+
+@contextmanager
+def ocr_model(model: str | None) -> Iterator[Any]:
+    """An `OcrModel` that has been loaded, for the context; None if no model is named.
+
+    Args:
+        model: path or name of a model that sees.
+
+    Raises:
+        ConfigError, MissingPackageError: see `OcrModel.load`.
+    """
+    if model is None:
+        yield None
+        return
+    from deepseek_optimizer.longdoc.ocr_model import OcrModel
+
+    no_bars_in_pipes()
+    with OcrModel(model, batch_size_range=(1, 1)) as reader:
+        reader.load()
+        yield reader
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -87,6 +87,8 @@ def serve(
     prefill_assistant: so.PrefillAssistant = False,
     max_file_mb: so.MaxFileMb = 32.0,
     file_memory_mb: so.FileMemoryMb = 256.0,
+    ocr: so.Ocr = None,
+    max_scanned_pages: so.MaxScannedPages = 100,
 ) -> None:
     """Serve a model through an OpenAI-compatible API, with a chat page at /."""
     missing = [package for package in _NEEDED if importlib.util.find_spec(package) is None]
@@ -127,6 +129,7 @@ def serve(
         max_file_bytes=max(1, int(max_file_mb * 1e6)),
         max_file_bytes_total=file_memory,
         max_file_bytes_per_client=max(1, file_memory // 2) if keys else file_memory,
+        max_scanned_pages=max_scanned_pages,
         state_dir=None if state_dir is None else Path(state_dir),
         max_response_bytes_total=response_bytes,
         max_response_bytes_per_client=max(1, response_bytes // 2) if keys else response_bytes,
@@ -195,11 +198,12 @@ def serve(
             fields,
             lambda path, name: load(path, name)[:3],
             log_format == "json",
+            ocr,
         )
         return
     if pin or models_memory is not None:
         raise ConfigError("--pin and --models-memory need several models: give more MODELs, or --models-dir")
-    _serve(settings, lambda: load(model[0], name), kv_cache_memory, log_format == "json", otlp_traces_endpoint)
+    _serve(settings, lambda: load(model[0], name), kv_cache_memory, log_format == "json", otlp_traces_endpoint, ocr)
 
 
 def _serve(
@@ -208,6 +212,7 @@ def _serve(
     kv_cache_memory: int | None,
     json_logs: bool,
     traces: str | None,
+    ocr: str | None,
 ) -> None:
     """Serves the model that `load` loads, see `_load`."""
     from deepseek_optimizer.integration.memory.cache_size import check_granted
@@ -217,18 +222,21 @@ def _serve(
     from deepseek_optimizer.server.run import serve as run
     from deepseek_optimizer.system.memory import free_memory
 
+    from .model import ocr_model
+
     set_up_logs(json_logs)
     check_tls(settings)
     exporter = None if traces is None else otlp_exporter(traces)
     sock = listener(settings.host, settings.port)
     if kv_cache_memory is not None:
         check_granted(kv_cache_memory, free_memory())
-    engine, settings, _, facts = load()
+    with ocr_model(ocr) as reader:
+        engine, settings, _, facts = load()
 
-    def banner(host: str, port: int) -> None:
-        typer.echo(_banner(engine, facts, settings, host, port), err=True)
+        def banner(host: str, port: int) -> None:
+            typer.echo(_banner(engine, facts, settings, ocr, host, port), err=True)
 
-    run(engine, settings, sock, banner, None if exporter is None else Tracer(exporter, engine.model_name))
+        run(engine, settings, sock, banner, None if exporter is None else Tracer(exporter, engine.model_name), reader)
 
 
 def _load(
@@ -291,7 +299,7 @@ def _adapters(given: list[str]) -> dict[str, str]:
     return adapters
 
 
-def _banner(engine: Any, facts: Any, settings: ServerSettings, host: str, port: int) -> str:
+def _banner(engine: Any, facts: Any, settings: ServerSettings, ocr: str | None, host: str, port: int) -> str:
     formats = ", ".join(row.format for row in facts.formats)
     lines = [
         f"model     {engine.model_name} ({facts.family}), {formats}, {facts.bytes_after / 1e6:,.0f} MB",
@@ -303,5 +311,6 @@ def _banner(engine: Any, facts: Any, settings: ServerSettings, host: str, port: 
         lines.insert(3, f"cache     {facts.kv_cache}, {engine.core.memory.size}")
     if engine.adapters:
         lines.append(f"adapters  {', '.join(adapter.name for adapter in engine.adapters)}")
+    lines += banner_lines.ocr_lines(ocr)
     lines += banner_lines.access_warning(settings)
     return "\n".join(lines)

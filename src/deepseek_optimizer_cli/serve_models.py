@@ -70,6 +70,7 @@ def serve_models(
     fields: dict[str, Any],
     load: Callable[[str, str], tuple[Any, ServerSettings, int]],
     json_logs: bool,
+    ocr: str | None,
 ) -> None:
     """Serves several models.
 
@@ -79,6 +80,7 @@ def serve_models(
         fields: of `DeepSeekConfig`, for each model; a size of the cache is added.
         load: loads the model of a path under a name; returns its engine, the settings for it, and the memory that it may take.
         json_logs: whether to log JSON.
+        ocr: see `ocr_model`.
     """
     from deepseek_optimizer.server.http.logs import set_up_logs
     from deepseek_optimizer.server.pool.model_list import models_at, models_of
@@ -88,35 +90,40 @@ def serve_models(
     from deepseek_optimizer.server.run import serve_models as run
     from deepseek_optimizer.system.memory import free_memory, less_reserve, mb
 
+    from .model import ocr_model
+
     if not given.models and given.models_dir is None:
         raise ValueError("give the MODEL to serve, or a directory of models with --models-dir")
     set_up_logs(json_logs)
     check_tls(settings)
     sock = listener(settings.host, settings.port)
-    memory = given.models_memory or max(1, less_reserve(free_memory().free))
-    cache = fields.setdefault("kv_cache_memory", max(1, memory // _CACHE_PART))
+    with ocr_model(ocr) as reader:
+        memory = given.models_memory or max(1, less_reserve(free_memory().free))
+        cache = fields.setdefault("kv_cache_memory", max(1, memory // _CACHE_PART))
 
-    def list_files() -> dict[str, ModelFile]:
-        return {**({} if given.models_dir is None else models_of(given.models_dir)), **models_at(given.models)}
+        def list_files() -> dict[str, ModelFile]:
+            return {**({} if given.models_dir is None else models_of(given.models_dir)), **models_at(given.models)}
 
-    pool = ModelPool(
-        settings,
-        list_files,
-        opener(lambda file: load(file.path, file.name)),
-        memory=memory,
-        cache=cache,
-        pinned=given.pin,
-        default=None if not given.models else next(iter(models_at(given.models))),
-        load_seconds=given.load_timeout,
-    )
+        pool = ModelPool(
+            settings,
+            list_files,
+            opener(lambda file: load(file.path, file.name)),
+            memory=memory,
+            cache=cache,
+            pinned=given.pin,
+            default=None if not given.models else next(iter(models_at(given.models))),
+            load_seconds=given.load_timeout,
+            ocr=reader,
+        )
 
-    def banner(host: str, port: int) -> None:
-        lines = [
-            f"models    {', '.join(sorted(pool.models)) or 'none yet'}",
-            f"memory    at most {mb(memory)}, of which {mb(cache)} for the cache of each model",
-            banner_lines.address_line(settings, host, port),
-            *banner_lines.access_warning(settings),
-        ]
-        typer.echo("\n".join(lines), err=True)
+        def banner(host: str, port: int) -> None:
+            lines = [
+                f"models    {', '.join(sorted(pool.models)) or 'none yet'}",
+                f"memory    at most {mb(memory)}, of which {mb(cache)} for the cache of each model",
+                banner_lines.address_line(settings, host, port),
+                *banner_lines.ocr_lines(ocr),
+                *banner_lines.access_warning(settings),
+            ]
+            typer.echo("\n".join(lines), err=True)
 
-    run(pool, sock, banner)
+        run(pool, sock, banner)

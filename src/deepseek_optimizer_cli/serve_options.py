@@ -429,3 +429,24 @@ FileMemoryMb = Annotated[
         **_FILES,
     ),
 ]
+Ocr = Annotated[
+    str | None,
+    typer.Option(
+        "--ocr",
+        metavar="MODEL",
+        help="A model that sees, by which pictures and scanned pages among uploaded documents are read. Default: they are "
+        "reported.",
+        **_FILES,
+    ),
+]
+MaxScannedPages = Annotated[
+    int,
+    typer.Option(
+        "--max-scanned-pages",
+        min=1,
+        metavar="N",
+        help="Maximum number of pages of a document that --ocr reads. They take as long as answers of their length, within "
+        "--request-timeout.",
+        **_FILES,
+    ),
+]

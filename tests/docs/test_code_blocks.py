@@ -87,7 +87,7 @@ def session(folder, monkeypatch):
         """Runs the real command up to listening, which happens in a thread on a free port."""
         from deepseek_optimizer.server import run
 
-        def start(engine, settings, sock, banner, tracer):
+        def start(engine, settings, sock, banner, tracer, ocr):
             sock.close()
             live = LiveServer(engine, settings)
             banner("127.0.0.1", live.port)

@@ -70,6 +70,10 @@ def test_too_large_a_cache_is_reported_before_loading(serve):
     assert "the KV cache: 1000000.00 GB needed" in error_of(serve("--kv-cache-memory", 10**15, "--port", 0))
 
 
+def test_an_ocr_model_that_cannot_see_is_reported_before_loading(serve, tiny_model):
+    assert "--ocr needs one that sees" in error_of(serve("--ocr", tiny_model, "--port", 0))
+
+
 def test_readable_key_files_give_a_warning(serve, tmp_path):
     (tmp_path / "keys").write_text("alpha\n")
     (tmp_path / "keys").chmod(0o644)
@@ -101,6 +105,31 @@ def test_props_and_defaults(served, tiny_model):
     assert (params["temperature"], params["top_p"], params["max_tokens"]) == (0.7, 0.95, 256)  # a context of 256 tokens
     assert card["default_sampling"]["temperature"] == 0.7
     assert props["model_path"] == str(tiny_model) and props["total_slots"] == 32 and props["chat_template"]
+
+
+def test_scanned_uploads(tiny_model, tmp_path):
+    """The real command with an OCR model, whose weights are random."""
+    pytest.importorskip("PIL", reason="needs Pillow")
+    from support.documents import scanned_pdf
+    from support.picture_processors import picture, save_pair
+
+    save_pair(tmp_path / "seeing")
+    process = WarmPython(DSO, "serve", tiny_model, "--port", "0", "--ocr", tmp_path / "seeing", "--max-scanned-pages", "1")
+    banner = ""
+    while "address" not in banner or "ocr " not in banner:
+        line = process.stderr.readline()
+        assert line, banner
+        banner += line
+    with httpx.Client(base_url=re.search(r"http://127\.0\.0\.1:\d+", banner)[0], timeout=120) as client:
+        sent = [
+            client.post("/v1/files", files={"file": ("a.pdf", scanned_pdf(pages))}, data={"purpose": "user_data"})
+            for pages in (["Typed.", picture(60, 80)], [picture(60, 80)] * 2)
+        ]
+    process.terminate()
+    process.communicate(timeout=30)
+    assert sent[0].status_code == 200 and sent[0].json()["warnings"][0] == "pages that the OCR model has read: 2", sent[0].text
+    assert sent[1].status_code == 400 and "at most 1 are read by the OCR model" in sent[1].text
+    assert process.returncode == 0
 
 
 def test_the_banner(served):

@@ -327,9 +327,8 @@ def test_rejected_memory_is_not_counted():
 
 def test_a_missing_extra_is_reported(live, monkeypatch):
     reader = live.app.state.server.reader
-    monkeypatch.setattr(
-        reader, "_read", lambda name, data: {"missing": 'reading PDF needs pypdf: pip install "deepseek-optimizer[longdoc]"'}
-    )
+    missing = {"missing": 'reading PDF needs pypdf: pip install "deepseek-optimizer[longdoc]"'}
+    monkeypatch.setattr(reader.workers, "call", lambda payload: missing)
     found = send(live.client, "text")
     assert_error(found, 501)
     assert "deepseek-optimizer[longdoc]" in found.json()["error"]["message"]

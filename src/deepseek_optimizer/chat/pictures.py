@@ -28,15 +28,14 @@ def load_processor(path: str) -> Any:
         path: as for `load_model`.
 
     Raises:
-        MissingPackageError: Pillow, or torchvision for this family's processor, is not installed.
+        MissingPackageError: Pillow, or another package that this family's processor needs, is not installed.
         ConfigError: the checkpoint has none, or it cannot be loaded.
     """
-    from transformers import AutoProcessor
-
     from ..integration.load.resolve import resolve
+    from ..integration.multimodal import processor as processors
 
     try:
-        processor = AutoProcessor.from_pretrained(str(resolve(path)), local_files_only=True, trust_remote_code=False)
+        processor = processors.load_processor(resolve(path))
     except ImportError as error:
         raise MissingPackageError(f"the processor of {path}", _missing(error), "vision") from error
     except Exception as error:  # damaged or missing files may cause any error

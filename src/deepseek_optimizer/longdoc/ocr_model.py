@@ -8,6 +8,7 @@ from typing import Any
 
 from ..chat.local import answer, image_prompt
 from ..chat.pictures import load_processor
+from ..engine.engine import Engine
 from ..engine.pictures import PictureRows
 from ..engine.request import SamplingParams
 from ..errors import ConfigError
@@ -26,7 +27,7 @@ _SCALE = 999  # of DeepSeek-OCR's coordinates
 
 
 class OcrModel:
-    """Reads pictures of pages with a model that sees. The model is loaded when the first page is read.
+    """Reads pictures of pages with a model that sees. The model is loaded by `load`, or when the first page is read.
 
     Args:
         model: path or name of a multimodal checkpoint.
@@ -52,7 +53,7 @@ class OcrModel:
             ConfigError: the model reads text only, or cannot be loaded.
             MissingPackageError, RequestError, BackendError: see `load_processor`, `PictureEncoder.prompt` and `answer`.
         """
-        engine, encoder = self._engine()
+        engine, encoder = self.load()
         tokens, rows = self._prompt(encoder, image)
         sampling = SamplingParams(temperature=0.0, max_tokens=self.max_tokens, skip_special_tokens=False)
         found = answer(engine, tokens, lambda _: None, sampling, pictures=rows)
@@ -71,7 +72,12 @@ class OcrModel:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _engine(self) -> tuple[Any, PictureEncoder]:
+    def load(self) -> tuple[Engine, PictureEncoder]:
+        """Loads the model, unless that has been done; returns its engine, and what encodes its pictures.
+
+        Raises:
+            ConfigError, MissingPackageError: see `read`.
+        """
         if self._loaded is None:
             tokenizer = load_tokenizer(self.model)
             model = load_model(self.model, **self._fields)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from .document import Box
@@ -13,6 +13,10 @@ class RecognizedLine(NamedTuple):
 
     text: str
     box: Box | None = None
+
+
+class PictureProblem(ValueError):
+    """Why a picture of a page cannot be read: a phrase to follow its place."""
 
 
 class PageReader(Protocol):
@@ -29,3 +33,19 @@ class PageReader(Protocol):
             BackendError: the model failed.
         """
         ...
+
+
+# The lines of a scanned page, of which it gets the number and a function that decodes its pictures. It raises PictureProblem or
+# RequestError if they cannot be read.
+PageLines = Callable[[int, Callable[[], Sequence[Any]]], Sequence[RecognizedLine]]
+
+
+def lines_of_pictures(reader: PageReader, pictures: Sequence[Any]) -> list[RecognizedLine]:
+    """The lines of a page's pictures. If it has several, none of them is the whole page, so that lines have no places."""
+    lines = [line for picture in pictures for line in reader.read(picture) if line.text.strip()]
+    return lines if len(pictures) == 1 else [RecognizedLine(line.text) for line in lines]
+
+
+def read_by(reader: PageReader) -> PageLines:
+    """Pages whose pictures `reader` reads when their lines are needed."""
+    return lambda number, pictures: lines_of_pictures(reader, pictures())

@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
 from ..errors import excerpt
+from ..longdoc.recognized import PageReader
 from . import openapi
 from .http.error_formats import error_response
 from .http.guard import Guard, HostGuard
@@ -81,18 +82,21 @@ _TOLERANT = " Unknown fields are ignored too; the response header X-Ignored-Fiel
 _STRICT = " An unknown field is an error, and so is a number in quotes."
 
 
-def create_app(engine: Any, settings: ServerSettings | None = None, tracer: Tracer | None = None) -> FastAPI:
+def create_app(
+    engine: Any, settings: ServerSettings | None = None, tracer: Tracer | None = None, ocr: PageReader | None = None
+) -> FastAPI:
     """Creates the ASGI application for an `AsyncEngine`, which starts and ends with it.
 
     Args:
         engine: an `AsyncEngine` that has not been started.
         settings: None: the defaults.
         tracer: exports traces; it is closed with the application.
+        ocr: reads scanned pages of uploaded files; None: they are reported.
 
     Returns: the application; its `state.server` is the `ServerState`.
     """
     settings = settings or ServerSettings()
-    state = ServerState(engine, settings)
+    state = ServerState(engine, settings, ocr=ocr)
     assets = page_files()
 
     @asynccontextmanager

@@ -22,6 +22,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from ..errors import ConfigError
+from ..longdoc.recognized import PageReader
 from .app import create_app
 from .http.connections import protocol_for
 from .http.tracing import Tracer
@@ -172,6 +173,7 @@ def serve(
     sock: socket.socket,
     banner: Callable[[str, int], None],
     tracer: Tracer | None = None,
+    ocr: PageReader | None = None,
 ) -> None:
     """Serves until a signal stops the process.
 
@@ -181,9 +183,10 @@ def serve(
         sock: the result of `listener`.
         banner: called with host and port when the server listens.
         tracer: exports traces.
+        ocr: reads scanned pages of uploaded files; None: they are reported.
     """
     raise_file_limit()
-    app = create_app(engine, settings, tracer)
+    app = create_app(engine, settings, tracer, ocr)
     app.state.server.warm_up()
     run(app, settings, sock, banner)
 

@@ -57,7 +57,8 @@ class ServerSettings:
         max_response_bytes_total: the same for all clients.
         response_seconds: time after its last use at which a stored response is deleted.
         file_seconds: time after which an uploaded file is deleted.
-        file_read_seconds: maximum CPU time to extract the text of a file.
+        file_read_seconds: maximum CPU time to extract the text of a file, without text recognition.
+        max_scanned_pages: maximum number of pages of a file that an OCR model reads.
         upload_seconds: maximum time for a client to send a file.
         drain_seconds: grace period for requests in flight when the server stops.
         tools_format: syntax in which the model writes tool calls, a name in `chat.tools.FORMATS`; None: detected from the chat
@@ -128,6 +129,7 @@ class ServerSettings:
     response_seconds: float = 30 * 86_400.0
     file_seconds: float = 86_400.0
     file_read_seconds: float = 20.0
+    max_scanned_pages: int = 100
     upload_seconds: float = 300.0
     drain_seconds: float = 30.0
     tools_format: str | None = None

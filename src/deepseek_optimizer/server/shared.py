@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
+from ..longdoc.recognized import PageReader
 from .documents.file_store import FileStore
 from .documents.reader import DocumentReader
 from .http.json_body import BodyReader
@@ -19,6 +20,7 @@ class Shared:
     """
     Args:
         settings: the server's.
+        ocr: reads scanned pages of uploaded files; None: they are reported.
 
     Attributes:
         draining: whether the server is shutting down and refuses requests.
@@ -27,7 +29,7 @@ class Shared:
         forget: called with owner and digest of each uploaded file that is deleted.
     """
 
-    def __init__(self, settings: ServerSettings) -> None:
+    def __init__(self, settings: ServerSettings, ocr: PageReader | None = None) -> None:
         self.settings, self.draining = settings, False
         self.workers = min(max(_WORKERS[0], (os.cpu_count() or 1) // 2), _WORKERS[1])
         self.max_per_client = settings.max_jobs_per_client
@@ -35,9 +37,9 @@ class Shared:
         self.bodies = BodyReader(settings, self.max_per_client, self.max_jobs)
         self.forget: list[Callable[[str, str], None]] = []
         self.files = FileStore(settings, self._forget)
-        self.reader = DocumentReader(settings, self.workers, self.max_per_client, self.max_jobs)
+        self.reader = DocumentReader(settings, self.workers, self.max_per_client, self.max_jobs, ocr)
         self.responses = ResponseStore(settings, self.max_per_client, self.max_jobs)
-        self.queues = [self.bodies.queue, self.reader.queue, self.responses.queue]
+        self.queues = [self.bodies.queue, *self.reader.queues, self.responses.queue]
 
     def _forget(self, owner: str, digest: str) -> None:
         for forget in list(self.forget):

@@ -19,6 +19,7 @@ from ..engine.grammar.compiler import GrammarCompiler
 from ..engine.grammar.source import GrammarSource
 from ..engine.request import CompiledGrammar, Request
 from ..errors import EngineBusyError, RequestError, WorkerLostError
+from ..longdoc.recognized import PageReader
 from ..versions import versions
 from .adapters import AdapterLoading
 from .documents.preparation import Preparation
@@ -51,6 +52,7 @@ class ServerState:
         engine: an `AsyncEngine`.
         settings: the server's.
         shared: what the server's models have in common; None: there is one model.
+        ocr: reads scanned pages of uploaded files, unless `shared` is given; None: they are reported.
 
     Attributes:
         sleep_state: see `sleep`.
@@ -58,7 +60,9 @@ class ServerState:
         used: time of the latest request, of `time.monotonic`.
     """
 
-    def __init__(self, engine: Any, settings: ServerSettings, shared: Shared | None = None) -> None:
+    def __init__(
+        self, engine: Any, settings: ServerSettings, shared: Shared | None = None, ocr: PageReader | None = None
+    ) -> None:
         self.engine, self.settings = engine, settings
         self.created = int(time.time())
         # Of the version and the model, on which answers with a seed depend.
@@ -68,7 +72,7 @@ class ServerState:
         self._asleep: set[Asleep] = set()
         self.used = time.monotonic()
         self._changing_sleep = asyncio.Lock()
-        self.shared, self._alone = shared or Shared(settings), shared is None
+        self.shared, self._alone = shared or Shared(settings, ocr), shared is None
         self.bodies, self.files, self.reader = self.shared.bodies, self.shared.files, self.shared.reader
         self.responses = self.shared.responses
         self.model_name: str = engine.model_name

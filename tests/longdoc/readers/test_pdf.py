@@ -25,7 +25,8 @@ def test_pages_and_their_numbers() -> None:
 def test_pages_without_text_are_reported_and_counted() -> None:
     file = read_upload("a.pdf", pdf(["First.", "", "Third."]))
     assert file.page_of(file.text.index("Third")) == 3
-    assert file.warnings == ("pages without text (empty or images): 2; dso longdoc reads them with an OCR model (--ocr MODEL)",)
+    remedy = "dso longdoc and dso serve read them with an OCR model (--ocr MODEL)"
+    assert file.warnings == (f"pages without text (empty or images): 2; {remedy}",)
 
 
 def test_only_images() -> None:

@@ -8,15 +8,12 @@ from typing import Any
 from ...chat import picture_job
 from ...chat.pictures import rgb_image
 from ...errors import MissingPackageError
+from ..recognized import PictureProblem
 
-REMEDY = "dso longdoc reads them with an OCR model (--ocr MODEL)"
+REMEDY = "dso longdoc and dso serve read them with an OCR model (--ocr MODEL)"
 MAX_PIXELS = 1 << 26  # of a page: A4 at 600 dpi has half of that
 MAX_PICTURES = 64  # of a page
 _MIN_SHARE = 0.1  # smaller pictures, by pixels of the largest one of the page, are logos or stamps
-
-
-class PictureProblem(ValueError):
-    """Why a picture of a page cannot be read: a phrase to follow its place."""
 
 
 def picture_of(data: bytes) -> Any:

@@ -11,19 +11,43 @@ from typing import Any
 
 from ...errors import DeepSeekOptimizerError, DocumentError, MissingPackageError, RequestError
 from ..document import TextFile
-from ..recognized import PageReader, RecognizedLine
+from ..recognized import PageLines, PictureProblem, RecognizedLine
 from .builder import TextBuilder
-from .page_images import REMEDY, PictureProblem, pictures_of_page
+from .page_drawing import is_drawn, rendered
+from .page_images import REMEDY, pictures_of_page
 
 _LOG = Lock()
 
 
-def read(name: str, data: bytes, ocr: PageReader | None = None) -> TextFile:
+def read(name: str, data: bytes, scanned: PageLines | None = None) -> TextFile:
     """
     Raises:
         DocumentError: it is damaged, needs a password, or contains only images.
         DeepSeekOptimizerError: the OCR model failed.
         MissingPackageError: pypdf is not installed.
+    """
+    with _pypdf(name):
+        return _read(name, data, scanned)
+
+
+def pictures(name: str, data: bytes, number: int) -> list[Any]:
+    """See `readers.pictures_of_page`."""
+    with _pypdf(name):
+        page = _open(name, data).pages[number - 1]
+        try:
+            return _pictures(page, data, number)
+        except (MemoryError, PictureProblem, DeepSeekOptimizerError):
+            raise
+        except Exception as error:  # a broken picture can make pypdf and Pillow raise anything
+            raise PictureProblem(_describe(error)) from error
+
+
+@contextmanager
+def _pypdf(name: str) -> Iterator[None]:
+    """Converts pypdf's errors for the body.
+
+    Raises:
+        DocumentError, MissingPackageError: see `read`.
     """
     try:
         from pypdf.errors import DependencyError, LimitReachedError
@@ -31,7 +55,9 @@ def read(name: str, data: bytes, ocr: PageReader | None = None) -> TextFile:
         raise MissingPackageError("reading PDF", "pypdf", "longdoc") from None
     try:
         with _quiet():
-            return _read(name, data, ocr)
+            yield
+    except PictureProblem:
+        raise
     except DeepSeekOptimizerError:
         raise
     except DependencyError:
@@ -42,7 +68,7 @@ def read(name: str, data: bytes, ocr: PageReader | None = None) -> TextFile:
         raise DocumentError(name, f"is a damaged PDF ({_describe(error)}); try printing it to a new PDF") from error
 
 
-def _read(name: str, data: bytes, ocr: PageReader | None) -> TextFile:
+def _open(name: str, data: bytes) -> Any:
     from pypdf import PdfReader
 
     if b"%PDF-" not in data[:1024]:
@@ -50,6 +76,11 @@ def _read(name: str, data: bytes, ocr: PageReader | None) -> TextFile:
     reader = PdfReader(BytesIO(data))
     if reader.is_encrypted and not reader.decrypt(""):
         raise DocumentError(name, "is encrypted and needs a password; save a copy without one")
+    return reader
+
+
+def _read(name: str, data: bytes, scanned: PageLines | None) -> TextFile:
+    reader = _open(name, data)
     builder = TextBuilder(name)
     empty, broken, recognized, unreadable = [], [], [], []
     for number, page in enumerate(reader.pages, 1):
@@ -63,7 +94,7 @@ def _read(name: str, data: bytes, ocr: PageReader | None) -> TextFile:
         if text.strip() or number in broken:
             builder.page(text, number)
             continue
-        lines, problem = ([], "") if ocr is None else _recognized(page, ocr)
+        lines, problem = ([], "") if scanned is None else _recognized(page, data, number, scanned)
         builder.recognized_page(lines, number)
         if lines:
             recognized.append(number)
@@ -73,7 +104,7 @@ def _read(name: str, data: bytes, ocr: PageReader | None) -> TextFile:
             empty.append(number)
     pages = len(reader.pages)
     if len(empty) + len(unreadable) == pages:
-        raise DocumentError(name, f"has no text on its {_pages(pages)}, {_why_none(ocr, unreadable)}")
+        raise DocumentError(name, f"has no text on its {_pages(pages)}, {_why_none(scanned is None, unreadable)}")
     if len(broken) + len(empty) + len(unreadable) == pages:
         raise DocumentError(name, f"is a damaged PDF: none of its {_pages(pages)} can be read")
     if broken:
@@ -83,29 +114,31 @@ def _read(name: str, data: bytes, ocr: PageReader | None) -> TextFile:
     if unreadable:
         builder.warnings.append(f"pages whose pictures cannot be read: {_listed(unreadable)}")
     if empty:
-        remedy = f"; {REMEDY}" if ocr is None else ""
+        remedy = f"; {REMEDY}" if scanned is None else ""
         builder.warnings.append(f"pages without text (empty or images): {_listed(empty)}{remedy}")
     return builder.build()
 
 
-def _recognized(page: Any, ocr: PageReader) -> tuple[list[RecognizedLine], str]:
+def _pictures(page: Any, data: bytes, number: int) -> list[Any]:
+    """The pictures of a page or, if there are none but it shows something else, the page as a picture."""
+    return pictures_of_page(page) or ([rendered(data, number)] if is_drawn(page) else [])
+
+
+def _recognized(page: Any, data: bytes, number: int, scanned: PageLines) -> tuple[list[RecognizedLine], str]:
     """The text of a page's pictures, and why there is none, if a picture is the reason."""
     try:
-        images = pictures_of_page(page)
-        lines = [line for image in images for line in ocr.read(image)]
+        lines = scanned(number, lambda: _pictures(page, data, number))
     except (PictureProblem, RequestError) as error:
         return [], str(error)
     except (MemoryError, DeepSeekOptimizerError):
         raise
     except Exception as error:  # as above
         return [], _describe(error)
-    if len(images) > 1:  # no picture is the whole page
-        lines = [RecognizedLine(line.text) for line in lines]
     return [line for line in lines if line.text.strip()], ""
 
 
-def _why_none(ocr: PageReader | None, unreadable: list[str]) -> str:
-    if ocr is None:
+def _why_none(not_read: bool, unreadable: list[str]) -> str:
+    if not_read:
         return f"only images; {REMEDY}, or run text recognition (OCR) on it first"
     return (
         f"and the pictures of its pages cannot be read: {_listed(unreadable)}" if unreadable else "and the OCR model found none"

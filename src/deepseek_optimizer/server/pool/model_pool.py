@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 
 from ...errors import ConfigError, DeepSeekOptimizerError
+from ...longdoc.recognized import PageReader
 from ...system.memory import mb
 from ..http.problems import ApiError, busy
 from ..protocol.base import OLLAMA_TAG
@@ -44,6 +45,7 @@ class ModelPool:
         pinned: names of models that are loaded at the start and stay loaded.
         default: name of the model for requests that name none; None: the only one, or the last one used.
         load_seconds: maximum time that a request waits for its model.
+        ocr: reads scanned pages of uploaded files; None: they are reported.
 
     Raises:
         ConfigError: a pinned model or the default does not exist.
@@ -60,8 +62,9 @@ class ModelPool:
         pinned: Iterable[str] = (),
         default: str | None = None,
         load_seconds: float = 120.0,
+        ocr: PageReader | None = None,
     ) -> None:
-        self.settings, self.shared, self.created = settings, Shared(settings), int(time.time())
+        self.settings, self.shared, self.created = settings, Shared(settings, ocr), int(time.time())
         self.shared.bodies.accept_pictures()  # a body is read before its model is loaded
         self.files, self.reader = self.shared.files, self.shared.reader
         self.responses = self.shared.responses

@@ -1,0 +1,49 @@
+"""Pages whose text is drawn, as shapes or in fonts that do not say which characters they have: pypdfium2 renders them."""
+
+from __future__ import annotations
+
+from threading import Lock
+from typing import Any
+
+from ..recognized import PictureProblem
+
+_DPI = 200
+_MAX_PIXELS = 1 << 23  # of a rendered page: A4 has half of that
+_PAINTING = frozenset((b"f", b"F", b"f*", b"B", b"B*", b"b", b"b*", b"S", b"s", b"sh", b"Do", b"Tj", b"TJ", b"'", b'"'))
+_PDFIUM = Lock()  # it is not for several threads
+
+
+def is_drawn(page: Any) -> bool:
+    """Whether a page of pypdf shows anything."""
+    contents = page.get_contents()
+    return contents is not None and any(operator in _PAINTING for _, operator in contents.operations)
+
+
+def rendered(data: bytes, number: int) -> Any:
+    """A page of a PDF as a PIL image in RGB.
+
+    Args:
+        data: the content of the file.
+        number: of the page, from 1.
+
+    Raises:
+        PictureProblem: pypdfium2 is not installed, or cannot render it.
+    """
+    try:
+        import pypdfium2
+    except ImportError:
+        raise PictureProblem(
+            'draws its text, and pypdfium2, which renders it, is not installed: pip install "deepseek-optimizer[vision]"'
+        ) from None
+    with _PDFIUM:
+        try:
+            file = pypdfium2.PdfDocument(data)
+            try:
+                page = file[number - 1]
+                width, height = page.get_size()  # in points
+                scale = min(_DPI / 72, (_MAX_PIXELS / max(1.0, width * height)) ** 0.5)
+                return page.render(scale=scale).to_pil().convert("RGB")
+            finally:
+                file.close()
+        except pypdfium2.PdfiumError as error:
+            raise PictureProblem(f"cannot be rendered: {error}") from error
