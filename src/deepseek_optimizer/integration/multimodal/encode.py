@@ -33,6 +33,12 @@ def is_multimodal(model: Any) -> bool:
     return isinstance(packed_model_of(model), MultimodalRuntime)
 
 
+def language_model_of(model: Any) -> Any:
+    """The language model of a multimodal model, which shares its modules; any other optimized model itself."""
+    runtime = packed_model_of(model)
+    return runtime.language_model if isinstance(runtime, MultimodalRuntime) else model
+
+
 def embeddings_of(model: Any) -> Embed:
     """The embeddings of token ids of a multimodal model."""
     table = model.get_input_embeddings()
