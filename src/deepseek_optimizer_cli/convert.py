@@ -19,6 +19,16 @@ _Calibration = Annotated[
         rich_help_panel="Model",
     ),
 ]
+_Vision = Annotated[
+    str | None,
+    typer.Option(
+        "--vision",
+        metavar="auto|off",
+        help="auto: of a model that reads pictures, convert the whole; its vision tower keeps its precision. off: convert the "
+        "language model of Qwen3.5 or Gemma 4 only. Default: auto, but off with --kl-budget or --calibration.",
+        rich_help_panel="Model",
+    ),
+]
 
 
 def convert(
@@ -27,14 +37,15 @@ def convert(
     precision: o.Precision = None,
     kl_budget: o.KlBudget = None,
     calibration: _Calibration = None,
+    vision: _Vision = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
     as_json: o.AsJson = False,
 ) -> None:
     """Write a packed copy of a model, with its tokenizer.
 
     The model is converted layer by layer, so it may be larger than memory. --calibration needs memory for the original,
-    --kl-budget for the original and the copy, and a model on the general path for the copy. After an interruption, run the
-    same command again to resume.
+    --kl-budget for the original and the copy, and a model that reads pictures or is on the general path for the copy. After an
+    interruption, run the same command again to resume.
     """
     if out.exists() and Path(model).exists() and out.samefile(model):
         raise ValueError(f"{out} is the model itself, which packing would overwrite; choose another directory")
@@ -49,9 +60,10 @@ def convert(
         _note(
             f"{path} belongs to another run that is still in progress, or to an interrupted one on a file system without locks"
         )
-    streams = kl_budget is None and not _takes_general_path(model)
-    default = "auto" if streams else None
-    fields = o.not_none(precision=precision, kl_budget=kl_budget, calibration=calibration or default)
+    fields = o.not_none(precision=precision, kl_budget=kl_budget, calibration=calibration, vision=vision)
+    streams = kl_budget is None and not _takes_general_path(model, fields)
+    if streams:
+        fields.setdefault("calibration", "auto")
     curve = (_stream if streams else _in_memory)(model, out, fields, force)
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
     if as_json:
@@ -63,13 +75,12 @@ def convert(
         typer.echo(f"{point['bits']:6.2f} bits {point['bytes'] / 1e6:10,.1f} MB   KL {point['measured_kl']:.2g}{chosen}")
 
 
-def _takes_general_path(model: str) -> bool:
-    from deepseek_optimizer.checkpoint import open_checkpoint
-    from deepseek_optimizer.integration.load.general import why_general_path
-    from deepseek_optimizer.integration.load.resolve import resolve
+def _takes_general_path(model: str, fields: dict[str, Any]) -> bool:
+    """Whether what is loaded has no execution plan as a whole, as models that read pictures."""
+    from deepseek_optimizer.integration.load.loader import open_to_load
 
-    with open_checkpoint(resolve(model)) as checkpoint:
-        return why_general_path(checkpoint, None, {}) is not None
+    with open_to_load(model, None, fields) as (_, no_plan):
+        return no_plan is not None
 
 
 def _stream(model: str, out: Path, fields: dict[str, Any], force: bool) -> list[dict[str, Any]]:
@@ -87,8 +98,10 @@ def _stream(model: str, out: Path, fields: dict[str, Any], force: bool) -> list[
 def _in_memory(model: str, out: Path, fields: dict[str, Any], force: bool) -> list[dict[str, Any]]:
     """Converts in memory. Returns the curve of size against quality that was measured while choosing formats."""
     from deepseek_optimizer.checkpoint import atomic_directory
+    from deepseek_optimizer.checkpoint.processor_files import copy_processor_files
     from deepseek_optimizer.checkpoint.sentence_transformers import copy_embedding_files
     from deepseek_optimizer.integration.load.resolve import resolve
+    from deepseek_optimizer.integration.multimodal import is_multimodal
 
     from .model import load
 
@@ -97,6 +110,8 @@ def _in_memory(model: str, out: Path, fields: dict[str, Any], force: bool) -> li
         loaded.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         copy_embedding_files(resolve(model), partial)
+        if is_multimodal(loaded):
+            copy_processor_files(resolve(model), partial)
     return list(loaded.dso.manifest.curve)
 
 

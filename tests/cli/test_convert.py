@@ -6,11 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import PreTrainedTokenizerBase
+import torch
+from transformers import AutoModelForImageTextToText, PreTrainedTokenizerBase
 
 from deepseek_optimizer import load_model
 from deepseek_optimizer.checkpoint import atomic_directory
 from deepseek_optimizer.integration.load import calibrate
+from support.byte_tokenizer import new_byte_tokenizer
+from support.multimodal import FAMILIES, make_model, make_prompts
+from support.picture_processors import picture, save_pair
 
 
 def test_convert_then_run(dso, tiny_model, tmp_path):
@@ -113,3 +117,66 @@ def test_a_model_is_not_packed_over_itself(dso, tiny_model):
     result = dso("convert", tiny_model, tiny_model, "--precision", "int4", "--force")
     assert result.exit_code == 2 and "the model itself" in result.stderr
     assert sorted(p.name for p in tiny_model.iterdir()) == before
+
+
+@torch.no_grad()
+def logits_of(model, arguments):
+    return model(**arguments).logits
+
+
+@pytest.fixture(params=["qwen3_5", "gemma4", "qwen2_5_vl"])
+def seeing(request, tmp_path):
+    """A model that reads pictures, with a tokenizer, and its family."""
+    make_model(FAMILIES[request.param], vocab_size=270).save_pretrained(tmp_path / "seeing")
+    new_byte_tokenizer().save_pretrained(tmp_path / "seeing")
+    return tmp_path / "seeing", FAMILIES[request.param]
+
+
+def test_models_that_see_are_converted_as_a_whole(dso, seeing, tmp_path):
+    folder, family = seeing
+    for more in ((), ("--calibration", "none")):
+        result = dso("convert", folder, tmp_path / "packed", "-p", "int8", "--force", *more)
+        assert result.exit_code == 0, result.output
+        arguments = make_prompts(family, [1, 2]).arguments
+        expected = logits_of(load_model(folder, precision="int8"), arguments)
+        for loaded in (load_model(tmp_path / "packed"), AutoModelForImageTextToText.from_pretrained(tmp_path / "packed")):
+            assert loaded.report().path == "multimodal"
+            assert torch.equal(logits_of(loaded, arguments), expected)
+
+
+def test_conversion_of_the_language_model(dso, seeing, tmp_path):
+    """Of what can be loaded alone; also from a packed copy of the whole, which can be loaded without its tower, too."""
+    folder, family = seeing
+    if family is FAMILIES["qwen2_5_vl"]:
+        result = dso("convert", folder, tmp_path / "language", "--vision", "off")
+        assert result.exit_code == 2 and "cannot be loaded alone" in result.stderr
+        return
+    assert dso("convert", folder, tmp_path / "whole", "-p", "int8").exit_code == 0
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    expected = logits_of(load_model(folder, precision="int8", vision="off"), {"input_ids": ids})
+    for name in ("seeing", "whole"):
+        result = dso("convert", tmp_path / name, tmp_path / "language", "-p", "int8", "--vision", "off", "--force")
+        assert result.exit_code == 0, result.output
+        for loaded in (load_model(tmp_path / "language"), load_model(tmp_path / "whole", vision="off")):
+            assert type(loaded).__name__.endswith("ForCausalLM")
+            assert torch.equal(logits_of(loaded, {"input_ids": ids}), expected)
+
+
+def test_a_calibrated_conversion_leaves_the_tower_out(dso, seeing, tmp_path):
+    folder, family = seeing
+    if family is FAMILIES["qwen2_5_vl"]:
+        return
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    result = dso("convert", folder, tmp_path / "packed", "-p", "q4_1", "--calibration", tmp_path / "text.txt")
+    assert result.exit_code == 0 and "this model does not read pictures" in result.stderr
+    assert type(load_model(tmp_path / "packed")).__name__.endswith("ForCausalLM")
+
+
+def test_a_converted_model_has_its_processor(dso, tmp_path):
+    save_pair(tmp_path / "seeing")
+    picture(33, 21).save(tmp_path / "a.png")
+    assert dso("convert", tmp_path / "seeing", tmp_path / "packed", "-p", "int8").exit_code == 0
+    question = ("what", "--image", tmp_path / "a.png", "-t", "0", "-n", "8")
+    direct = dso("run", tmp_path / "seeing", *question, "-p", "int8")
+    result = dso("run", tmp_path / "packed", *question)
+    assert result.exit_code == 0 and result.stdout == direct.stdout != ""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from deepseek_optimizer import load_model
+from deepseek_optimizer.doctor.case import Case
 from deepseek_optimizer.doctor.symptoms import slow
 from deepseek_optimizer.doctor.symptoms.slow import Decode
+from support.multimodal import FAMILIES, make_model
 
 GOOD = {"seconds": 0.010, "others": 0.0, "bytes": 400_000_000, "backend": "cpu", "threads": 2, "formats": ("int4",)}
 
@@ -74,3 +76,11 @@ def test_end_to_end(case, tiny_model):
     actual = list(slow.measure(case(model=str(tiny_model))))
     assert actual[0].facts["read_gb_per_s"] > 0  # further findings depend on other processes of this machine
     assert all(f.facts["ms_per_token"] > 0 for f in actual)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "gemma3"])
+def test_models_that_see_are_measured_by_their_language_model(family, tmp_path):
+    make_model(FAMILIES[family]).save_pretrained(tmp_path)
+    with Case(model=str(tmp_path), fields={"threads": 1}) as case:
+        decode = slow.measure_decode(case.loaded)
+    assert decode.threads == 1 and decode.bytes > 0 and decode.seconds > 0

@@ -17,7 +17,14 @@ def load_unoptimized(path: str | Path, dtype: Any) -> Any:
         ConfigError: a packed checkpoint, or one of another quantizer whose package Transformers would need: they do not contain
             the original weights.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        GgufConfig,
+    )
 
     from ..checkpoint import METHODS
     from ..integration.load.resolve import resolve
@@ -32,7 +39,9 @@ def load_unoptimized(path: str | Path, dtype: Any) -> Any:
             raise ConfigError(f"{path} is packed; give the original model with --reference to compare with")
         if method in METHODS and method != "fp8":
             raise ConfigError(f"{path} is quantized by {method}; give the original model with --reference to compare with")
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+        whole = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+        auto = AutoModelForImageTextToText if whole else AutoModelForCausalLM
+        return auto.from_pretrained(path, dtype=dtype).eval()
     model = AutoModelForCausalLM.from_pretrained(
         path.parent,
         gguf_file=path.name,

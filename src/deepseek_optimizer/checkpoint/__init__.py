@@ -14,7 +14,7 @@ from .atomic import atomic_directory
 from .base import Checkpoint, TensorInfo, all_finite
 from .directory import SafetensorsCheckpoint, open_files, read_config
 from .gguf import GgufCheckpoint
-from .language_part import VISION, language_part
+from .language_part import VISION, language_part, packed_language_part
 from .load import LoadProgress, check_tensors, stream_weights
 from .manifest import Manifest
 from .packed import PackedCheckpoint, is_packed
@@ -46,9 +46,12 @@ def open_checkpoint(path: str | os.PathLike[str], whole: bool = False) -> Checkp
     config = read_config(path)
     files, tensors = open_files(path)
     try:
-        if is_packed(config):
-            return PackedCheckpoint(path, config, files, tensors)
         published = config
+        if is_packed(config):
+            config, tensors, left_out = (config, tensors, []) if whole else packed_language_part(config, tensors)
+            checkpoint: SafetensorsCheckpoint = PackedCheckpoint(path, config, files, tensors)
+            checkpoint.left_out, checkpoint.whole = left_out, published if left_out else None
+            return checkpoint
         config, tensors, left_out = (config, tensors, []) if whole else language_part(config, tensors)
         family = config.get("model_type")
         tensors, parts = joined_parts(with_parameter_names(tensors, config), family)

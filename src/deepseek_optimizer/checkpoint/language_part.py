@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from .base import TensorInfo
+from .manifest import KEY
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,31 @@ def language_part(
         for name in unread:
             del kept[name]
     return config, {_renamed(name, part.prefixes): info for name, info in kept.items()}, remarks
+
+
+def packed_language_part(
+    config: dict[str, Any], tensors: Mapping[str, TensorInfo]
+) -> tuple[dict[str, Any], dict[str, TensorInfo], list[str]]:
+    """`language_part` of a packed checkpoint that has a vision tower; of any other what is given, since all its tensors are
+    loaded.
+
+    Its `packed_manifest` has the language model's names. `formats` among its settings is dropped: it may name the tower's
+    layers, and the manifest says which format everything has.
+    """
+    part, kept, left_out = language_part(config, tensors)
+    if not any(line.startswith(VISION) for line in left_out):
+        return config, dict(tensors), []
+    part = dict(part)
+    part["quantization_config"] = {**config["quantization_config"], "formats": None}
+    section = config.get(KEY)
+    if isinstance(section, Mapping) and isinstance(section.get("modules"), Mapping):
+        loaded = {info.name.removesuffix(".weight") for info in kept.values()}
+        prefixes = _PARTS[config["model_type"]].prefixes
+        modules = {_renamed(name, prefixes): entry for name, entry in section["modules"].items() if name in loaded}
+        part[KEY] = {**section, "modules": modules}
+    elif section is not None:
+        part[KEY] = section  # is refused where it is read
+    return part, kept, left_out
 
 
 def language_names(name: str, model_type: str) -> list[str]:

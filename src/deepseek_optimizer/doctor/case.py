@@ -102,11 +102,12 @@ class Case:
 
     def load(self, **fields: Any) -> Any:
         """Loads the optimized model; `fields` override those of the case. Of a multimodal checkpoint that is the language
-        model, if it can be loaded alone."""
+        model."""
+        from ..integration.multimodal import language_model_of
         from ..optimized_model import load_model
 
         alone = {} if self.checkpoint.whole is None else {"vision": "off"}
-        return load_model(self.checkpoint.path, **{**alone, **self.fields, **fields})
+        return language_model_of(load_model(self.checkpoint.path, **{**alone, **self.fields, **fields}))
 
     @cached_property
     def loaded(self) -> Any:

@@ -168,7 +168,7 @@ SPECS = (
         fits=lambda n, g: n.inputs[0].width == g.draft_width,
         returns="draft states",
         rows="tokens",
-        code=59,
+        code=63,
         doc="""
             Returns x, if the step asks for draft states: what an MTP layer takes as `states`. Without such a node, those are
             the last hidden states. DeepSeek-V4's MTP layers take all residual streams of a token.

@@ -14,6 +14,7 @@ NEED_A_PLAN = (
     "attention_optimization", "attention_window", "sparse_attention", "kv_cache", "kv_cache_memory",
     "batch_invariant", "context_extension", "calibration", "kl_budget",
 )  # fmt: skip
+_NONE = {"calibration": "none"}  # values besides the default that ask for nothing
 # Of these, settings that need a plan of the whole model.
 CHOOSE_FORMATS = ("context_extension", "calibration", "kl_budget")
 
@@ -82,4 +83,4 @@ def needs_a_plan(config: DeepSeekConfig, language: bool) -> str | None:
     """The first setting that needs an execution plan; None: there is none. `language`: as in `check_settings`."""
     default = DeepSeekConfig()
     names = CHOOSE_FORMATS if language else NEED_A_PLAN
-    return next((name for name in names if getattr(config, name) not in (getattr(default, name), None)), None)
+    return next((name for name in names if getattr(config, name) not in (getattr(default, name), None, _NONE.get(name))), None)

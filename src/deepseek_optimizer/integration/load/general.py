@@ -54,9 +54,11 @@ def why_language_alone(checkpoint: Checkpoint, settings: DeepSeekConfig) -> str 
     """
     raw = checkpoint.whole
     assert raw is not None
-    if settings.vision == "off" or raw["model_type"] not in MULTIMODAL:
+    if raw["model_type"] not in MULTIMODAL:
+        return None if isinstance(checkpoint, PackedCheckpoint) else ""  # it was packed without a plan
+    if settings.vision == "off":
         return ""
-    if type(checkpoint) is not SafetensorsCheckpoint:
+    if type(checkpoint) not in (SafetensorsCheckpoint, PackedCheckpoint):
         return "its files are quantized"
     if settings.strict:
         return "strict=True, and only its language model is a plan as a whole"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,18 +59,10 @@ def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: di
         language_alone: why of a multimodal checkpoint its language model is to be loaded alone, if it can; "": the settings
             decide.
     """
-    with open_checkpoint(resolve(path)) as checkpoint:
-        if checkpoint.whole is not None:
-            settings = _settings(checkpoint.config().get("quantization_config"), checkpoint, config, fields)
-            if (alone := language_alone or why_language_alone(checkpoint, settings)) is None:
-                with open_checkpoint(checkpoint.path, whole=True) as whole:
-                    return load_general(whole, settings, why_general_path(whole, config, fields) or "")
-            checkpoint.left_out += [f"this model does not read pictures: {alone}"] if alone else []
-        if (checkpoint.path / "modules.json").is_file():
-            checkpoint.name_as_causal()
-        if (reason := why_general_path(checkpoint, config, fields)) is not None:
+    with open_to_load(path, config, fields, language_alone) as (checkpoint, no_plan):
+        if no_plan is not None:
             section = checkpoint.config().get("quantization_config")
-            return load_general(checkpoint, _settings(section, checkpoint, config, fields), reason)
+            return load_general(checkpoint, _settings(section, checkpoint, config, fields), no_plan)
         model, settings, dtype = sketch(checkpoint, config, fields)
         backend, _ = choose_backend(settings, torch.device("cpu"))
         checkpoint.mapper = backend.map_file if backend.maps_files else None
@@ -100,6 +92,36 @@ def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: di
     if texts is not None:
         adapt(model, texts)
     return model
+
+
+@contextmanager
+def open_to_load(
+    path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: dict[str, Any], language_alone: str = ""
+) -> Iterator[tuple[Checkpoint, str | None]]:
+    """Opens a checkpoint, of a multimodal one what `load_model` loads: the whole or the language model.
+
+    Args:
+        path, config, fields, language_alone: as in `load`.
+
+    Yields:
+        The checkpoint, and why the model has no execution plan; None: it has one.
+
+    Raises:
+        CheckpointError, ConfigError, UnsupportedModelError: as in `load_model`.
+    """
+    with ExitStack() as opened:
+        checkpoint = opened.enter_context(open_checkpoint(resolve(path)))
+        alone: str | None = ""
+        if checkpoint.whole is not None:
+            settings = _settings(checkpoint.config().get("quantization_config"), checkpoint, config, fields)
+            alone = language_alone or why_language_alone(checkpoint, settings)
+            if alone is None:
+                checkpoint = opened.enter_context(open_checkpoint(checkpoint.path, whole=True))
+            elif alone:
+                checkpoint.left_out.append(f"this model does not read pictures: {alone}")
+        if alone is not None and (checkpoint.path / "modules.json").is_file():
+            checkpoint.name_as_causal()
+        yield checkpoint, why_general_path(checkpoint, config, fields)
 
 
 def _check_memory(model: Any, checkpoint: Checkpoint) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ...backends.registry import choose_backend
-from ...checkpoint import Checkpoint, Manifest, PackedCheckpoint, open_checkpoint
+from ...checkpoint import Checkpoint, Manifest, PackedCheckpoint
 from ...checkpoint.atomic import naming
 from ...checkpoint.layout import Stored
 from ...checkpoint.manifest import VERSION
@@ -22,12 +22,12 @@ from ...checkpoint.sentence_transformers import copy_embedding_files
 from ...checkpoint.shards import SHARD_BYTES, Shard, plan_shards, write_index, write_shard
 from ...checkpoint.unfinished import Unfinished
 from ...config import DeepSeekConfig
-from ...errors import ConfigError
+from ...errors import ConfigError, UnsupportedModelError
 from ...versions import versions
 from ..bind.swap import expected_tensors, stored_tensors
 from ..model.save import save_configs
 from .calibrate import Calibration, calibrate, calibration_for, without_rounding
-from .loader import load, name_source, plain_dtypes, resolve, show_reading, sketch, weights_for
+from .loader import load, name_source, open_to_load, plain_dtypes, show_reading, sketch, weights_for
 from .quantizer import mark_quantized
 
 _PIECE_BYTES = 64 << 20  # of a stack of experts; a layer of DeepSeek-V4-Flash has stacks of 2.3 GB
@@ -62,9 +62,9 @@ def pack_checkpoint(
         OSError: the disk has too little free space; raised before anything is written.
     """
     out = Path(out)
-    with open_checkpoint(resolve(path)) as checkpoint:
-        if (checkpoint.path / "modules.json").is_file():
-            checkpoint.name_as_causal()
+    with open_to_load(path, None, dict(fields)) as (checkpoint, no_plan):
+        if no_plan is not None:
+            raise UnsupportedModelError(f"{no_plan}; use load_model(...) and save_pretrained instead")
         model, settings, dtype = sketch(checkpoint, None, dict(fields))
         packed = checkpoint.manifest if isinstance(checkpoint, PackedCheckpoint) else None
         if settings.kl_budget is not None and packed is None:

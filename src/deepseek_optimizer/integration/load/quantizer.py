@@ -233,7 +233,7 @@ class PackingQuantizer(HfQuantizer):
                     )
         mappings = self._leave_mappings(model)
         held = (*model.named_parameters(), *model.named_buffers())
-        for name in (name for name, value in held if value.is_floating_point() and not value.isfinite().all()):
+        for name in (name for name, value in held if value.is_floating_point() and not _is_valid(value)):
             raise CheckpointError(
                 "contains NaN or infinite weights; download the file again", file=model.config.name_or_path, tensor=name
             )
@@ -268,7 +268,8 @@ class PackingQuantizer(HfQuantizer):
         mappings: list[Any] = []
         with ExitStack() as opened, torch.no_grad():
             if self.pre_quantized and _is_standard(self.files):
-                checkpoint = opened.enter_context(open_checkpoint(Path(self.files[0]).parent))
+                whole = self.no_plan is not None
+                checkpoint = opened.enter_context(open_checkpoint(Path(self.files[0]).parent, whole))
                 backend, _ = choose_backend(self.quantization_config, torch.device("cpu"))
                 checkpoint.mapper = backend.map_file if backend.maps_files else None
                 stored = (stored_as if self.no_plan is None else general.stored_as)(checkpoint.tensors, model)
@@ -297,6 +298,11 @@ def _read_again(checkpoint: Checkpoint, name: str, weight: PackedWeight) -> Pack
     if isinstance(weight, PackedStack):
         return checkpoint.packed_stack(name, weight.format, weight.shape)
     return checkpoint.packed(name, weight.format)
+
+
+def _is_valid(value: torch.Tensor) -> bool:
+    """Whether a parameter or buffer may have this value. Scalars are limits (Gemma 4's clipped products); may be infinite."""
+    return bool((value.isfinite() if value.dim() else ~value.isnan()).all())
 
 
 def _expect_floats(model: Any, dtype: torch.dtype) -> None:

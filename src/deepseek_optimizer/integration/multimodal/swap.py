@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ...config import DeepSeekConfig
+from ...errors import ConfigError
 from ...quant import Packer
 from .. import general
 from ..bind import swap
@@ -37,11 +38,22 @@ def pack_in_place(model: Any, config: DeepSeekConfig, packer: Packer) -> None:
 
 def _divided(model: Any, config: DeepSeekConfig) -> tuple[DeepSeekConfig, DeepSeekConfig]:
     """The settings for the language model and for the rest, with their own entries of `formats`. An entry that names neither
-    goes to the rest, where it is an error."""
+    goes to the rest, where it is an error.
+
+    Raises:
+        ConfigError: an entry has the name that a weight has in the language model alone.
+    """
     formats = config.formats or {}
     with torch.device("cpu"):
         names = [weight.removesuffix(".weight") for weight in language_graph(model).weights()]
     foreign = set(config.unmatched(names))
+    inner, path = "model.", f"{decoder_path(model)}."
+    for entry in foreign:
+        own = f"{path}{entry.removeprefix(inner)}"
+        if entry.startswith(inner) and not DeepSeekConfig(formats={own: formats[entry]}).unmatched(names):
+            raise ConfigError(
+                f"formats names {entry!r}, but the language model's weights begin with {path!r} in this model; write {own!r}"
+            )
     language = {entry: name for entry, name in formats.items() if entry not in foreign}
     rest = {entry: name for entry, name in formats.items() if entry in foreign}
     return (
