@@ -54,3 +54,17 @@ def test_which_results_are_added_to_the_output(case, added):
             if isinstance(module, torch.nn.Linear) and calls.adds(layers[0], 0, module, calls.inputs[0])
         }
     assert found == added and not any(module._forward_hooks for module in layers[0].modules())
+
+
+def test_a_layer_runs_until_a_module():
+    model = random_model(CASES["llama-gqa"]()).eval()
+    layer, called = model.model.layers[0], []
+    with torch.no_grad():
+        calls = LayerCalls(model.model, list(model.model.layers), [torch.arange(3, 40)[None]])
+        for name, module in layer.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_pre_hook(lambda module, args, name=name: called.append(name))
+        calls.run_until(layer, 0, 0, calls.inputs[0], layer.self_attn.o_proj)
+        assert called == [f"self_attn.{letter}_proj" for letter in "qkvo"]
+        calls.run(layer, 0, 0, calls.inputs[0])
+    assert called[4:] == [*called[:4], "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"], "no hook is left"

@@ -1,4 +1,4 @@
-"""Matrices rounded one by one, each as if it were the only one, for measurements of a KL budget."""
+"""The order in which matrices are rounded, and matrices rounded each as if it were the only one."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from transformers import AutoModelForCausalLM
 from deepseek_optimizer import load_model, load_tokenizer
 from deepseek_optimizer.backends.cpu import unavailable_reason
 from deepseek_optimizer.calibration.text import stretches
-from deepseek_optimizer.integration.load.rounding import round_alone
+from deepseek_optimizer.config import DeepSeekConfig
+from deepseek_optimizer.integration.load import rounding
+from deepseek_optimizer.integration.load.rounding import round_alone, round_in_place
 from deepseek_optimizer.quant import get_format
-from support.calibrated import inputs_of, save_unequal, squares_read
+from support.calibrated import inputs_of, inputs_read, save_unequal, squares_read
 
 BACKENDS = ["reference"] + (["cpu"] if unavailable_reason() is None else [])
 FAST = BACKENDS[-1]
@@ -37,6 +39,22 @@ def test_inputs_equal_those_in_transformers(original, backend):
     for name, squares in actual.items():
         assert torch.allclose(squares, seen[name].square().sum(0), rtol=1e-3), name
     assert model.dso.changed() is None, "the model is unchanged"
+
+
+def test_matrices_are_rounded_for_their_inputs_in_the_rounded_model(original, monkeypatch):
+    model, seen = load_model(original, backend=FAST), {}
+    usual = rounding._Rounding.rounded
+
+    def rounded(self, places, inputs, *rest):
+        seen.update({name: torch.cat(rows).float() for name, rows in inputs.rows.items()})
+        return usual(self, places, inputs, *rest)
+
+    monkeypatch.setattr(rounding._Rounding, "rounded", rounded)
+    round_in_place(model, DeepSeekConfig(precision="int4"), texts_of(original))
+    actual = inputs_read(model, texts_of(original))
+    assert len(actual) >= 14
+    for name, inputs in actual.items():
+        assert torch.allclose(inputs, seen[name], rtol=1e-3, atol=1e-3 * inputs.abs().max()), name
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -12,7 +12,7 @@ _HIDDEN = "hidden_states"  # name of the layers' first argument in Transformers
 
 
 class _Stop(Exception):
-    """Ends a forward of which only the first layer's input is needed."""
+    """Ends a forward of which only the beginning is needed."""
 
 
 class LayerCalls:
@@ -44,6 +44,16 @@ class LayerCalls:
         output = layer(hidden, *args, **kwargs)
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return result
+
+    def run_until(self, layer: nn.Module, index: int, text: int, hidden: torch.Tensor, module: nn.Module) -> None:
+        """Runs a layer until it calls one of its modules; pre-hooks of that module run too."""
+        handle = module.register_forward_pre_hook(_end)
+        try:
+            self.run(layer, index, text, hidden)
+        except _Stop:
+            pass
+        finally:
+            handle.remove()
 
     def adds(self, layer: nn.Module, index: int, module: nn.Module, hidden: torch.Tensor) -> bool:
         """Whether a layer adds the result of one of its modules, unchanged, to its output. It is run twice on the first text.
@@ -83,11 +93,8 @@ def _recorded(
         hidden = args[0] if args else kwargs.pop(_HIDDEN)
         calls.append((hidden, args[1:], kwargs))
 
-    def end(module: nn.Module, args: Any) -> None:
-        raise _Stop
-
     handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]
-    handles += [] if stop is None else [stop.register_forward_pre_hook(end)]
+    handles += [] if stop is None else [stop.register_forward_pre_hook(_end)]
     try:
         decoder(ids, use_cache=False)
     except _Stop:
@@ -96,6 +103,10 @@ def _recorded(
         for handle in handles:
             handle.remove()
     return calls
+
+
+def _end(module: nn.Module, args: Any) -> None:
+    raise _Stop
 
 
 def _equal(a: Any, b: Any) -> bool:

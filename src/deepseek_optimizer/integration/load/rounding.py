@@ -1,10 +1,11 @@
 """Rounds the matrices of a losslessly loaded model with error compensation, layer by layer, in place.
 
 Two streams of hidden states pass through the decoder: the original model's, and that of the model as far as it is rounded. The
-matrices of a layer are rounded such that their products with the rounded model's activations are close to those of the original
-matrices with the original activations (as in GPTAQ, Li et al. 2025), so that a layer also compensates the errors of the layers
-before it. A matrix whose product is added to the layer's output is rounded such that this output is close to the original one,
-which also compensates errors of the hidden states. Besides the model, the activations of one layer are in memory.
+matrices of a layer are rounded in the order of their use, such that their products with the rounded model's activations are
+close to those of the original matrices with the original activations (as in GPTAQ, Li et al. 2025). So a matrix also
+compensates the errors of those before it, in its layer and in earlier ones. A matrix whose product is added to the layer's
+output is rounded such that this output is close to the original one, which also compensates errors of the hidden states.
+Besides the model, the activations of one layer are in memory.
 """
 
 from __future__ import annotations
@@ -100,15 +101,17 @@ def round_in_place(
         with one_torch_thread():
             rounded = first_inputs(decoder, layers, texts)
         for i, layer in enumerate(layers):
-            here = places.get(i, [])
-            exact, seen = Inputs(), Inputs()
+            here, exact = places.get(i, []), Inputs()
             with one_torch_thread():
                 with listening(here, exact):
                     original = [calls.run(layer, i, text, hidden) for text, hidden in enumerate(original)]
-                with listening(here, seen):
-                    outputs = [calls.run(layer, i, text, hidden) for text, hidden in enumerate(rounded)]
-                lag = _Lag(original, outputs, last.among(calls, layer, i, here, rounded[0]))
-            rounding.round(here, seen, exact, lag)
+                added = last.among(calls, layer, i, here, rounded[0])
+            for stage in _in_order(here, exact):
+                names = {name for site in stage for name in site.weights.values()}
+                with one_torch_thread():
+                    seen, outputs = _run(calls, layer, i, stage, rounded, bool(names & added))
+                rounding.round(stage, seen, exact, _Lag(original, outputs, added))
+                added -= names
             with one_torch_thread():
                 rounded = [calls.run(layer, i, text, hidden) for text, hidden in enumerate(rounded)]
     return rounding.outcome
@@ -188,6 +191,37 @@ def _add_expert(inputs: Inputs, gate_up: str, down: str, expert: int, x: torch.T
     inputs.add(f"{down}.{expert}", h)
 
 
+def _in_order(places: Sequence[Site], inputs: Inputs) -> list[list[Site]]:
+    """The modules of a layer in the order in which it calls them; those with the same inputs together, and those that were not
+    called at the end.
+
+    `inputs`: of their matrices, in the order of the calls.
+    """
+    owner = {name: site for site in places for name in site.weights.values()}
+    called = dict.fromkeys(name if name in owner else name.rpartition(".")[0] for name in inputs.rows)
+    first: dict[tuple[int, ...], list[Site]] = {}
+    for name in called:
+        pointers = tuple(x.data_ptr() for x in inputs.rows.get(name, ())) or (id(owner[name]),)
+        stage = first.setdefault(pointers, [])
+        stage += [site for site in [owner[name]] if all(site is not other for other in stage)]
+    missing = [site for site in places if not any(site is other for stage in first.values() for other in stage)]
+    return [*first.values(), *([missing] if missing else [])]
+
+
+def _run(
+    calls: LayerCalls, layer: nn.Module, index: int, stage: Sequence[Site], hidden: Sequence[torch.Tensor], whole: bool
+) -> tuple[Inputs, list[torch.Tensor]]:
+    """The inputs of some modules of a layer for hidden states, [1, n, H] for each text; with `whole` also its outputs."""
+    seen, outputs, last = Inputs(), [], stage[-1].module
+    with listening(stage, seen):
+        for text, states in enumerate(hidden):
+            if whole or not isinstance(last, PackedLinear):
+                outputs.append(calls.run(layer, index, text, states))
+            else:
+                calls.run_until(layer, index, text, states, last)
+    return seen, outputs
+
+
 class _LastMatrices:
     """The matrices whose products layers add to their outputs. It is found out once for each kind of layer and module."""
 
@@ -214,7 +248,8 @@ class _LastMatrices:
 class _Lag:
     """The outputs of a layer in the original model, and for the rounded model's hidden states, [1, n, H] for each text.
 
-    `names`: the weights whose products are added to the output.
+    `names`: the weights whose products are added to the output and that are not rounded yet; without any, the outputs are not
+    used.
     """
 
     original: Sequence[torch.Tensor]
