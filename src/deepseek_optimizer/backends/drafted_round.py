@@ -65,7 +65,7 @@ def _rows(batch: StepBatch, ids: list[int], context: int) -> StepBatch:
 def _chosen(plan: Plan, logits: object, call: DraftedCall, step: int) -> int | None:
     """The token of a row of logits; None: the caller must choose it."""
     row = call.row
-    if row.penalties is not None:
+    if row.penalties is not None or (row.barred is not None and step < row.barred_steps):
         return None
     choice = GREEDY if row.numbers is None else row.filters._replace(u=float(row.numbers[step]))
     (token,) = plan.choose_tokens(logits, [choice])  # type: ignore[arg-type]  # a torch.Tensor

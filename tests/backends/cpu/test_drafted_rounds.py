@@ -164,7 +164,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "one draft": {"drafts": 1, "rounds": 20},
     "room": {"room": 14},
     "two tokens of room": {"room": 2},
-    "only certain drafts": {"least": 0.45, "drafts": 5},
+    "only certain drafts": {"least": 0.7, "drafts": 5},
     "sampled": {"row": RowChoice(SAMPLED, np.random.default_rng(0).random(40))},
     "stop": {"stops": ints(1, 7)},
 }
@@ -182,7 +182,7 @@ def test_a_call_equals_single_rounds(world, name, base):
     counts = {len(r.tokens) - 1 for r in rounds}
     assert counts > {0} or name in ("two tokens of room", "stop")  # some drafts hold, and some do not
     if name == "only certain drafts":
-        assert len({r.drafted for r in rounds}) > 1
+        assert min(r.drafted for r in rounds) < 5  # no limit but this one
 
 
 def interleaved(text: Text, drafter: Any) -> tuple[Any, Any, Any]:
@@ -190,20 +190,23 @@ def interleaved(text: Text, drafter: Any) -> tuple[Any, Any, Any]:
     return batch, drafter, pending
 
 
-@pytest.mark.parametrize("penalized", [False, True])
-def test_tokens_are_those_of_plain_decoding(world, penalized):
+@pytest.mark.parametrize("kind", ["any", "penalized", "barred"])
+def test_tokens_are_those_of_plain_decoding(world, kind):
     text, plain = world.text(), world.text()
-    penalties = TokenPenalties(ints(*text.tokens), 0, repetition=1.3) if penalized else None
-    call = world.call(row=RowChoice(penalties=penalties), rounds=6)
+    penalties = TokenPenalties(ints(*text.tokens), 0, repetition=1.3) if kind == "penalized" else None
+    barred = ints(0, 2) if kind == "barred" else None
+    call = world.call(row=RowChoice(penalties=penalties, barred=barred, barred_steps=3), rounds=6)
     made = world.plan.decode_drafted(*interleaved(text, world.drafter), text.store, call)
     tokens = [token for r in made.rounds for token in r.tokens]
-    for token in tokens:
+    for place, token in enumerate(tokens):
         batch, _ = plain.batches()
         output = world.plan.run(batch, plain.store)
         logits = output.logits[0]
-        if penalized:
+        if kind == "penalized":
             seen = torch.tensor(sorted(set(plain.tokens)))
             logits[seen] = torch.where(logits[seen] > 0, logits[seen] / 1.3, logits[seen] * 1.3)
+        if kind == "barred" and place < 3:
+            logits[[0, 2]] = -torch.inf
         assert int(logits.argmax()) == token
         plain.add([token], output.draft_states)
     assert len(tokens) > 6

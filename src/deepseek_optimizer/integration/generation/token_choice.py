@@ -123,8 +123,8 @@ class TokenChoices:
 
     @property
     def greedy(self) -> bool:
-        """Whether the largest logit is chosen."""
-        return self._filters is None and self._penalty is None
+        """Whether the largest logit is chosen, of any token."""
+        return self._filters is None and self._penalty is None and not self._shortest
 
     def drafted_call(self, rounds: int, drafts: int, room: int) -> DraftedCall:
         """A call with drafts, if `greedy`; for the arguments see `DraftedCall`."""
