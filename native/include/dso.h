@@ -18,7 +18,7 @@ extern "C" {
 #define DSO_API
 #endif
 
-#define DSO_ABI_VERSION 16
+#define DSO_ABI_VERSION 17
 DSO_API int32_t dso_abi_version(void);
 
 enum {
@@ -472,6 +472,15 @@ enum {
                                  features */
   DSO_OP_LINEAR_GELU = 57,    /* in0, w0 (b0) -> out0 any: GELU_ERF of W0 x, with the GELU flag GELU. in1 as for LINEAR */
   DSO_OP_RELU = 58,           /* in0 F32 -> out0 any: max(x, 0) */
+  /* Patches of pictures. A row is at (i, j) = (batch->axes[1], batch->axes[2]) of a grid of grid_rows x grid_cols. */
+  DSO_OP_GRID_QUERIES = 59, /* in0 F32 [T, heads*head_dim], w0 vector [head_dim][2 * grid_rows - 1], w1 vector [head_dim]
+                               [2 * grid_cols - 1], scale -> out0 F32 [T, heads * width]: of each head scale * x, then x W0[:,
+                               grid_rows - 1 - i + r] for each row r of the grid, x W1[:, grid_cols - 1 - j + c] for each
+                               column c, zeros */
+  DSO_OP_GRID_KEYS = 60,    /* in0 F32 [T, heads*head_dim] -> out0 F32 [T, heads * width]: of each head x, then 1 for row i and
+                               0 for each other row of the grid, the same for its columns, zeros */
+  DSO_OP_ZERO_PADDING = 61, /* in0 F32 -> out0 any: in0, or zeros where batch->axes[0] is not 0 */
+  DSO_OP_CLAMP = 62,        /* in0 F32, w0 vector [1] low, w1 vector [1] high -> out0 any: min(max(in0, low), high) */
 };
 enum {
   DSO_FLAG_EAGER = 1,
@@ -505,6 +514,7 @@ typedef struct dso_step {
   int32_t experts, top_k, groups, top_groups, state;
   float eps, scale;
   float softcap; /* ATTENTION: limit of the scores; EXPERTS_GATE_UP: of gate and up; 0: none */
+  int32_t grid_rows, grid_cols;
 } dso_step;
 
 typedef struct dso_plan dso_plan;

@@ -210,6 +210,9 @@ struct RowKernels {  // everything else: rows of activations, weights and caches
   void (*scale)(const float* x, float factor, int64_t n, float* out);    // out may alias x
   // out = x * sigmoid(gate), where gate has n elements or one for all. out may alias x.
   void (*sigmoid_gate)(const float* x, const float* gate, bool one, int64_t n, float* out);
+  void (*clamp)(const float* x, float low, float high, int64_t n, float* out);  // out may alias x
+  // out[i] = sum over d of x[d] * table[d * stride + i], for i in [0, n)
+  void (*vector_product)(const float* x, int64_t width, const float* table, int64_t stride, int64_t n, float* out);
   void (*rope)(const float* x, const float* table, int64_t heads, int64_t head_dim, int64_t offset, int64_t rot,
                bool interleaved, float* out);
 

@@ -227,6 +227,13 @@ void check_batch(const dso_batch& b, const BatchNeeds& needs) {
   if (b.inv_freq && needs.rope_tables != 1)
     fail(DSO_EINVAL, "batch.inv_freq needs a plan with one ROPE_TABLE, not %lld", (long long)needs.rope_tables);
   if (needs.states && !b.states) fail(DSO_EINVAL, "batch.states is NULL");
+  if (needs.axes && !b.axes) fail(DSO_EINVAL, "batch.axes is NULL");
+  for (int64_t t = 0; t < b.T && needs.grid_rows > 0; ++t) {
+    const int32_t *at = b.axes + 3 * t, i = at[1], j = at[2];
+    if (i < 0 || i >= needs.grid_rows || j < 0 || j >= needs.grid_cols)
+      fail(DSO_EINVAL, "batch.axes[%lld] is (%d, %d, %d), outside of a grid of %lld x %lld", (long long)t, at[0], i, j,
+           (long long)needs.grid_rows, (long long)needs.grid_cols);
+  }
   if (b.R > 0 && !b.logit_rows) fail(DSO_EINVAL, "batch.logit_rows is NULL");
   for (int64_t r = 0; r < b.R; ++r) {
     if (b.logit_rows[r] < 0 || b.logit_rows[r] >= b.T)

@@ -43,6 +43,8 @@ struct BatchNeeds {
   bool choices = false;                   // whether rows attend to chosen blocks or tokens only
   int64_t rope_tables = 0;
   int64_t features = 0;                         // of ADD_FEATURES
+  bool axes = false;                            // whether rows are in a grid, or padding
+  int64_t grid_rows = 0, grid_cols = 0;         // of the smallest grid; 0: there is none
   int64_t hidden_width = 0;                     // of the last hidden state; 0: the plan returns none
   bool summaries = false;                       // whether the cache must have summaries
   std::vector<dso_state_shape> recurrent;       // recurrent states, by number; heads 0: not used

@@ -42,6 +42,7 @@ std::unique_ptr<Op> make_add_features(StepReader& step);
 std::unique_ptr<Op> make_concat(StepReader& step);
 std::unique_ptr<Op> make_sigmoid_gate(StepReader& step);
 std::unique_ptr<Op> make_columns(StepReader& step);
+std::unique_ptr<Op> make_clamp(StepReader& step);
 // ops_recurrent.cpp
 std::unique_ptr<Op> make_short_conv(StepReader& step);
 std::unique_ptr<Op> make_delta_rule(StepReader& step);
@@ -53,6 +54,11 @@ std::unique_ptr<Op> make_cache_write(StepReader& step);
 std::unique_ptr<Op> make_rope_cache(StepReader& step);
 // ops_attention.cpp
 std::unique_ptr<Op> make_attention(StepReader& step);
+// ops_grids.cpp
+std::unique_ptr<Op> make_grid_queries(StepReader& step);
+std::unique_ptr<Op> make_grid_keys(StepReader& step);
+std::unique_ptr<Op> make_zero_padding(StepReader& step);
+
 // ops_encoder.cpp
 std::unique_ptr<Op> make_encoder_attention(StepReader& step);
 // ops_block_choose.cpp

@@ -249,6 +249,19 @@ class Columns final : public RowsOf {
   const int64_t groups_, begin_;
 };
 
+class Clamp final : public RowsOf {
+ public:
+  Clamp(const SlotRef& in, const SlotRef& out, float low, float high) : RowsOf(out), in_(in), low_(low), high_(high) {}
+  int64_t scratch_bytes(const Run&) const override { return row_scratch(like_); }
+
+ private:
+  void row(const Run& run, int64_t r, int thread) override {
+    write_row(run, like_, r, thread, [&](float* out) { run.kernels.clamp(at(run, in_, r), low_, high_, like_.width, out); });
+  }
+  const SlotRef in_;
+  const float low_, high_;
+};
+
 }  // namespace
 
 std::unique_ptr<Op> make_embedding(StepReader& s) {
@@ -344,6 +357,13 @@ std::unique_ptr<Op> make_columns(StepReader& s) {
              (long long)in.width, (long long)out.width);
   s.alias_only(out, SlotRef{});
   return std::make_unique<Columns>(in, out, groups, begin);
+}
+
+std::unique_ptr<Op> make_clamp(StepReader& s) {
+  s.takes(1, 1, 2, 0, 0);
+  const SlotRef in = s.in(0, kF32Only), out = s.out(0, kAnyKind, in.width, in.selected);
+  s.alias_only(out, in);
+  return std::make_unique<Clamp>(in, out, *s.vector('w', 0, 1), *s.vector('w', 1, 1));
 }
 
 std::unique_ptr<Op> make_sigmoid_gate(StepReader& s) {

@@ -160,6 +160,46 @@ static void rope(const Variant& v, int64_t heads, int64_t head_dim, int64_t offs
     }
 }
 
+// n columns of a table from any of its columns on: against double, with the same bits on every variant.
+static void products(const std::vector<Variant>& all, int64_t n, int64_t width, Random& random) {
+  const int64_t stride = 2 * n - 1;
+  const std::vector<float> x = normal((size_t)width, 1, random), values = normal((size_t)(width * stride), 1, random);
+  for (int64_t first : {int64_t(0), n / 2, n - 1}) {
+    std::vector<float> expected;
+    for (const Variant& v : all) {
+      Buffer a((size_t)width * 4), table((size_t)(width * stride) * 4), out((size_t)n * 4);
+      fill(a, x);
+      fill(table, values);
+      v.kernels->vector_product(floats(a), width, floats(table) + first, stride, n, floats(out));
+      if (expected.empty()) expected.assign(floats(out), floats(out) + n);
+      check(!memcmp(floats(out), expected.data(), (size_t)n * 4), "%s product n=%ld: not the bits of %s", v.name.c_str(),
+            (long)n, all[0].name.c_str());
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      double want = 0, size = 0;
+      for (int64_t d = 0; d < width; ++d) {
+        const double term = double(x[(size_t)d]) * values[(size_t)(d * stride + first + i)];
+        want += term, size += std::fabs(term);
+      }
+      if (!check(std::fabs(expected[(size_t)i] - want) <= 1e-6 * size, "product n=%ld [%ld]: %.8g, not %.8g", (long)n, (long)i,
+                 expected[(size_t)i], want))
+        return;
+    }
+  }
+}
+
+static void limits(const Variant& v) {
+  const std::vector<float> x = {0, 1, -1, 2.5f, -2.5f, INFINITY, -INFINITY, NAN, 1e-40f, 0.5f, -0.5f, 3, 4, 5, 6, 7, -7};
+  for (const auto& [low, high] : {std::pair{-0.5f, 2.0f}, {-INFINITY, 1.0f}, {-1.0f, INFINITY}}) {
+    Buffer a(x.size() * 4);
+    fill(a, x);
+    v.kernels->clamp(floats(a), low, high, (int64_t)x.size(), floats(a));
+    for (size_t i = 0; i < x.size(); ++i)
+      check(std::isnan(x[i]) ? std::isnan(floats(a)[i]) : floats(a)[i] == std::clamp(x[i], low, high), "%s clamp(%g) = %g",
+            v.name.c_str(), x[i], floats(a)[i]);
+  }
+}
+
 static void extremes(const Variant& v) {
   const std::vector<float> g = {0, -0.0f, 100, -100, 1e30f, -1e30f, INFINITY, NAN, 88.5f, -88.5f, -104, 1e-40f};
   const std::vector<float> one(g.size(), 1.0f);
@@ -206,12 +246,14 @@ int main() {
     functions(*all[0].kernels, n, n % 2 ? 1 : 8, random);
   }
   for (int64_t n : {576, 1536, 4095}) rows(all, n, 20, random);
+  for (int64_t n : {1, 2, 15, 16, 17, 63, 64, 65, 100, 130}) products(all, n, 1 + random.below(70), random);
   for (const Variant& v : all) {
     for (int i = 0; i < 60; ++i) {
       const int64_t d = 2 * (1 + random.below(128)), rot = random.below(2) ? d : 2 * (1 + random.below((int)d / 2));
       rope(v, 1 + random.below(5), d, random.below((int)(d - rot) + 1), rot, i & 1, i & 2, random);
     }
     extremes(v);
+    limits(v);
   }
   return report("test_elementwise");
 }

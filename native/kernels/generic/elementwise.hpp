@@ -130,6 +130,27 @@ static void add_scaled(const float* x, float scale, int64_t n, float* y) {
   if (i < n) store(y + i, fma(load(x + i, n - i), factor, load(y + i, n - i)), n - i);
 }
 
+// min(max(x, low), high). A NaN stays one: it is the second operand.
+static void clamp(const float* x, float low, float high, int64_t n, float* out) {
+  each(x, n, out, [=](F v) { return min(set(high), max(set(low), v)); });
+}
+
+// out[i] = sum over d, ascending, of x[d] * table[d * stride + i], for i in [0, n).
+static void vector_product(const float* x, int64_t width, const float* table, int64_t stride, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + 64 <= n; i += 64) {
+    F s[4] = {zero(), zero(), zero(), zero()};
+    for (int64_t d = 0; d < width; ++d)
+      for (int j = 0; j < 4; ++j) s[j] = fma(set(x[d]), load(table + d * stride + i + 16 * j), s[j]);
+    for (int j = 0; j < 4; ++j) store(out + i + 16 * j, s[j]);
+  }
+  for (; i < n; i += 16) {
+    F s = zero();
+    for (int64_t d = 0; d < width; ++d) s = fma(set(x[d]), load(table + d * stride + i, n - i), s);
+    store_some(out + i, s, n - i);
+  }
+}
+
 // Rotates elements [offset, offset + rot) of every head by the angles of `table` (cos[rot/2] | sin[rot/2]), and copies the
 // others. Pairs are (i, i + rot/2), or (2i, 2i+1) if interleaved. out may be x.
 static void rope(const float* x_heads, const float* table, int64_t heads, int64_t head_dim, int64_t offset, int64_t rot,

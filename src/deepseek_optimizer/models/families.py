@@ -138,7 +138,7 @@ ENCODERS: Final = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", 
 # Vision towers (the `model_type` of their config) whose layers have a plan.
 TOWERS: Final = (
     "qwen2_5_vl_vision", "qwen3_vl_vision", "qwen3_5_vision", "siglip_vision_model", "smolvlm_vision", "janus_vision_model",
-    "gemma4_vision", "deepseek_ocr2_encoder",
+    "gemma4_vision", "deepseek_ocr2_encoder", "sam_vision_model", "deepseek_ocr2_sam_vision_model",
 )  # fmt: skip
 
 _UNKNOWN: Final = Family(served=False, rotates_halves=False, plain_residuals=False, plain_head=False)

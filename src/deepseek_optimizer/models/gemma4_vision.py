@@ -1,10 +1,12 @@
 """Gemma 4's vision tower: norms before and after each part of a layer, and of each head; height and width rotate one half of a
-head each.
+head each. Products may have limits for their inputs and results.
 
 Source: Transformers' modeling_gemma4.py.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from .decoder import MAX_POSITIONS
 from .fields import Fields
@@ -21,7 +23,6 @@ LAYER = TowerLayer(
 
 
 def build(fields: Fields) -> Tower:
-    fields.only("use_clipped_linears", False)
     fields.only("attention_bias", None, False)  # Transformers ignores it
     e = read_tower(
         fields, "gemma4_vision", gated=True, kv_heads="num_key_value_heads", head_dim="head_dim", eps="rms_norm_eps",
@@ -34,4 +35,5 @@ def build(fields: Fields) -> Tower:
         )
         for axis in (2, 1)
     )
-    return Tower(tower_graph(e, LAYER, (width, height), scale=1.0), (False,) * e.layers)
+    layer = replace(LAYER, clipped=fields.flag("use_clipped_linears"))
+    return Tower(tower_graph(e, layer, (width, height), scale=1.0), (False,) * e.layers)

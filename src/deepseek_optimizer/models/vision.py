@@ -6,8 +6,8 @@ Weights are named by their path in the module whose layers these are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from ..errors import UnsupportedModelError, shown
 from ..graph.ir import Graph, Node, Value
 from .blocks import add, emit, linear, rms_norm
 from .decoder import MAX_POSITIONS
-from .encoder import ACTIVATIONS, Encoder, attention, encoder_graph, layer_norm, read_encoder
+from .encoder import ACTIVATIONS, MAX_HEAD_DIM, Encoder, attention, encoder_graph, layer_norm, read_encoder
 from .fields import Fields, positive
 from .rope import Frequencies, RopeSpec
 
@@ -30,17 +30,36 @@ class Tower:
         graph: of all layers. A sequence of a step is what its rows attend to.
         windowed: by layer, whether that is a window of the picture; otherwise it is the picture.
         ends: layers whose results are needed besides the last one's; none of them has windows.
+        on_grid: the graph for pictures of so many rows and columns of patches, if it depends on them (`graph` is for those that
+            the tower was trained on); raises UnsupportedModelError if there are too many. None: it does not.
     """
 
     graph: Graph
     windowed: tuple[bool, ...]
     ends: tuple[int, ...] = ()
+    on_grid: Callable[[int, int], Graph] | None = None
 
     def stretches(self) -> list[tuple[int, int]]:
         """The layers [begin, end) that run one after the other: those with windows up to the next one without, and each of the
         others by itself."""
         begins = [i for i in range(1, len(self.windowed)) if not (self.windowed[i] and self.windowed[i - 1])]
         return list(zip([0, *begins], [*begins, len(self.windowed)], strict=True))
+
+
+@dataclass(frozen=True)
+class RelativePositions:
+    """Relative positions in height and width of the patches that attend to each other, in a grid.
+
+    Attributes:
+        by_row, by_col: names of the parameters in a layer.
+        grids: by layer, rows and columns of the grid.
+        padded: by layer, whether some of its rows are padding, whose keys and values are those of zeros.
+    """
+
+    by_row: str
+    by_col: str
+    grids: tuple[tuple[int, int], ...]
+    padded: tuple[bool, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +78,7 @@ class TowerLayer:
         last: norm after the last layer; "": there is none.
         rms: whether norms are RMS norms.
         qkv_bias, o_bias, mlp_bias: whether the products have biases.
+        clipped: whether the modules of products limit their inputs and results, and contain the linear layers.
     """
 
     path: str
@@ -81,6 +101,7 @@ class TowerLayer:
     qkv_bias: bool = True
     o_bias: bool = True
     mlp_bias: bool = True
+    clipped: bool = False
 
 
 def read_tower(fields: Fields, family: str, *, gated: bool = False, **names: str | float) -> Encoder:
@@ -128,7 +149,13 @@ def axial_frequencies(fields: Fields, head_dim: int, name: str, theta: float) ->
     return (1.0 / np.power(np.float32(base), exponents)).astype(np.float32)
 
 
-def tower_graph(e: Encoder, names: TowerLayer, ropes: Sequence[RopeSpec] = (), scale: float | None = None) -> Graph:
+def tower_graph(
+    e: Encoder,
+    names: TowerLayer,
+    ropes: Sequence[RopeSpec] = (),
+    scale: float | None = None,
+    relative: RelativePositions | None = None,
+) -> Graph:
     """The graph of a tower whose layers are y = x + attention(norm(x)), then y + MLP(norm(y)).
 
     Args:
@@ -136,6 +163,10 @@ def tower_graph(e: Encoder, names: TowerLayer, ropes: Sequence[RopeSpec] = (), s
         names: the modules.
         ropes: of the parts of a head, one after the other.
         scale: of the scores; None: 1 / sqrt(head_dim).
+        relative: relative positions; None: there are none.
+
+    Raises:
+        UnsupportedModelError: heads with the terms of relative positions are too wide.
     """
     tables: list[Value] = []
 
@@ -147,20 +178,25 @@ def tower_graph(e: Encoder, names: TowerLayer, ropes: Sequence[RopeSpec] = (), s
             tables.extend(emit(nodes, "rope_table", (), f"rope{i or ''}", r.rot, rope=r) for i, r in enumerate(ropes))
         name, path = f"l{index}", names.path.format(index)
         normed = norm(nodes, x, f"{name}.attn_in", f"{path}.{names.attention_norm}")
+        if relative is not None and relative.padded[index]:
+            normed = emit(nodes, "zero_padding", (normed,), f"{name}.attn_kept", e.hidden)
         q, k, v = (_projection(nodes, e, names, normed, f"{name}.{'qkv'[i]}", path, i) for i in range(3))
         q, k = (_rotated(nodes, e, value, tables) for value in (q, k))
-        attended = attention(nodes, e, (q, k, v), f"{name}.attn", scale=scale)
-        delta = linear(nodes, attended, f"{name}.o", e.hidden, f"{path}.{names.o}", names.o_bias)
+        if relative is None:
+            attended = attention(nodes, e, (q, k, v), f"{name}.attn", scale=scale)
+        else:
+            attended = _relative_attention(nodes, e, relative, (q, k, v), name, path, index)
+        delta = _product(nodes, names, attended, f"{name}.o", e.hidden, f"{path}.{names.o}", names.o_bias)
         if names.attention_out:
             delta = norm(nodes, delta, f"{name}.attn_normed", f"{path}.{names.attention_out}")
         x = add(nodes, x, delta, f"{name}.attn_out")
         normed = norm(nodes, x, f"{name}.mlp_in", f"{path}.{names.mlp_norm}")
-        up = linear(nodes, normed, f"{name}.up", e.inner, f"{path}.{names.up}", names.mlp_bias)
+        up = _product(nodes, names, normed, f"{name}.up", e.inner, f"{path}.{names.up}", names.mlp_bias)
         inputs: tuple[Value, ...] = (up,)
         if names.gate:
-            inputs = (linear(nodes, normed, f"{name}.gate", e.inner, f"{path}.{names.gate}", names.mlp_bias), up)
+            inputs = (_product(nodes, names, normed, f"{name}.gate", e.inner, f"{path}.{names.gate}", names.mlp_bias), up)
         inner = emit(nodes, e.activation, inputs, f"{name}.h", e.inner)
-        delta = linear(nodes, inner, f"{name}.down", e.hidden, f"{path}.{names.down}", names.mlp_bias)
+        delta = _product(nodes, names, inner, f"{name}.down", e.hidden, f"{path}.{names.down}", names.mlp_bias)
         if names.mlp_out:
             delta = norm(nodes, delta, f"{name}.mlp_normed", f"{path}.{names.mlp_out}")
         return add(nodes, x, delta, f"{name}.out")
@@ -168,17 +204,63 @@ def tower_graph(e: Encoder, names: TowerLayer, ropes: Sequence[RopeSpec] = (), s
     return encoder_graph(e, layer, (lambda nodes, x: norm(nodes, x, "last", names.last)) if names.last else None)
 
 
+def _product(
+    nodes: list[Node],
+    names: TowerLayer,
+    x: Value,
+    name: str,
+    width: int,
+    module: str,
+    bias: bool,
+    rows: tuple[int, int, int] | None = None,
+) -> Value:
+    """A product, between the limits of its module if it has them."""
+    if not names.clipped:
+        return linear(nodes, x, name, width, module, bias, rows)
+    module = module.removesuffix(".linear")
+
+    def clamp(value: Value, which: str) -> Value:
+        out = Value(f"{name}_{which}", value.width)
+        limits = (f"{module}.{which}_min", f"{module}.{which}_max")
+        nodes.append(Node("clamp", (value,), (out,), limits))
+        return out
+
+    return clamp(linear(nodes, clamp(x, "input"), name, width, f"{module}.linear", bias, rows), "output")
+
+
 def _projection(nodes: list[Node], e: Encoder, names: TowerLayer, x: Value, name: str, path: str, part: int) -> Value:
     """q, k or v: of its own matrix, or the rows of one matrix of all three, q's first; with the norm of its heads."""
     module, heads = (names.q, names.k, names.v)[part], e.heads if part == 0 else e.kv_heads
     width = heads * e.head_dim
     rows = (part * width, (part + 1) * width, 3 * width) if names.q == names.k else None
-    value = linear(nodes, x, name, width, f"{path}.{module}", names.qkv_bias, rows)
+    value = _product(nodes, names, x, name, width, f"{path}.{module}", names.qkv_bias, rows)
     norm = (names.q_norm, names.k_norm, "")[part]
     if not norm and not (part == 2 and names.v_norm):
         return value
     weight = f"{path}.{norm}.weight" if norm else ""
     return emit(nodes, "head_norm", (value,), f"{name}_norm", width, weight, eps=e.eps, heads=heads, head_dim=e.head_dim)
+
+
+def _relative_attention(
+    nodes: list[Node], e: Encoder, relative: RelativePositions, qkv: tuple[Value, ...], name: str, path: str, layer: int
+) -> Value:
+    """Attention over heads that the terms of relative positions make longer."""
+    rows, cols = relative.grids[layer]
+    head_dim = e.head_dim + rows + cols
+    longer = replace(e, head_dim=head_dim + head_dim % 2)
+    if longer.head_dim > MAX_HEAD_DIM:
+        raise UnsupportedModelError(
+            f"a grid of {rows} x {cols} patches is not supported: with the terms of relative positions, heads of {e.head_dim} "
+            f"elements would have {longer.head_dim}, more than {MAX_HEAD_DIM}"
+        )
+    shape = {"heads": e.heads, "head_dim": e.head_dim, "grid_rows": rows, "grid_cols": cols}
+    tables = (f"{path}.{relative.by_row}", f"{path}.{relative.by_col}")
+    q, k, v = (Value(f"{name}.{part}_grid", e.heads * longer.head_dim) for part in "qkv")
+    nodes.append(Node("grid_queries", qkv[:1], (q,), tables, {**shape, "scale": e.head_dim**-0.5}))
+    nodes += [Node("grid_keys", (own,), (made,), attrs=shape) for own, made in zip(qkv[1:], (k, v), strict=True)]
+    attended = attention(nodes, longer, (q, k, v), f"{name}.attn_grid", scale=1.0)
+    part = {"groups": e.heads, "begin": 0, "end": e.head_dim}
+    return emit(nodes, "columns", (attended,), f"{name}.attn", e.heads * e.head_dim, **part)
 
 
 def _rotated(nodes: list[Node], e: Encoder, x: Value, tables: Sequence[Value]) -> Value:

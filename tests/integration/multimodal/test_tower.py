@@ -20,6 +20,7 @@ TOWERS = [
     "qwen2_5_vl", "qwen3_vl", "qwen3_5", "gemma3", "smolvlm", PADDED, "janus", "deepseek_vl", "deepseek_vl_hybrid", "gemma4",
     "deepseek_ocr2",
 ]  # fmt: skip
+TWO_TOWERS = ("deepseek_vl_hybrid", "deepseek_ocr2")
 
 
 def model_of(family):
@@ -82,7 +83,8 @@ def assert_close(ours, theirs, tolerance=TOLERANCE):
 def test_results_are_those_of_transformers(family, backend):
     model = model_of(family)
     ours = optimized(model, backend=backend)
-    assert set(ours.report().towers.values()) == {"plan"}
+    towers = ours.report().towers
+    assert set(towers.values()) == {"plan"} and len(towers) == (2 if family in TWO_TOWERS else 1)
     for count in range(1, 6):
         arguments = pictures_of(family, count, seed=count)
         assert_close(features(ours, arguments), features(model, arguments))
@@ -105,7 +107,9 @@ def test_weight_formats(family, precision, tolerance):
     assert not torch.equal(made[0], expected[0])
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "gemma3", PADDED, "gemma4", "deepseek_ocr2"])
+@pytest.mark.parametrize(
+    "family", ["qwen2_5_vl", "qwen3_vl", "gemma3", PADDED, "gemma4", "deepseek_ocr2", "deepseek_vl_hybrid"]
+)
 def test_pieces_do_not_change_results(family):
     ours = optimized(model_of(family))
     arguments = pictures_of(family, 5)
@@ -183,6 +187,45 @@ def test_half_precision_keeps_its_keys_and_values():
         for one in (optimized(model, precision="auto"), optimized(model.float()))
     )
     assert made.dtype is torch.float16 and torch.equal(made, expected.half())
+
+
+def _sam(model):
+    return model.model.vision_tower.sam_encoder
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("size", [(16, 16), (12, 12), (5, 7), (4, 1)])
+def test_pictures_of_other_sizes_than_the_trained_one(size, backend):
+    """SAM's tables of relative positions are resized, and windows filled up with padding, in one or both directions."""
+    model = model_of("deepseek_ocr2")
+    for parameter in _sam(model).parameters():  # tables and positions are zeros in a new model
+        torch.nn.init.normal_(parameter, std=0.3)
+    ours = optimized(model, backend=backend)
+    pixels = torch.randn(3, 3, *(64 * side for side in size), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", OptimizerWarning)
+        made, expected = (_sam(one)(pixels).last_hidden_state for one in (ours, model))
+    torch.testing.assert_close(made, expected, atol=TOLERANCE * expected.abs().max().item(), rtol=0)
+
+
+def test_plans_of_few_sizes_are_kept():
+    ours = optimized(model_of("deepseek_ocr2"))
+    plans = ours.dso.towers["model.vision_tower.sam_encoder"]
+    pixels = torch.randn(1, 3, 512, 512, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        first = [_sam(ours)(pixels[..., : 64 * side]).last_hidden_state for side in (8, 1, 2, 3, 4)]
+        assert len(plans._compiled) == 4 and (8, 8) not in plans._compiled
+        assert torch.equal(_sam(ours)(pixels).last_hidden_state, first[0])
+
+
+def test_grids_that_are_too_large():
+    model = model_of("deepseek_ocr2")
+    ours = optimized(model)
+    pixels = torch.randn(1, 3, 64 * 250, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), pytest.warns(OptimizerWarning, match="a grid of 250 x 1 patches is not supported"):
+        made = _sam(ours)(pixels).last_hidden_state
+    with torch.no_grad():
+        torch.testing.assert_close(made, _sam(model)(pixels).last_hidden_state, atol=1e-4, rtol=1e-4)
 
 
 def _other_parameter(block, generator):

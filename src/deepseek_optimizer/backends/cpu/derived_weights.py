@@ -7,7 +7,8 @@
 - A layer norm without a bias has one of zeros, and a norm of heads without a weight one of ones.
 - The factor of `scale_by` is a constant of the step, as in `scale`.
 - A short convolution reads its weights tap after tap, and a delta rule A_log as a vector.
-- The biases of `compress` and the table of `hash_router` are vectors.
+- The biases of `compress`, the table of `hash_router` and the limits of `clamp` are vectors.
+- `grid_queries` reads its tables element after element of a head, so that the distances from a row are consecutive.
 - Experts read the biases of all matrices as one vector, in the order of the packed stack.
 """
 
@@ -75,6 +76,14 @@ def _derived(node: Node, weights: Mapping[str, PackedWeight | torch.Tensor], der
         ordered = bias if node.attrs.get("layout", "rows") == "rows" else biases_of(bias, node.outputs[0].width)
         derived[f"flat {name}"] = ordered.flatten()
         return [node.with_(attrs={**node.attrs, "biases": (f"flat {name}",)})]
+    if node.op == "clamp":
+        for name in node.weights:
+            derived[f"flat {name}"] = _vector(weights, name).float().reshape(1)
+        return [node.with_(weights=tuple(f"flat {name}" for name in node.weights))]
+    if node.op == "grid_queries":
+        for name in node.weights:  # element d of all distances, from the largest one on
+            derived[f"turned {name}"] = _vector(weights, name).float().flip(0).T.flatten()
+        return [node.with_(weights=tuple(f"turned {name}" for name in node.weights))]
     if node.op == "scale_by":
         factor = float(_vector(weights, node.weights[0]))
         return [node.with_(op="scale", weights=(), attrs={"scale": factor})]

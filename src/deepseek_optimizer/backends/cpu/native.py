@@ -20,7 +20,7 @@ from . import native_train
 from .buffers import Outputs, checking
 from .kept_rows import KeptRows
 
-ABI_VERSION = 16
+ABI_VERSION = 17
 BLOCK_TOKENS = 32
 
 FORMATS = {
@@ -60,7 +60,7 @@ class Step(C.Structure):
         ("heads", I32), ("kv_heads", I32), ("head_dim", I32), ("window", I32), ("sinks", I32),
         ("offset", I32), ("nope", I32), ("rope", I32), ("rank", I32), ("v_dim", I32), ("index", I32), ("experts", I32),
         ("top_k", I32), ("groups", I32), ("top_groups", I32), ("state", I32), ("eps", C.c_float), ("scale", C.c_float),
-        ("softcap", C.c_float),
+        ("softcap", C.c_float), ("grid_rows", I32), ("grid_cols", I32),
     ]  # fmt: skip
 
 

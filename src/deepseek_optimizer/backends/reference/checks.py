@@ -7,6 +7,7 @@ import numpy as np
 from ...errors import BackendError
 from ...graph.attention_mode import Span
 from ...graph.ir import CacheSpec, Graph
+from ...graph.ops.grids import IN_GRIDS
 from ..base import BLOCK_TOKENS, DECODE, PREFILL, StepBatch
 
 
@@ -114,6 +115,12 @@ def _check_adapters(batch: StepBatch, graph: Graph) -> None:
 def _check_pictures(batch: StepBatch, graph: Graph, tokens: int) -> None:
     if batch.axes is not None:
         _require(batch.axes.shape == (tokens, 3), "axes", f"must have shape {(tokens, 3)}")
+    _require(batch.axes is not None or not any(n.op in IN_GRIDS for n in graph.nodes), "axes", "is missing")
+    for node in graph.nodes:
+        if batch.axes is not None and "grid_rows" in node.attrs:
+            size = np.array([node.attrs["grid_rows"], node.attrs["grid_cols"]])
+            inside = (batch.axes[:, 1:] >= 0) & (batch.axes[:, 1:] < size)
+            _require(inside.all(), "axes", f"must lie in a grid of {size[0]} x {size[1]}")
     if batch.features is not None:
         wanted = (graph.features, tokens, graph.hidden_size)
         _require(tuple(batch.features.shape) == wanted, "features", f"must have shape {wanted}")

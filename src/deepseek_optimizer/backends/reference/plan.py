@@ -19,7 +19,7 @@ from ..base import KvStore, StepBatch, StepOutput, reach_of
 from ..decode_one import decode_one
 from ..decoding import DecodeCall, Decoded
 from ..sampling import NOT_FINITE, TokenChoice, choose_token, choose_tokens
-from . import choose, compressed, latent, moe, ops, recurrent
+from . import choose, compressed, grids, latent, moe, ops, recurrent
 from .adapters import kv_b_of_sequences
 from .checks import check_batch
 from .step import Step
@@ -149,6 +149,10 @@ class ReferencePlan:
 
     def _scale_by(self, step: Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (x * self._weights[node.weights[0]],)
+
+    def _clamp(self, step: Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        low, high = (self._weights[name] for name in node.weights)
+        return (torch.clamp(x, low, high),)
 
     def _rms_norm(self, step: Step, node: Node, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (ops.rms_norm(x, self._weights[node.weights[0]], node.attrs["eps"], node.attrs.get("unit_offset", False)),)
@@ -473,8 +477,10 @@ def _of_inputs(function: Callable[..., torch.Tensor]) -> Callable[..., tuple[tor
 _OPS: Mapping[str, Callable[..., tuple[torch.Tensor, ...]]] = {
     **{name: _of_inputs(function) for name, function in ops.FUNCTIONS.items()},
     **compressed.OPS,
+    **grids.OPS,
     "embedding": ReferencePlan._embedding,
     "lookup": ReferencePlan._lookup,
+    "clamp": ReferencePlan._clamp,
     "scale_by": ReferencePlan._scale_by,
     "rms_norm": ReferencePlan._rms_norm,
     "head_norm": ReferencePlan._head_norm,

@@ -11,14 +11,14 @@ from types import MappingProxyType
 
 from ...errors import GraphError
 from ..ir import Node
-from . import adapters, attention, compressed, elementwise, encoder, experts, latent, products, recurrent, streams
+from . import adapters, attention, compressed, elementwise, encoder, experts, grids, latent, products, recurrent, streams
 from .spec import OpSpec
 
 __all__ = ["OPS", "OpSpec", "spec_of"]
 
 _ALL = (
     *products.SPECS, *elementwise.SPECS, *attention.SPECS, *latent.SPECS, *experts.SPECS, *recurrent.SPECS, *encoder.SPECS,
-    *adapters.SPECS, *compressed.SPECS, *streams.SPECS,
+    *adapters.SPECS, *compressed.SPECS, *streams.SPECS, *grids.SPECS,
 )  # fmt: skip
 OPS: Mapping[str, OpSpec] = MappingProxyType({spec.name: spec for spec in _ALL})
 

@@ -190,6 +190,18 @@ SPECS = (
         doc="y = w * x, with a factor that is a parameter (Gemma 4's layer scalar). Lowering turns the op into `scale`.",
     ),
     OpSpec(
+        name="clamp",
+        inputs=(_X,),
+        outputs=(_Y,),
+        weights=(Operand("low", "[]"), Operand("high", "[]")),
+        fits=same_widths,
+        weight_shapes=lambda n, g: [(name, ()) for name in n.weights],
+        in_place=((0, 0),),
+        any_kind=0,
+        code=62,
+        doc="y = min(max(x, low), high), with limits that are parameters (Gemma 4's clipped products).",
+    ),
+    OpSpec(
         name="multiply",
         inputs=(_X, Operand("y", "[T, N]")),
         outputs=(Operand("z", "[T, N]"),),

@@ -12,17 +12,20 @@ import math
 import threading
 import time
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from ...backends.base import BLOCK_TOKENS, CompileOptions, Int32, KvStore, Plan
 from ...graph import rules
+from ...graph.analysis import weight_shapes
 from ...graph.ir import Graph
 from ...graph.partial_graph import graph_between, halves_over_cache
 from ...models import Tower
@@ -34,7 +37,21 @@ from ..encoder.rows import step_batch, steps_of
 _UNKNOWN = 64  # rows of a piece whose time is limited, before its plan has been measured
 _SIMPLE = 256  # rows of a piece of what is before and after the layers; a multiple of the patches that become a token
 _KEPT_BYTES = 64 << 20  # of the cache, after a call: mapping pages anew takes as long as a layer
+_KEPT_GRIDS = 4  # sizes of pictures whose plans are kept
 _FEWEST = 32  # rows of such a piece, below which reading the weights would take most of the time
+
+
+@dataclass(frozen=True)
+class PaddedWindows:
+    """Windows that are filled up with padding.
+
+    Attributes:
+        places: int64 [rows of all windows], the row of the call that each of them is, -1: padding.
+        axes: int32 [rows of all windows, 3], the place of each within its window, as in `Patches`; in time not 0: padding.
+    """
+
+    places: torch.Tensor
+    axes: Int32
 
 
 @dataclass(frozen=True)
@@ -48,6 +65,8 @@ class Patches:
         positions: int32 [rows], the position of each row, for RoPE without axes; None: all are 0.
         sees: int32 [rows], how many of its picture's first rows each row attends to, at least one; None: all. Within a picture
             it is one number, or does not descend and includes the row itself.
+        grid: rows and columns of patches of each picture, for towers that depend on it (`Tower.on_grid`).
+        padded: if windows are filled up with padding; the rows of the call are then in order of pictures.
     """
 
     pictures: list[int]
@@ -55,6 +74,8 @@ class Patches:
     axes: Int32 | None = None
     positions: Int32 | None = None
     sees: Int32 | None = None
+    grid: tuple[int, int] | None = None
+    padded: PaddedWindows | None = None
 
 
 class Pace(threading.local):
@@ -124,6 +145,21 @@ class Stretch:
     writes: Piecewise | None = None
 
 
+@dataclass
+class Compiled:
+    """The plans of a tower.
+
+    Attributes:
+        stretches: its layers.
+        cache: a graph with the cache of a layer without windows; None: all have windows.
+        stores: memory for that cache, by dtype.
+    """
+
+    stretches: list[Stretch]
+    cache: Graph | None = None
+    stores: dict[str, KvStore] = field(default_factory=dict)
+
+
 class TowerPlans:
     """The plans of a tower, which read the storage of its packed modules. A call waits for the one before it.
 
@@ -139,10 +175,8 @@ class TowerPlans:
         self._begin()
 
     def _begin(self) -> None:
-        self._stretches: list[Stretch] = []
+        self._compiled: OrderedDict[tuple[int, int] | None, Compiled] = OrderedDict()  # by grid, least recently used first
         self._bound: list[tuple[torch.Tensor, int]] = []  # what the plans were compiled from, see `_replaced`
-        self._cache_graph: Graph | None = None
-        self._stores: dict[str, KvStore] = {}  # by dtype
         self._running = threading.Lock()
 
     @property
@@ -165,7 +199,8 @@ class TowerPlans:
             self._discard()
 
     def _discard(self) -> None:
-        self._stretches, self._stores, self._bound = [], {}, []
+        self._compiled.clear()
+        self._bound = []
 
     def run(self, x: torch.Tensor, patches: Patches) -> dict[int, torch.Tensor]:
         """The results of the last layer and of the tower's `ends`, by layer, in the dtype of `x`.
@@ -178,16 +213,24 @@ class TowerPlans:
         state = x.float()
         wanted = {*self.tower.ends, len(self.tower.windowed) - 1}
         with self._running:
-            for stretch in self._compiled():
-                if stretch.writes is None:
+            compiled = self._plans(patches.grid)
+            for stretch in compiled.stretches:
+                if stretch.writes is not None:
+                    state = self._whole(compiled, stretch, state, patches, x.dtype)
+                elif patches.padded is None:
                     state = self._windows(stretch.results, state, patches)
                 else:
-                    state = self._whole(stretch.writes, stretch.results, state, patches, x.dtype)
+                    state = self._padded_windows(stretch.results, state, patches.windows, patches.padded)
                 if stretch.last in wanted:
                     results[stretch.last] = state.to(x.dtype)
-            for store in self._stores.values():
+            for store in compiled.stores.values():
                 store.release(min(store.num_blocks, _KEPT_BYTES // store.block_bytes))
         return results
+
+    def take_turn(self) -> None:
+        """Call before work that cannot be divided, such as a convolution."""
+        if self.runtime.pace.next_piece is not None:
+            self.runtime.pace.next_piece()
 
     def in_pieces(self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """function(x), for a function of groups of a few successive rows: of patches, or of those that become a token."""
@@ -201,34 +244,58 @@ class TowerPlans:
         return torch.cat(made)
 
     def _replaced(self) -> bool:
-        """Whether a parameter has other storage than the plans were compiled from, or has been written to. The storage is kept
-        meanwhile, so that nothing else can be at its address."""
-        parameters = list(self.model.parameters())
-        return len(parameters) != len(self._bound) or any(
-            parameter.data_ptr() != bound.data_ptr() or _writes(parameter) != version
-            for parameter, (bound, version) in zip(parameters, self._bound, strict=True)
+        """Whether a parameter or buffer has other storage than the plans were compiled from, or has been written to. That
+        storage is kept, so that nothing else can be at its address."""
+        tensors = self._held()
+        return len(tensors) != len(self._bound) or any(
+            tensor.data_ptr() != bound.data_ptr() or _writes(tensor) != version
+            for tensor, (bound, version) in zip(tensors, self._bound, strict=True)
         )
 
-    def _compiled(self) -> list[Stretch]:
-        if self._stretches and self._replaced():
+    def _held(self) -> list[torch.Tensor]:
+        return [*self.model.parameters(), *self.model.buffers()]
+
+    def _plans(self, grid: tuple[int, int] | None) -> Compiled:
+        """The plans for pictures with so many rows and columns of patches."""
+        if self._bound and self._replaced():
             self._discard()
-        if not self._stretches:
-            self._bound = [(parameter.detach(), _writes(parameter)) for parameter in self.model.parameters()]
-            for begin, end in self.tower.stretches():
-                graph = graph_between(self.tower.graph, begin, end)
-                if self.tower.windowed[begin]:
-                    self._stretches.append(Stretch(end - 1, self._compile(graph)))
-                    continue
-                write, self._cache_graph = halves_over_cache(graph)
-                self._stretches.append(Stretch(end - 1, self._compile(self._cache_graph), self._compile(write)))
-        return self._stretches
+        if grid in self._compiled:
+            self._compiled.move_to_end(grid)
+            return self._compiled[grid]
+        if not self._bound:
+            self._bound = [(tensor.detach(), _writes(tensor)) for tensor in self._held()]
+        graph = self.tower.graph if grid is None or self.tower.on_grid is None else self.tower.on_grid(*grid)
+        of_windows = {s.last: s for known in self._compiled.values() for s in known.stretches if s.writes is None}
+        made = Compiled([])
+        for begin, end in self.tower.stretches():
+            part = graph_between(graph, begin, end)
+            if self.tower.windowed[begin]:
+                made.stretches.append(of_windows.get(end - 1) or Stretch(end - 1, self._compile(part)))
+                continue
+            write, made.cache = halves_over_cache(part)
+            made.stretches.append(Stretch(end - 1, self._compile(made.cache), self._compile(write)))
+        self._compiled[grid] = made
+        while len(self._compiled) > _KEPT_GRIDS:
+            self._compiled.popitem(last=False)
+        return made
 
     def _compile(self, graph: Graph) -> Piecewise:
         runtime, module = self.runtime, self.model
         graph = with_eps_of(module, rules.apply(graph, runtime.config.rules)[0])
         options = CompileOptions(activation=runtime.config.activation)
-        plan = runtime.backend.compile(graph, weights_of(module, graph), options)
-        return Piecewise(plan, runtime.config.prefill_chunk)
+        weights = {**weights_of(module, graph)}
+        for name, (rows, _) in _grid_tables(graph).items():
+            weights[name] = _resized(module.get_parameter(name).detach(), rows)
+        return Piecewise(runtime.backend.compile(graph, weights, options), runtime.config.prefill_chunk)
+
+    def _padded_windows(self, piecewise: Piecewise, x: torch.Tensor, windows: list[int], padded: PaddedWindows) -> torch.Tensor:
+        real = padded.places >= 0
+        rows = x.new_zeros(len(padded.places), x.shape[1])
+        rows[real] = x[padded.places[real]]
+        made = self._windows(piecewise, rows, Patches([], windows, padded.axes))
+        result = torch.empty_like(x)
+        result[padded.places[real]] = made[real]
+        return result
 
     def _windows(self, piecewise: Piecewise, x: torch.Tensor, patches: Patches) -> torch.Tensor:
         result, begin, first = torch.empty_like(x), 0, 0
@@ -243,10 +310,12 @@ class TowerPlans:
         return result
 
     def _whole(
-        self, writes: Piecewise, results: Piecewise, x: torch.Tensor, patches: Patches, dtype: torch.dtype
+        self, compiled: Compiled, stretch: Stretch, x: torch.Tensor, patches: Patches, dtype: torch.dtype
     ) -> torch.Tensor:
+        writes, results = stretch.writes, stretch.results
+        assert writes is not None
         starts = [0, *accumulate(patches.pictures)]
-        store, tables = self._cache(patches.pictures, dtype)
+        store, tables = self._cache(compiled, patches.pictures, dtype)
         sees = np.repeat(patches.pictures, patches.pictures).astype(np.int32) if patches.sees is None else patches.sees
         result = torch.empty_like(x)
         for piecewise in (writes, results):
@@ -269,17 +338,18 @@ class TowerPlans:
                 begin = part.stop
         return result
 
-    def _cache(self, pictures: Sequence[int], dtype: torch.dtype) -> tuple[KvStore, Int32]:
+    def _cache(self, compiled: Compiled, pictures: Sequence[int], dtype: torch.dtype) -> tuple[KvStore, Int32]:
         """A store for keys and values of all rows, and the blocks of each picture: int32 [pictures, blocks]."""
         blocks = [-(-rows // BLOCK_TOKENS) for rows in pictures]
         kind = "bf16" if dtype is torch.bfloat16 else "fp32"
-        if kind not in self._stores or self._stores[kind].num_blocks < sum(blocks):
-            assert self._cache_graph is not None
-            self._stores[kind] = self.runtime.backend.new_store(self._cache_graph, kind, sum(blocks))
+        stores = compiled.stores
+        if kind not in stores or stores[kind].num_blocks < sum(blocks):
+            assert compiled.cache is not None
+            stores[kind] = self.runtime.backend.new_store(compiled.cache, kind, sum(blocks))
         tables = np.zeros((len(pictures), max(blocks)), np.int32)
         for table, begin, count in zip(tables, [0, *accumulate(blocks)], blocks, strict=False):
             table[:count] = np.arange(begin, begin + count)
-        return self._stores[kind], tables
+        return stores[kind], tables
 
     def copied(self, memo: dict[int, Any]) -> TowerPlans:
         """The plans of the copy of the model that `copy.deepcopy` is creating."""
@@ -299,6 +369,19 @@ class TowerPlans:
 
     def __reduce__(self) -> Any:
         return self.runtime.__reduce__()
+
+
+def _grid_tables(graph: Graph) -> dict[str, tuple[int, ...]]:
+    """The shapes of the parameters of relative positions, by name."""
+    shapes = weight_shapes(graph)
+    return {name: shapes[name] for node in graph.nodes if node.op == "grid_queries" for name in node.weights}
+
+
+def _resized(table: torch.Tensor, rows: int) -> torch.Tensor:
+    """A parameter of relative positions for another number of distances, as Transformers resizes it."""
+    if len(table) == rows:
+        return table
+    return F.interpolate(table.T[None], size=rows, mode="linear")[0].T.contiguous()
 
 
 def _batch(x: torch.Tensor, part: slice, lengths: list[int], patches: Patches) -> Any:
@@ -336,6 +419,6 @@ def _last_rows(inside: list[tuple[int, int, int]], sees: Int32) -> Iterator[tupl
             begin = stop
 
 
-def _writes(parameter: torch.Tensor) -> int:
-    """Changes when the parameter is written to."""
-    return 0 if parameter.is_inference() else parameter._version
+def _writes(tensor: torch.Tensor) -> int:
+    """Changes when the tensor is written to."""
+    return 0 if tensor.is_inference() else tensor._version

@@ -15,7 +15,7 @@ from ...errors import ConfigError, UnsupportedModelError
 from ...models import TOWERS, build_tower
 from ..bind.instance_method import PLANNED, Replacement
 from ..compat import class_output, outputs_are_captured
-from .tower import Patches, TowerPlans
+from .tower import PaddedWindows, Patches, TowerPlans
 
 
 class TowerForward(Replacement):
@@ -130,6 +130,77 @@ class QueryEncoder(TowerForward):
         return BaseModelOutputWithPast(last_hidden_state=results[len(plans.tower.windowed) - 1].view_as(x))
 
 
+class SamTower(TowerForward):
+    """SAM's towers: pictures of one size, whose windows are filled up with padding. Convolutions are Transformers'."""
+
+    served = frozenset({"pixel_values", "output_hidden_states", "return_dict"})
+
+    def _unserved(self, call: dict[str, Any]) -> str | None:
+        if call.get("return_dict") is False:
+            return "a tuple is requested"
+        pixels, module, plans = call.get("pixel_values"), self.runtime.model, self.runtime
+        if pixels is None or pixels.dim() != 4:
+            return "pixel_values is not a tensor of 4 axes"
+        if (wanted := _hidden_states(call, module)) is None or not wanted <= {layer + 1 for layer in plans.tower.ends}:
+            return "hidden states of the vision tower are requested"
+        try:
+            plans.tower.on_grid(*(side // module.config.patch_size for side in pixels.shape[2:]))
+        except UnsupportedModelError as error:
+            return str(error)
+        return super()._unserved(call)
+
+    def _planned(self, module: Any, plans: TowerPlans, call: dict[str, Any]) -> Any:
+        plans.take_turn()
+        x = module.patch_embed(call["pixel_values"])
+        count, height, width, channels = x.shape
+        if module.pos_embed is not None:
+            resized = getattr(module, "interpolate_pos_encoding", None)
+            x = x + (module.pos_embed if resized is None else resized(height, width))
+        results = plans.run(x.reshape(-1, channels), _grid_patches(count, height, width, module.config.window_size))
+        results = {layer: rows.view_as(x) for layer, rows in results.items()}
+        plans.take_turn()
+        made = module.neck(results[len(plans.tower.windowed) - 1])
+        if hasattr(module, "proj"):
+            plans.take_turn()
+            made = module.proj(made)
+        own_class: Any = type(module)
+        output = class_output(own_class)(last_hidden_state=made)
+        if wanted := _hidden_states(call, module):
+            states = range(len(plans.tower.windowed) + 1)
+            output.hidden_states = tuple(results[index - 1] if index in wanted else None for index in states)
+        return output
+
+
+def _hidden_states(call: dict[str, Any], module: Any) -> set[int] | None:
+    """Which hidden states a call asks for; None: all."""
+    wanted = call.get("output_hidden_states")
+    if wanted is None or wanted is False:
+        return set()
+    if wanted is True:
+        return None
+    count = module.config.num_hidden_layers + 1
+    return {index % count for index in ([wanted] if isinstance(wanted, int) else wanted)}
+
+
+def _grid_patches(count: int, height: int, width: int, window: int) -> Patches:
+    """The patches of so many pictures of one size, in windows of `window` rows and columns; 0: without windows."""
+    rows, cols = np.divmod(np.arange(height * width, dtype=np.int32), np.int32(width))
+    axes = np.zeros((count, height * width, 3), np.int32)
+    axes[..., 1], axes[..., 2] = rows, cols
+    pictures, grid = [height * width] * count, (height, width)
+    if not window:
+        return Patches(pictures, [], axes.reshape(-1, 3), grid=grid)
+    down, across = -(-height // window), -(-width // window)
+    filled = np.full((count, down * window, across * window), -1)
+    filled[:, :height, :width] = np.arange(count * height * width).reshape(count, height, width)
+    places = filled.reshape(count, down, window, across, window).swapaxes(2, 3).reshape(-1, window * window)
+    inside = np.zeros((*places.shape, 3), np.int32)
+    inside[..., 0] = places < 0
+    inside[..., 1], inside[..., 2] = np.divmod(np.arange(window * window), window)
+    padded = PaddedWindows(torch.from_numpy(places.ravel()), inside.reshape(-1, 3))
+    return Patches(pictures, [window * window] * len(places), axes.reshape(-1, 3), grid=grid, padded=padded)
+
+
 def _kept(mask: torch.Tensor) -> torch.Tensor:
     """Which rows of each picture are not padding, given a mask [pictures, heads, rows, rows] of that: of booleans, or of
     numbers that are added to scores."""
@@ -203,7 +274,7 @@ def _rows_of(order: torch.Tensor, unit: int) -> torch.Tensor:
 # By model_type; the others have SigLIP's encoder.
 _FORMS: dict[str, type[TowerForward]] = {
     "qwen2_5_vl_vision": QwenTower, "qwen3_vl_vision": QwenTower, "qwen3_5_vision": QwenTower, "gemma4_vision": Gemma4Layers,
-    "deepseek_ocr2_encoder": QueryEncoder,
+    "deepseek_ocr2_encoder": QueryEncoder, "sam_vision_model": SamTower, "deepseek_ocr2_sam_vision_model": SamTower,
 }  # fmt: skip
 
 
@@ -221,6 +292,8 @@ def plan_towers(runtime: Any, model: Any) -> tuple[dict[str, TowerPlans], dict[s
     for path, module in model.named_modules():
         kind = getattr(getattr(module, "config", None), "model_type", None)
         if kind not in TOWERS or not isinstance(module, PreTrainedModel):
+            continue
+        if hasattr(module, "vision_encoder"):  # SAM's module around the tower, with the same config
             continue
         form = _FORMS.get(kind, EncoderLayers)
         layers: Any = getattr(module, "encoder", module)
