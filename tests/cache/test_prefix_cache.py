@@ -136,16 +136,16 @@ def test_partly_filled_blocks_have_keys_of_their_own():
     words = text(1, 2)
     [_, second] = keys(words, "", 2)
     [first] = keys(words, "", 1)
-    ends = partial_keys(words[32:63], first)
+    ends = partial_keys(words[32:63], 32, first)
     assert len(ends) == 31 and len({*ends, first, second}) == 33
-    assert partial_keys(words[32:50], first) == ends[13:]  # the fullest first
-    assert set(ends).isdisjoint(partial_keys(words[32:63], second)) and not partial_keys([], first)
+    assert partial_keys(words[32:50], 32, first) == ends[13:]  # the fullest first
+    assert set(ends).isdisjoint(partial_keys(words[32:63], 32, second)) and not partial_keys([], 32, first)
 
 
 def test_a_partly_filled_block_is_taken_out():
     manager = BlockManager(20, slots=BlockManager(4))
     cache = PrefixCache(manager)
-    ends = partial_keys(text(1, 1)[:20], b"before")
+    ends = partial_keys(text(1, 1)[:20], 32, b"before")
     [block], [slot] = manager.allocate(1), manager.slots.allocate(1)
     cache.put(ends[3], block)
     assert cache.take_partial(ends) is None  # without its states
@@ -163,7 +163,7 @@ def test_a_partly_filled_block_is_evicted_with_its_states():
     manager = BlockManager(2, slots=BlockManager(2))
     cache = PrefixCache(manager)
     [block], [slot] = manager.allocate(1), manager.slots.allocate(1)
-    [key] = partial_keys([1], b"before")
+    [key] = partial_keys([1], 32, b"before")
     cache.put(key, block)
     cache.put_state(key, slot)
     manager.release(block)

@@ -18,5 +18,9 @@ def test_rows_followed_by_generated_tokens():
     assert longer.tokens == 9 and longer.positions[7:].tolist() == [5, 6]
     assert longer.axes.tolist() == [*axes.tolist(), [5] * 3, [6] * 3] and longer.of.tolist() == [*of.tolist(), -1, -1]
     assert longer.positions_of(6, 4).tolist() == rows.positions_of(6, 4).tolist() == [4, 5, 6, 7]
-    assert longer.digest(0, 7) == rows.digest(0, 7)
+    assert longer.digest(0, 7) == rows.digest(0, 7) and longer.digest(3, 9) == rows.digest(3, 9)
+    ends = [rows.digest(0, end) for end in range(2, 8)]
+    assert ends[0] == b"" and len(set(ends)) == len(ends)  # a text, then one more row each
+    other = PictureRows(positions, np.array([2, 3, 4, 5]), torch.tensor([[1.0], [1], [1], [2]]).expand(4, 3), axes, of)
+    assert [other.digest(0, end) == known for end, known in zip(range(2, 8), ends, strict=True)] == [True] * 4 + [False] * 2
     assert rows.followed_by(1).followed_by(1).positions.tolist() == longer.positions.tolist()

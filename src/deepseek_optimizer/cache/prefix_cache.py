@@ -62,15 +62,19 @@ def keys(
     return result
 
 
-def partial_keys(tokens: list[int], before: Key) -> list[Key]:
+def partial_keys(
+    tokens: list[int], begin: int, before: Key, besides: Callable[[int, int], bytes] = lambda begin, end: b""
+) -> list[Key]:
     """Keys of the texts that end in the block after a full one: after all of `tokens`, after all but the last, and so on.
 
     Args:
         tokens: the next tokens of a text, less than a block.
+        begin: number of the first of them.
         before: key of the last full block.
+        besides: as in `keys`.
     """
-    content = np.array(tokens, np.int32)
-    return [_key_of(before, content[:n].tobytes()) for n in range(len(tokens), 0, -1)]
+    content, counts = np.array(tokens, np.int32), range(len(tokens), 0, -1)
+    return [_key_of(before, content[:n].tobytes() + besides(begin, begin + n)) for n in counts]
 
 
 def _key_of(before: Key, content: bytes) -> Key:

@@ -30,6 +30,7 @@ class PictureRows:
         of: int32 [P], the picture that a token belongs to, -1: none, if the tokens of a picture see each other; None: they see
             those up to themselves.
         features: for each `add_features` of the model's graph float32 [n, H].
+        token: the id by which other tables than the embeddings are read for these rows; None: their own.
     """
 
     positions: Int32
@@ -38,6 +39,8 @@ class PictureRows:
     axes: Int32 | None = None
     of: Int32 | None = None
     features: tuple[torch.Tensor, ...] = ()
+    token: int | None = None
+    _of_rows: list[bytes] = field(default_factory=list, init=False, repr=False)
     _digests: dict[tuple[int, int], bytes] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -73,6 +76,16 @@ class PictureRows:
         same = np.flatnonzero(self.of == self.of[end])
         return int(same[0]) - start if same[0] > start else int(same[-1]) + 1 - start
 
+    def _rows_digests(self) -> list[bytes]:
+        """Identifies each row of `places` by its content, so that `digest` does not read the rows once for each end."""
+        if not self._of_rows:
+            layers = [values.contiguous().numpy() for values in (self.embeds, *self.features)]
+            self._of_rows[:] = [
+                hashlib.blake2b(b"".join(values.tobytes() for values in row), digest_size=16).digest()
+                for row in zip(*layers, strict=True)
+            ]
+        return self._of_rows
+
     def digest(self, begin: int, end: int) -> bytes:
         """Identifies what tokens [begin, end) are besides their ids; b"" where no token belongs to a picture and all positions
         are those of a text without pictures. For the keys of the prefix cache."""
@@ -84,10 +97,11 @@ class PictureRows:
             return b""
         content = hashlib.blake2b(positions.tobytes(), digest_size=16)
         if self.axes is not None:
-            content.update(np.ascontiguousarray(self.axes[begin:end]).tobytes())
+            axes = self.axes[begin:end]
+            content.update(axes.tobytes() + np.repeat(positions[len(axes) :], 3).tobytes())
         if self.of is not None:
-            content.update((self.of[begin:end] - np.int32(self.of[:begin].max(initial=-1))).tobytes())
-        for values in (self.embeds, *self.features):
-            content.update(values[rows].contiguous().numpy().tobytes())
+            of = np.concatenate([self.of[begin:end], np.full(max(0, end - max(begin, self.tokens)), -1, np.int32)])
+            content.update((of - np.int32(self.of[:begin].max(initial=-1))).tobytes())
+        content.update(b"".join(self._rows_digests()[rows]))
         self._digests[begin, end] = content.digest()
         return content.digest()

@@ -105,6 +105,24 @@ def test_prefixes(pair):
     assert cached == count // 32 * 32 and more > count
 
 
+def test_a_next_question_computes_only_what_is_new(pair):
+    """Also of the last, partly filled block, which has tokens of a picture, of the question or of the answer."""
+    ours, _, processor = pair
+    encoder = PictureEncoder(ours, processor)
+    engine, plain = (make_engine(ours, processor.tokenizer, prefix_cache=kept) for kept in (True, False))
+    for n, (before, after) in enumerate([(4, 0), (9, 3), (17, 30)]):
+        text = chat(processor, ("user", ("b" * before, None, "a" * after)))
+        ids, rows = encoder.prompt(ids_of(processor, text), [picture(40, 40, 20 + n)])
+        for turn in range(3):
+            cached = len(ids) - 6 if turn else 0  # all but the question and the last token of the answer
+            request = Request(list(ids), GREEDY, pictures=rows)
+            answer, expected = (e.generate([request])[0] for e in (engine, plain))
+            assert answer.token_ids == expected.token_ids
+            assert answer.cached_tokens == (cached if cached >= 32 else 0)
+            ids = [*ids, *answer.token_ids, *ids_of(processor, "next?")]
+            rows = rows.followed_by(len(ids) - rows.tokens)
+
+
 def test_preemption_and_a_full_cache(pair):
     ours, plain, processor = pair
     encoder = PictureEncoder(ours, processor)

@@ -1,6 +1,6 @@
 """The last, partly filled block of a text in the prefix cache: a text that continues it computes only what is new. No torch.
 
-Texts with pictures, and those whose window has slid, share full blocks only.
+Texts whose window has slid share full blocks only.
 """
 
 from __future__ import annotations
@@ -22,12 +22,19 @@ def candidates(running: Running, blocks: int) -> list[Key]:
         return []
     begin = blocks * BLOCK_TOKENS
     end = min(running.reusable, begin + BLOCK_TOKENS - 1)
-    return partial_keys(running.sequence.tokens[begin:end], running.keys[blocks - 1])
+    return _keys(running, begin, end)
+
+
+def _keys(running: Running, begin: int, end: int) -> list[Key]:
+    """Keys of the tokens from `begin` on, where the last full block ends, up to `end` and to each token before."""
+    pictures, before = running.request.pictures, running.keys[begin // BLOCK_TOKENS - 1]
+    besides = {} if pictures is None else {"besides": pictures.digest}
+    return partial_keys(running.sequence.tokens[begin:end], begin, before, **besides)
 
 
 def _possible(running: Running, blocks: int) -> bool:
     """Whether a request may share a partly filled block after this number of full blocks."""
-    return blocks > 0 and running.shareable is None and running.request.pictures is None
+    return blocks > 0 and running.shareable is None
 
 
 def adopt(running: Running, prefix: PrefixCache) -> None:
@@ -49,7 +56,7 @@ def put(running: Running, prefix: PrefixCache) -> list[Part]:
     if not _possible(running, full) or not 0 < count < BLOCK_TOKENS or (blocks.states is not None and slot is None):
         return []
     begin = full * BLOCK_TOKENS
-    key = partial_keys(running.sequence.tokens[begin : begin + count], running.keys[full - 1])[0]
+    key = _keys(running, begin, begin + count)[0]
     for group, table in enumerate(blocks.tables):
         prefix.put(key, table.blocks[full], group)
     if slot is not None:
