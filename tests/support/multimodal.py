@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ TEXT = {
     "num_key_value_heads": 2, "max_position_embeddings": 1024, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
 IMAGE, START, END = 140, 141, 142  # token ids
+_LIMITS = {"input_min": -0.4, "input_max": 0.5, "output_min": -0.2, "output_max": 0.3}  # of Gemma 4's clipped products
 SIZES = [(2, 2), (3, 2), (1, 4), (5, 3), (2, 1)]  # of pictures: height and width in tokens
 
 
@@ -54,6 +55,10 @@ def make_model(family: Multimodal, seed: int = 0, **text: Any) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():  # biases and norms too, so that an op that leaves them out is noticed
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+        for name, buffer in model.named_buffers():
+            for limit, value in _LIMITS.items():
+                if name.endswith(limit):
+                    buffer.fill_(value)
     return model
 
 
@@ -299,3 +304,18 @@ FAMILIES: dict[str, Multimodal] = {
         "mm_token_type_ids",
     ),
 }  # fmt: skip
+_GEMMA4 = FAMILIES["gemma4"]
+# Gemma 4 E2B and E4B: embeddings per layer, layers that read the keys of others, causal attention to pictures, and limits in
+# the tower's products.
+FAMILIES["gemma4_small"] = replace(
+    _GEMMA4,
+    config={
+        **_GEMMA4.config,
+        "text_config": {
+            **_GEMMA4.config["text_config"], "hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 151,
+            "use_bidirectional_attention": None, "num_hidden_layers": 4, "num_kv_shared_layers": 2, "use_double_wide_mlp": True,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+        "vision_config": {**_GEMMA4.config["vision_config"], "use_clipped_linears": True},
+    },
+)  # fmt: skip

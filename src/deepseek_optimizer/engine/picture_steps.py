@@ -28,6 +28,8 @@ def step_fields(parts: Sequence[Part], positions: Int32, embed: Embed) -> dict[s
     features: torch.Tensor | None = None
     axes: Int32 | None = None
     ends: Int32 | None = None
+    ids = np.array([token for part in parts for token in part.ids], np.int32)
+    own_ids = ids.copy()
     begin = 0
     for part in parts:
         count, pictures = len(part.ids), part.sequence.pictures
@@ -41,7 +43,9 @@ def step_fields(parts: Sequence[Part], positions: Int32, embed: Embed) -> dict[s
             continue
         at = own.start + pictures.places[rows] - part.start
         if embeds is None:
-            embeds = embed(np.array([token for p in parts for token in p.ids], np.int32))
+            embeds = embed(ids)
+        if pictures.token is not None:
+            own_ids[at] = pictures.token
         embeds[torch.from_numpy(at)] = pictures.embeds[rows]
         if pictures.features:
             if features is None:
@@ -63,7 +67,8 @@ def step_fields(parts: Sequence[Part], positions: Int32, embed: Embed) -> dict[s
     if axes is not None:  # of sequences without axes, which come later
         same = (axes == axes[:, :1]).all(1)
         axes[same] = positions[same, None]
-    return {"positions": positions, "inputs_embeds": embeds, "features": features, "axes": axes, "visible_to": ends}
+    fields = {"positions": positions, "inputs_embeds": embeds, "features": features, "axes": axes, "visible_to": ends}
+    return {**fields, "token_ids": own_ids}
 
 
 def _own_ends(parts: Sequence[Part]) -> Int32:

@@ -18,6 +18,7 @@ from deepseek_optimizer.integration.load.general import why_language_alone
 from support.multimodal import FAMILIES, make_model, make_prompts
 
 TOLERANCE = 1e-5  # of logits of magnitude 1 to 2, in fp32
+WIDER = {"gemma4_small": 5e-5}  # norms over 4 elements amplify rounding, in Transformers to 2e-5
 FP32 = DeepSeekConfig(precision="fp32", prefill_chunk=32)  # chunks end within pictures
 
 
@@ -41,7 +42,9 @@ def test_logits_and_generated_tokens(family):
     ours = optimized(model)
     for seed, counts in enumerate(([2, 0, 3], [1])):
         arguments = make_prompts(FAMILIES[family], counts, seed).arguments
-        torch.testing.assert_close(logits_of(ours, arguments), logits_of(model, arguments), atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(
+            logits_of(ours, arguments), logits_of(model, arguments), atol=WIDER.get(family, TOLERANCE), rtol=0
+        )
         # Gemma 4's own forward embeds a generated placeholder as padding.
         options = {"max_new_tokens": 7, "do_sample": False, "suppress_tokens": [140, 143, 144]}
         expected = model.generate(**arguments, **options)
@@ -49,7 +52,7 @@ def test_logits_and_generated_tokens(family):
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "gemma4", "qwen3_vl", "qwen3_5"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "gemma4", "gemma4_small", "qwen3_vl", "qwen3_5"])
 def test_chunks_and_caches(family, backend):
     """Any division into steps gives the same; so does a second turn with text only, from the cache of the first."""
     model = make_model(FAMILIES[family])
@@ -58,7 +61,7 @@ def test_chunks_and_caches(family, backend):
     whole = torch.cat([arguments["input_ids"], turn], 1)
     ours = [optimized(model, DeepSeekConfig(precision="fp32", prefill_chunk=n, backend=backend)) for n in (16, 512)]
     first, second = (logits_of(m, arguments) for m in ours)
-    torch.testing.assert_close(first, second, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(first, second, atol=WIDER.get(family, TOLERANCE), rtol=0)
     both = {**arguments, "input_ids": whole, "attention_mask": torch.ones_like(whole)}
     if types := FAMILIES[family].types:
         both[types] = torch.cat([arguments[types], torch.zeros_like(turn)], 1)
@@ -66,7 +69,7 @@ def test_chunks_and_caches(family, backend):
         output = ours[0](**arguments, use_cache=True)
         cache = output["cache" if "cache" in output else "past_key_values"]
         more = ours[0](input_ids=turn, attention_mask=both["attention_mask"], past_key_values=cache).logits[0]
-    torch.testing.assert_close(more, logits_of(model, both)[-3:], atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(more, logits_of(model, both)[-3:], atol=WIDER.get(family, TOLERANCE), rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +91,7 @@ def test_ways_of_generating(options):
     assert optimized(model).generate(**arguments, **options).tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "deepseek_ocr2", "qwen3_5", "gemma4"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "deepseek_ocr2", "qwen3_5", "gemma4", "gemma4_small"])
 def test_files(family, tmp_path):
     """`from_pretrained`, `load_model`, and a packed checkpoint that is loaded again."""
     from transformers import AutoModelForImageTextToText
@@ -99,18 +102,19 @@ def test_files(family, tmp_path):
     expected = logits_of(model, arguments)
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "float", quantization_config=FP32)
     assert loaded.report().path == "multimodal"
-    torch.testing.assert_close(logits_of(loaded, arguments), expected, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(logits_of(loaded, arguments), expected, atol=WIDER.get(family, TOLERANCE), rtol=0)
     packed = load_model(tmp_path / "float", precision="int8", kv_cache="int8")
     assert type(packed) is type(model) and packed.report().kv_cache == "int8"
     assert {row.format for row in packed.report().language.formats} >= {"int8"}
     assert {row.format for row in packed.report().rest.formats} >= {"fp32"}  # the vision tower keeps its precision
     near = logits_of(packed, arguments)
-    torch.testing.assert_close(near, expected, atol=0.15, rtol=0)
+    wide = family == "gemma4_small"  # norms over 4 elements amplify errors of weights: those of bf16 to 0.09
+    torch.testing.assert_close(near, expected, atol=0.3 if wide else 0.15, rtol=0)
     packed.save_pretrained(tmp_path / "packed")
     assert torch.equal(logits_of(load_model(tmp_path / "packed"), arguments), near)
 
 
-@pytest.mark.parametrize("family", ["qwen3_5", "gemma4"])
+@pytest.mark.parametrize("family", ["qwen3_5", "gemma4", "gemma4_small"])
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
@@ -127,7 +131,7 @@ def test_language_model_alone(family, fields, reason, tmp_path):
     assert ("does not read pictures" in str(alone.report())) is bool(reason) and reason in str(alone.report())
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     with torch.no_grad():
-        torch.testing.assert_close(alone(ids).logits, model(ids).logits, atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(alone(ids).logits, model(ids).logits, atol=WIDER.get(family, TOLERANCE), rtol=0)
 
 
 def test_settings_that_need_a_plan_of_the_whole_model(tmp_path):
@@ -150,10 +154,16 @@ def test_config_that_does_not_name_the_class(family, saved, tmp_path):
     assert type(load_model(tmp_path)) is type(model)
 
 
-def test_embeddings_per_layer_have_no_plan_in_the_whole_model(tmp_path):
-    make_model(FAMILIES["gemma4"], hidden_size_per_layer_input=4, vocab_size_per_layer_input=151).save_pretrained(tmp_path)
-    alone = load_model(tmp_path)
-    assert type(alone).__name__ == "Gemma4ForCausalLM" and "embeddings per layer" in str(alone.report())
+def test_limits_that_are_infinite(tmp_path):
+    """As a new model has them: they are no damage."""
+    model = make_model(FAMILIES["gemma4_small"])
+    for name, buffer in model.named_buffers():
+        if name.endswith("input_max"):
+            buffer.fill_(torch.inf)
+    model.save_pretrained(tmp_path)
+    arguments = make_prompts(FAMILIES["gemma4_small"], [1]).arguments
+    loaded = load_model(tmp_path, precision="fp32")
+    torch.testing.assert_close(logits_of(loaded, arguments), logits_of(model, arguments), atol=WIDER["gemma4_small"], rtol=0)
 
 
 def test_families_whose_language_model_is_not_loaded_alone(tmp_path):
@@ -188,6 +198,8 @@ def test_settings():
     model = make_model(FAMILIES["smolvlm"])
     with pytest.raises(ConfigError, match="formats names 'nothing'"):
         optimized(model, DeepSeekConfig(formats={"nothing": "int8"}))
+    with pytest.raises(ConfigError, match=r"write 'model\.text_model\.layers\.0\.\*'"):
+        optimized(model, DeepSeekConfig(formats={"model.layers.0.*": "int8"}))
     formats = {"model.vision_model.*": "int8", "model.text_model.layers.0.*": "int8"}
     report = optimized(model, DeepSeekConfig(formats=formats)).report()
     assert {row.format: row.matrices for row in report.language.formats}["int8"] == 7

@@ -18,7 +18,7 @@ TOLERANCE = 1e-4  # of the largest value of a row
 PADDED = "smolvlm, padded"
 TOWERS = [
     "qwen2_5_vl", "qwen3_vl", "qwen3_5", "gemma3", "smolvlm", PADDED, "janus", "deepseek_vl", "deepseek_vl_hybrid", "gemma4",
-    "deepseek_ocr2",
+    "gemma4_small", "deepseek_ocr2",
 ]  # fmt: skip
 TWO_TOWERS = ("deepseek_vl_hybrid", "deepseek_ocr2")
 

@@ -94,7 +94,8 @@ class PictureEncoder:
         self._lock = threading.Lock()
         self._feature_arguments = set(inspect.signature(type(model.model).get_image_features).parameters)
         self._forward_arguments = set(inspect.signature(type(model).forward).parameters)
-        self._text = getattr(processor, "boi_token", None) or processor.image_token
+        of_gemma3 = hasattr(processor, "full_image_sequence")  # its `image_token` was another one in early releases
+        self._text = processor.boi_token if of_gemma3 else processor.image_token
         self.placeholder: int = processor.tokenizer.convert_tokens_to_ids(self._text)
 
     def prompt(self, ids: Sequence[int], images: Sequence[Any]) -> tuple[list[int], PictureRows | None]:
@@ -135,6 +136,7 @@ class PictureEncoder:
         positions, besides = call.arguments.get("position_ids"), call.pictures or PictureColumns()
         known = torch.arange(len(ids), dtype=torch.int32, device="cpu") if positions is None else positions[0].int().cpu()
         places = np.flatnonzero(seen[0].cpu().numpy())
+        of_layers = call.arguments.get("ids_of_layers")
         return PictureRows(
             known.numpy(),
             places,
@@ -142,6 +144,7 @@ class PictureEncoder:
             None if besides.axes is None else np.ascontiguousarray(besides.axes[0]),
             None if besides.of is None else np.ascontiguousarray(besides.of[0]),
             tuple(layer.float().cpu() for layer in besides.features or ()),
+            None if of_layers is None else int(of_layers[0, places[0]]),
         )
 
     def _encoded(self, image: Any) -> _Picture:

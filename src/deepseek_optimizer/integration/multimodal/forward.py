@@ -15,7 +15,7 @@ from ..generation.cache import PagedCache
 from ..generation.steps import Columns
 from ..model.decoder_forward import DecoderForward
 from ..model.forward import trainable
-from .pictures import Call, plain_call
+from .pictures import Call, plain_call, with_layer_inputs
 
 
 class OuterCall(threading.local):
@@ -103,8 +103,9 @@ class WholeForward(Replacement):
             cache = PagedCache(runtime.language_model)
         if cache is not None:
             call[cache_name()] = cache
+        call, known = with_layer_inputs(runtime.model, call)
         outer = runtime.outer
-        before, outer.arguments = outer.arguments, call
+        before, outer.arguments = outer.arguments, known
         try:
             with runtime.running():
                 return self._original(runtime.model, **call)

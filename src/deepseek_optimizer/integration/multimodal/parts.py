@@ -35,8 +35,6 @@ def why_no_language_plan(config: Any) -> str | None:
     """
     if multimodal(config) is None:
         return f"config.model_type {config.model_type!r} is no multimodal model with a plan"
-    if getattr(config.get_text_config(), "hidden_size_per_layer_input", 0):
-        return "embeddings per layer: Transformers reads the embedding table for the places of pictures, which packing changes"
     try:
         build_graph(language_config(config))
     except UnsupportedModelError as error:

@@ -28,6 +28,31 @@ class Call:
     reason: str | None = None
 
 
+def with_layer_inputs(model: Any, call: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of the whole model's forward with the embeddings per layer of its tokens, if it has any (Gemma 4 E2B and E4B).
+    Otherwise the forward would read the embedding table as a parameter, which packing changes.
+
+    Args:
+        model: the whole model.
+        call: the arguments.
+
+    Returns: the arguments, and those that `plain_call` needs, whose token ids are those for the embeddings per layer: padding
+        in place of pictures.
+    """
+    text = model.config.get_text_config()
+    ids = call.get("input_ids")
+    if not getattr(text, "hidden_size_per_layer_input", 0) or ids is None or call.get("inputs_embeds") is not None:
+        return call, call
+    config = model.config
+    named = (config.image_token_id, config.video_token_id, config.audio_token_id)
+    special = torch.tensor([token for token in named if token is not None], dtype=ids.dtype, device=ids.device)
+    own = torch.where(torch.isin(ids, special), text.pad_token_id, ids)
+    made = {name: value for name, value in call.items() if name != "input_ids"}
+    made["inputs_embeds"] = model.get_input_embeddings()(ids)  # by which the places of pictures are found
+    made["per_layer_inputs"] = model.model.language_model.get_per_layer_inputs(own, None)
+    return made, {**call, "input_ids": own}
+
+
 def plain_call(call: dict[str, Any], outer: dict[str, Any] | None, token_types: str) -> Call:
     """Converts the arguments that a multimodal model passes to its language model.
 

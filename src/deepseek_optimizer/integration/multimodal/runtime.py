@@ -16,7 +16,7 @@ from ..model.report import FormatRow, Report
 from .forward import OuterCall, Recorded, WholeForward
 from .generate import WholeGenerate
 from .language_model import LanguageModel
-from .pictures import Call
+from .pictures import Call, with_layer_inputs
 from .tower import Pace, TowerPlans
 
 
@@ -129,7 +129,9 @@ class MultimodalRuntime(GeneralRuntime):
             arguments: of the whole model's forward.
         """
         outer = self.outer
-        before, outer.arguments, outer.records = outer.arguments, arguments, True
+        with torch.no_grad():
+            arguments, known = with_layer_inputs(self.model, arguments)
+        before, outer.arguments, outer.records = outer.arguments, known, True
         try:
             with torch.no_grad(), self.running():
                 type(self.model).forward(self.model, **arguments)
