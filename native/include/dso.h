@@ -482,7 +482,7 @@ enum {
                                0 for each other row of the grid, the same for its columns, zeros */
   DSO_OP_ZERO_PADDING = 61, /* in0 F32 -> out0 any: in0, or zeros where batch->axes[0] is not 0 */
   DSO_OP_CLAMP = 62,        /* in0 F32, w0 vector [1] low, w1 vector [1] high -> out0 any: min(max(in0, low), high) */
-  DSO_OP_DRAFT_OUT = 63,      /* in0 F32 -> batch->draft_states, if requested. At most one in a plan */
+  DSO_OP_DRAFT_OUT = 63,    /* in0 F32 -> batch->draft_states, if requested. At most one in a plan */
 };
 enum {
   DSO_FLAG_EAGER = 1,

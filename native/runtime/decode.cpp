@@ -23,8 +23,7 @@ void check(const dso_plan& plan, const dso_batch& b, const dso_decode& d) {
     fail(DSO_EINVAL, "decode: batch.token_ids, positions, context_len, query_len, phase or logits is NULL");
   if (b.inputs_embeds || b.hidden) fail(DSO_EINVAL, "decode: batch.inputs_embeds and hidden must be NULL");
   if (b.states && d.steps > 1 && !plan.next_states(b))
-    fail(DSO_EINVAL, "decode: batch.%s is NULL: the states of each step are those of the one before",
-         plan.next_states_name());
+    fail(DSO_EINVAL, "decode: batch.%s is NULL: the states of each step are those of the one before", plan.next_states_name());
   if (d.steps > 1 && plan.has_states())
     fail(DSO_EINVAL, "decode.steps is %d, must be 1: the plan has recurrent states", d.steps);
   for (int32_t s = 0; s < b.S; ++s) {
