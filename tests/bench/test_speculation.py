@@ -76,6 +76,7 @@ def test_one_small_model_for_real(tiny_model):
         model=tiny_model,
         agree=[1.0, 0.0],
         mtp=[],
+        least=[],
         texts=None,
         dialogues=None,
         prompt=12,
