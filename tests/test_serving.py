@@ -342,3 +342,25 @@ def test_invalid_options(folders):
     with pytest.raises(UnsupportedRequestError, match="hooks"):
         make_engine(model)
     handle.remove()
+
+
+@native
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_log_probabilities_of_several_steps_a_call(folders, temperature):
+    """They are those of single steps, and most steps are run in calls."""
+    model, made, calls = load_model(folders("llama-gqa"), backend="cpu"), [], []
+    for decodes in (False, True):
+        with make_engine(model, drafts=False, prefix_cache=False) as engine:
+            runner = engine.core.runner
+            runner.decodes, decode = decodes, runner.decode
+
+            def counted(*args, decode=decode, **options):
+                calls.append(decode(*args, **options))
+                return calls[-1]
+
+            runner.decode = counted
+            sampling = SamplingParams(max_tokens=70, temperature=temperature, seed=3, logprobs=3, ignore_eos=True)
+            prompts = [random_ids(CONFIGS["llama-gqa"](), n, seed=n) for n in (5, 40)]
+            made.append(engine.generate([Request(ids, sampling) for ids in prompts]))
+    assert [(c.token_ids, c.logprobs) for c in made[0]] == [(c.token_ids, c.logprobs) for c in made[1]]
+    assert all(len(c.logprobs) == 70 for c in made[1]) and len(calls) < sum(call.steps for call in calls) / 3

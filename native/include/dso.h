@@ -626,6 +626,8 @@ typedef struct dso_decode {
   int32_t done;              /* receives the number of steps whose tokens were all chosen */
   int32_t undecided;         /* receives 1 if one more step was run, whose tokens the caller must choose */
   const int32_t* token_of;   /* [vocab_size]: the token of each logit, without penalties; NULL: its own number */
+  int32_t keep_logits;       /* 1: the batch's logits are [steps][S][vocab_size] and receive those of each step */
+  int32_t reserved;          /* 0 */
 } dso_decode;
 DSO_API int32_t dso_plan_decode(dso_plan* p, const dso_batch* batch, dso_decode* d);
 

@@ -15,6 +15,7 @@ void check(const dso_plan& plan, const dso_batch& b, const dso_decode& d) {
   if (d.steps < 1) fail(DSO_EINVAL, "decode.steps is %d, must be at least 1", d.steps);
   if (d.n_stops < 0 || (d.n_stops > 0 && !d.stops))
     fail(DSO_EINVAL, "decode.n_stops is %d, or decode.stops is NULL", d.n_stops);
+  if (d.keep_logits < 0 || d.keep_logits > 1) fail(DSO_EINVAL, "decode.keep_logits is %d, must be 0 or 1", d.keep_logits);
   if (!d.choices || !d.tokens) fail(DSO_EINVAL, "decode.choices or decode.tokens is NULL");
   if (b.S < 1 || b.T != b.S || b.R != b.S)
     fail(DSO_EINVAL, "decode: batch.T is %d, batch.R is %d, must be S, %d", b.T, b.R, b.S);
@@ -89,6 +90,7 @@ void decode(dso_plan& plan, const dso_batch& batch, dso_decode& d) {
     if (b.states) b.states = plan.next_states(b);
     if (b.last_hidden) b.last_hidden += hidden_floats;
     if (b.draft_states) b.draft_states += draft_floats;
+    if (d.keep_logits) b.logits += int64_t(rows) * plan.vocab_size();
   }
 }
 

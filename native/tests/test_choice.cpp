@@ -117,8 +117,10 @@ static void test_a_call_equals_single_steps() {
     choices[2].n_tokens = 3;
     std::vector<std::vector<int32_t>> texts((size_t)rows, text);
     int32_t done = 0;
+    std::vector<float> each;  // the logits of all steps
     for (bool certain = true; certain && done < steps; done += certain) {
       check(dso_plan_run(model.plan, &a.b) == 0, "run: %s", dso_last_error());
+      each.insert(each.end(), a.logits.begin(), a.logits.end());
       std::vector<int32_t> row((size_t)rows);
       for (int32_t i = 0; i < rows; ++i) {
         dso_choice c = choices[(size_t)i];
@@ -155,6 +157,11 @@ static void test_a_call_equals_single_steps() {
     check(dso_plan_decode(model.plan, &b.b, &d) == 0 && d.done == 1, "%d steps in no time", d.done);
     d.seconds = 60;
     check(dso_plan_decode(model.plan, &b.b, &d) == 0 && d.done == done, "%d steps", d.done);
+    std::vector<float> kept(each.size() + 1, -7);  // and one more, which nothing may write
+    b.b.logits = kept.data();
+    d.keep_logits = 1;
+    check(dso_plan_decode(model.plan, &b.b, &d) == 0 && d.done == done, "%d steps with kept logits", d.done);
+    check(memcmp(kept.data(), each.data(), 4 * each.size()) == 0 && kept.back() == -7, "the logits of a step are not kept");
   }
 }
 
@@ -180,6 +187,7 @@ static void test_arguments() {
   };
   using Choices = std::vector<dso_choice>;
   bad("steps is 0", [](dso_batch&, dso_decode& o, Choices&) { o.steps = 0; });
+  bad("keep_logits is 2", [](dso_batch&, dso_decode& o, Choices&) { o.keep_logits = 2; });
   bad("n_stops", [](dso_batch&, dso_decode& o, Choices&) { o.n_stops = 1; });
   bad("tokens is NULL", [](dso_batch&, dso_decode& o, Choices&) { o.tokens = nullptr; });
   bad("batch.R", [](dso_batch& b, dso_decode&, Choices&) { b.R = 1; });

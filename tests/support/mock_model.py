@@ -170,7 +170,7 @@ class MockRunner:
 
     def decode(self, parts, call, *, draft_states=False):
         """Several steps, until a token of `call.stops`, up to `call.steps`, or at random."""
-        rng, chosen, logits, states = random.Random(len(self.seen)), [], None, []
+        rng, chosen, logits, states, kept = random.Random(len(self.seen)), [], None, [], []
         texts = [list(part.sequence.tokens) for part in parts]
         for step in range(rng.randrange(1, call.steps + 1)):
             if step:
@@ -178,6 +178,7 @@ class MockRunner:
                     part.sequence.blocks.tokens += 1
             output = self.step(parts, list(range(len(parts))), draft_states=True)
             made, states = output.logits, [*states, output.draft_states]
+            kept.append(made)
             choices = [GREEDY if r.numbers is None else r.filters._replace(u=r.numbers[step]) for r in call.rows]
             rows = [
                 allowed(penalized(row, choice.penalties, part.sequence.tokens), choice, step)
@@ -196,8 +197,9 @@ class MockRunner:
         for part, text in zip(parts, texts, strict=True):
             part.sequence.tokens[:] = text
         return Decoded(
-            np.array(chosen, np.int32).reshape(-1, len(parts)), logits, torch.stack(states) if draft_states else None
-        )
+            np.array(chosen, np.int32).reshape(-1, len(parts)), logits, torch.stack(states) if draft_states else None,
+            torch.stack(kept) if call.keep_logits else None,
+        )  # fmt: skip
 
     def step(self, parts, rows, *, last_hidden=False, draft_states=False):
         self.before()

@@ -82,6 +82,8 @@ class DecodeCall:
         variates: number of variates that a step draws. Those of the rows follow each other, in the order of the rows.
         token_of: int32 [V], the token of each logit, for a plan with a draft vocabulary; None: its own number. Not with
             penalties.
+        keep_logits: whether to return the logits of all steps. If the batch has a tensor for its logits, it has `steps` rows
+            for each sequence then.
     """
 
     steps: int
@@ -91,6 +93,7 @@ class DecodeCall:
     generator: npt.NDArray[np.uint32] | None = None
     variates: int = 0
     token_of: Int32 | None = None
+    keep_logits: bool = False
 
 
 @dataclass
@@ -158,11 +161,13 @@ class Decoded:
         logits: float32 torch [S, V], of one further step that was run, whose tokens the caller must choose; None: there is
             none.
         draft_states: if the batch wants them, those of all steps, float32 torch [steps, S, D].
+        kept_logits: if the call keeps them, those of all steps, float32 torch [steps, S, V].
     """
 
     tokens: Int32
     logits: torch.Tensor | None = None
     draft_states: torch.Tensor | None = None
+    kept_logits: torch.Tensor | None = None
 
     @property
     def steps(self) -> int:

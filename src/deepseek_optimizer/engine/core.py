@@ -285,7 +285,7 @@ class EngineCore:
         decoding, prompt = token_counts(chunks)
         call = None
         if self.unwatched and self.runner.decodes and self.sliding is None:
-            call = decode_call(chunks, self.scheduler, self.facts.eos)
+            call = decode_call(chunks, self.scheduler, self.facts)
         tokens: list[int | None]
         logits: Any
         last_hidden: Any = None

@@ -14,24 +14,29 @@ import numpy as np
 from ..backends.base import DECODE
 from ..backends.decoding import DecodeCall, Decoded
 from ..backends.sampling import Floats
+from .model_facts import ModelFacts
 from .scheduling.scheduler import ScheduledChunk, Scheduler
 
 _SECONDS = 0.02  # maximum duration of a call: other threads may want the backend
+_KEPT_BYTES = 16 << 20  # of a call's logits
 
 
-def decode_call(chunks: Sequence[ScheduledChunk], scheduler: Scheduler, eos: frozenset[int]) -> DecodeCall | None:
+def decode_call(chunks: Sequence[ScheduledChunk], scheduler: Scheduler, facts: ModelFacts) -> DecodeCall | None:
     """Returns the call for a step; None if it must be a single step.
 
     Args:
         chunks: the chunks of the step.
         scheduler: has chosen them. If other requests run or wait, the next step must be scheduled after this one.
-        eos: end-of-text token ids.
+        facts: of the model.
     """
     if scheduler.waiting or len(chunks) < len(scheduler.running):
         return None
     steps = min((_room(chunk) for chunk in chunks), default=0)
     if steps < 2:
         return None
+    keep = any(chunk.running.sampler.sampling.logprobs is not None for chunk in chunks)
+    if keep:  # log probabilities are computed after the call
+        steps = max(1, min(steps, _KEPT_BYTES // (4 * facts.vocab_size * len(chunks))))
     rows = []
     stops: set[int] = set()
     for chunk in chunks:
@@ -42,8 +47,8 @@ def decode_call(chunks: Sequence[ScheduledChunk], scheduler: Scheduler, eos: fro
         rows.append(row)
         stops.update(r.request.sampling.stop_token_ids)
         if not r.request.sampling.ignore_eos:
-            stops |= eos
-    return DecodeCall(steps, rows, np.array(sorted(stops), np.int32), _SECONDS)
+            stops |= facts.eos
+    return DecodeCall(steps, rows, np.array(sorted(stops), np.int32), _SECONDS, keep_logits=keep)
 
 
 def _room(chunk: ScheduledChunk) -> int:
@@ -60,12 +65,15 @@ def _room(chunk: ScheduledChunk) -> int:
 def as_drafts(chunks: Sequence[ScheduledChunk], decoded: Decoded) -> tuple[list[int | None], dict[int, Floats]]:
     """Writes the tokens of a call into its chunks, as drafts that were accepted.
 
-    Returns: the token of each row, None for those that are still to be chosen; and the logits of these rows.
+    Returns: the token of each row, None for those that are still to be chosen; and the logits of these rows, or of all if the
+        call kept them.
     """
     tokens: list[int | None] = []
     logits: dict[int, Floats] = {}
     undecided: Any = None if decoded.logits is None else decoded.logits.numpy()
     for n, chunk in enumerate(chunks):
+        if decoded.kept_logits is not None:
+            logits.update(enumerate(decoded.kept_logits[:, n].numpy(), len(tokens)))
         chosen: list[int] = decoded.tokens[:, n].tolist()
         tokens += chosen
         if undecided is None:

@@ -140,7 +140,8 @@ class Runner:
             draft_states: whether to return what MTP layers take as states.
         """
         rows = np.arange(len(parts), dtype=np.int32)
-        plan, batch = self._batch(parts, rows, draft_states=draft_states, logits=self._reused(len(parts)))
+        logits = self._reused(len(parts) * (call.steps if call.keep_logits else 1))
+        plan, batch = self._batch(parts, rows, draft_states=draft_states, logits=logits)
         decoded = self.memory.decode(plan, batch, call)
         for part in parts:
             part.sequence.blocks.tokens += decoded.steps - 1

@@ -40,6 +40,7 @@ def native_call(call: DecodeCall, rows: int, vocab: int, steps: int) -> tuple[De
     native.variates = call.variates
     native.tokens = address(tokens, "tokens", _I32, (steps, rows))
     native.token_of = optional(call.token_of, "token_of", _I32, (vocab,))
+    native.keep_logits = call.keep_logits
     return native, tokens, [choices, call]
 
 

@@ -112,7 +112,7 @@ class Decode(C.Structure):
     _fields_ = [
         ("steps", I32), ("n_stops", I32), ("stops", PTR), ("seconds", C.c_double), ("choices", PTR),
         ("generator", PTR), ("variates", I64), ("tokens", PTR), ("done", I32), ("undecided", I32),
-        ("token_of", PTR),
+        ("token_of", PTR), ("keep_logits", I32), ("reserved", I32),
     ]  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes as C
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -198,14 +199,22 @@ class CpuPlan:
     def decode(self, batch: StepBatch, store: KvStore, call: DecodeCall) -> Decoded:
         changing = self._rope is not None and batch.reach is None  # frequencies that depend on the length
         steps = 1 if changing or self.has_states else call.steps
-        b, output, _keep = self._bound(batch, store, last_rows=steps * len(batch.positions))
+        sequences = len(batch.query_len)
+        if call.keep_logits and batch.logits is not None:
+            batch = replace(batch, logits=batch.logits[: steps * sequences])
+        b, output, _keep = self._bound(batch, store, steps * sequences if call.keep_logits else None, steps * sequences)
         native, tokens, kept = native_call(call, len(batch.query_len), self.vocab_size, steps)
         self._call("dso_plan_decode", b, output, C.byref(native))
         del kept
         logits, states = self._returned(batch, output).logits, output.draft_states
+        assert logits is not None
+        ran, kept_logits = native.done + native.undecided, None
         if states is not None:
-            states = states.view(steps, len(batch.query_len), -1)[: native.done + native.undecided]
-        return Decoded(tokens[: native.done], logits if native.undecided else None, states)
+            states = states.view(steps, sequences, -1)[:ran]
+        if call.keep_logits:
+            kept_logits = logits.view(steps, sequences, -1)[:ran]
+            logits = kept_logits[-1]
+        return Decoded(tokens[: native.done], logits if native.undecided else None, states, kept_logits)
 
     def decode_drafted(
         self, batch: StepBatch, drafter: Any, pending: StepBatch, store: KvStore, call: DraftedCall

@@ -63,7 +63,7 @@ class RequestSampler:
         self._by_backend = self._plain and not own_filters and sampling.logprobs is None
         only_penalties = all(isinstance(rule, Repetition | Frequency) for rule in self._rules)
         unchanged = not len(self._biased) and self.grammar is None and not own_filters
-        self._in_calls = only_penalties and unchanged and self._sampled is None and sampling.logprobs is None
+        self._in_calls = only_penalties and unchanged and self._sampled is None
 
     def choice(self, place: int) -> TokenChoice | None:
         """Returns how a backend can choose the token at a position of the text by itself, without changing the state here.
@@ -90,7 +90,8 @@ class RequestSampler:
             tokens: token ids of the prompt and the text so far.
             prompt: how many of them are the prompt.
 
-        Returns: None if the logits are needed here, as in `choice`; penalties and `min_tokens` are no reasons.
+        Returns: None if the logits are needed here, as in `choice`; penalties, `min_tokens` and log probabilities are no
+            reasons, and the last need the logits of each step afterwards.
         """
         sampling = self.sampling
         if not self._in_calls:
