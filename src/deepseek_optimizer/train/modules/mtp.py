@@ -44,18 +44,18 @@ def add_trained_layers(model: Any) -> list[str]:
     """
     unwrap = getattr(model, "get_base_model", None)
     base = model if unwrap is None else unwrap()
-    if loaded_mtp_layers(base):
-        return []
     config = base.config
-    if base is not model:
-        raise ConfigError(
-            "mtp_loss_weight is set, but the model has adapters and no MTP layers; new ones would not be saved with the "
-            "adapter. Set mtp_loss_weight=None, or use a model with MTP layers (load_model loads those of a checkpoint)"
-        )
     if not traits(config).trains_mtp:
         raise ConfigError(
             f"mtp_loss_weight is set, but MTP layers of {config.model_type} models, which take several residual streams, "
             "cannot be trained; set mtp_loss_weight=None"
+        )
+    if loaded_mtp_layers(base):
+        return []
+    if base is not model:
+        raise ConfigError(
+            "mtp_loss_weight is set, but the model has adapters and no MTP layers; new ones would not be saved with the "
+            "adapter. Set mtp_loss_weight=None, or use a model with MTP layers (load_model loads those of a checkpoint)"
         )
     if not (count := mtp_layers(config)):
         remedy = ", or config.num_nextn_predict_layers before the model is created" if has_mtp(config.model_type) else ""
