@@ -24,7 +24,9 @@ from ...integration.bind.graphs import loaded_mtp_layers
 from ...integration.compat import cache_name
 from ...integration.load.mtp_layers import add_mtp_layers, own_tensors
 from ...integration.load.resolve import resolve
+from ...integration.training.modules import attention_name
 from ...models import draft_vocab_size, has_mtp, mtp_layers, traits
+from ..attention_function import DSO_TRAIN
 from ..checkpoints.converted import read_stack
 
 RANDOM = "initialized at random, since no checkpoint contains it"  # source of a layer's weights
@@ -169,7 +171,8 @@ def mtp_states(
         attending: dict[str, Any] = {"attention_mask": mask}
         if depth + 1 == len(layers) < steps:  # several passes
             layer.gradient_checkpointing = False  # it would drop the keys and values of earlier passes
-            attending = {"attention_mask": pass_mask(position_ids, attention_mask, step - depth), cache_name(): passes}
+            seen = pass_mask(position_ids, attention_mask, step - depth)
+            attending = {"attention_mask": _for_attention(seen, layer, state.dtype), cache_name(): passes}
         state = layer(
             layer.eh_proj(both), position_ids=position_ids, position_embeddings=rotation, use_cache=False, **attending
         )
@@ -213,6 +216,20 @@ def pass_mask(position_ids: torch.Tensor, attention_mask: torch.Tensor | None, p
     if not passes:
         first = first | (behind == 0)  # padding attends to itself: no row may be empty
     return torch.cat((first, *own), -1)[:, None]
+
+
+def _for_attention(seen: torch.Tensor, layer: Any, dtype: torch.dtype) -> torch.Tensor:
+    """A boolean mask in the form that a layer's attention function takes: `eager` adds the mask to the scores.
+
+    Raises:
+        ConfigError: the attention function takes no mask of pairs of tokens.
+    """
+    name = attention_name(layer.self_attn.config)
+    if name in ("sdpa", DSO_TRAIN):
+        return seen
+    if name in (None, "eager"):
+        return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+    raise ConfigError(f'attn_implementation={name!r} cannot train several drafts of a layer; use "sdpa", "eager" or "{DSO_TRAIN}"')
 
 
 def head_of(layer: Any, model: Any) -> nn.Module:
