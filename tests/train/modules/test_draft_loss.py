@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from deepseek_optimizer.train.modules.draft_layer import add_draft_layer
 from deepseek_optimizer.train.modules.draft_loss import DraftObjective
 from deepseek_optimizer.train.modules.draft_vocabulary import set_draft_vocabulary
 from deepseek_optimizer.train.modules.mtp import head_of, mtp_states
-from support.family_configs import deepseek_v3, gemma2, llama, qwen3
+from support.family_configs import deepseek_v3, deepseek_v32, gemma2, llama, qwen3
 from support.models import random_ids, random_model, randomize
 
 CONFIGS = {
@@ -108,7 +110,7 @@ def test_accepted_drafts_are_those_up_to_the_first_wrong_one(model):
     assert objective.accepted() is None
 
 
-@pytest.mark.parametrize("family", [llama, deepseek_v3], ids=["llama", "v3"])
+@pytest.mark.parametrize("family", [llama, deepseek_v3, partial(deepseek_v32, index_topk=5)], ids=["llama", "v3", "v32"])
 def test_the_last_layer_continues_with_its_own_states(family):
     """As in drafting: after the model's states, a state of its own for each draft."""
     model = random_model(family(num_nextn_predict_layers=1))

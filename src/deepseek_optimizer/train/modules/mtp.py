@@ -155,7 +155,8 @@ def mtp_states(
     if position_ids is None:
         position_ids = torch.arange(hidden.shape[1], device=hidden.device, dtype=torch.int64)[None]
     where = {"config": config, "inputs_embeds": hidden, "attention_mask": attention_mask, "position_ids": position_ids}
-    mask = create_causal_mask(**where, **{cache_name(): None})
+    indexed = {"allow_is_causal_skip": False} if hasattr(config, "index_topk") else {}  # indexers need the mask itself
+    mask = create_causal_mask(**where, **indexed, **{cache_name(): None})
     rotation = decoder.rotary_emb(hidden, position_ids)
     embedded, state = decoder.embed_tokens(input_ids), hidden
     layers = decoder.layers[config.num_hidden_layers :]
@@ -181,17 +182,24 @@ def mtp_states(
 
 
 class _Passes:
-    """Keys and values of the passes of a layer over its rows, in place of Transformers' cache."""
+    """Keys and values of the passes of a layer over its rows, and the keys of its indexer (DeepSeek-V3.2), in place of
+    Transformers' cache."""
 
     def __init__(self) -> None:
         self._keys: list[torch.Tensor] = []
         self._values: list[torch.Tensor] = []
+        self._index_keys: list[torch.Tensor] = []
 
     def update(self, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Adds those of a pass, [B, heads, S, D]; returns all, [B, heads, passes * S, D]."""
         self._keys.append(key)
         self._values.append(value)
         return torch.cat(self._keys, 2), torch.cat(self._values, 2)
+
+    def update_indexer(self, key: torch.Tensor, *_: Any) -> torch.Tensor:
+        """Adds the indexer's of a pass, [B, S, D]; returns all, [B, passes * S, D]."""
+        self._index_keys.append(key)
+        return torch.cat(self._index_keys, 1)
 
 
 def pass_mask(position_ids: torch.Tensor, attention_mask: torch.Tensor | None, passes: int) -> torch.Tensor:
@@ -229,7 +237,7 @@ def _for_attention(seen: torch.Tensor, layer: Any, dtype: torch.dtype) -> torch.
         return seen
     if name in (None, "eager"):
         return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
-    raise ConfigError(f'attn_implementation={name!r} cannot train several drafts of a layer; use "sdpa", "eager" or "{DSO_TRAIN}"')
+    raise ConfigError(f'attn_implementation={name!r} cannot train several drafts of a layer; use "sdpa" or "eager"')
 
 
 def head_of(layer: Any, model: Any) -> nn.Module:
