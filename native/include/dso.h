@@ -632,7 +632,7 @@ typedef struct dso_decode {
 DSO_API int32_t dso_plan_decode(dso_plan* p, const dso_batch* batch, dso_decode* d);
 
 /* Several rounds of decoding with drafts, of one sequence. In a round, the drafting plan runs over its pending rows, whose
- * states are the model's, and once more for each further draft, over its own last hidden state: a draft is its most likely
+ * states are the model's, and once more for each further draft, over its own draft state: a draft is its most likely
  * token. Then the model runs over its last token and the drafts, and tokens are chosen row by row, as in dso_plan_decode, up to
  * the first that is not the draft. The rows of these tokens are the drafting plan's next pending ones.
  *   batch: the first step of the model without drafts: one row in phase DECODE. Its logits are [1 + drafts][vocab_size], its

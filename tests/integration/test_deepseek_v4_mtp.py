@@ -129,6 +129,34 @@ def test_drafts_rejected_at_every_offset_of_the_windows(model, monkeypatch):
             ids = torch.cat((texts[0], torch.tensor([text[begin : begin + 2]])), 1)
 
 
+def test_rounds_of_one_layer_in_calls_of_several(tmp_path, monkeypatch):
+    """They take all streams of a token from one round to the next, and are the rounds that run step by step."""
+    save_with_mtp(tmp_path, deepseek_v4(num_nextn_predict_layers=1))
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["head.weight"][4:] *= 0.01  # four tokens are likely, so that some drafts are right
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    model = load_model(tmp_path, backend="cpu", precision="fp32", prefill_chunk=16)
+    calls, plan = [], model.dso.plan
+    decode = plan.decode_drafted
+    monkeypatch.setattr(plan, "decode_drafted", lambda *args: (calls.append(decode(*args)), calls[-1])[1])
+    monkeypatch.setattr(speculation, "DraftLengthController", Always)
+    accepted = 0
+    for begin in (5, 30, 33, 47):
+        ids = torch.tensor([random_ids(model.config, begin)])
+        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 60, **GREEDY}
+        plain = model.generate(ids, **options)
+        for drafts in (1, 3):
+            options |= {"use_mtp": True, "num_assistant_tokens": drafts}
+            assert torch.equal(plain, model.generate(ids, **options))
+            rounds = model.dso.speculation
+            accepted += sum(held for outcomes in rounds for _, held in outcomes)
+            with monkeypatch.context() as single:
+                single.setattr(speculation, "_drafted_rounds", lambda *_: None)
+                assert torch.equal(plain, model.generate(ids, **options))
+            assert rounds == model.dso.speculation
+    assert accepted > 10 and max(len(call.rounds) for call in calls) > 1
+
+
 def test_drafts_are_those_of_whole_texts(model, monkeypatch):
     """What the layers propose does not depend on chunks, on rejected drafts or on when they have caught up: each draft equals
     that of the layers run over the whole text."""

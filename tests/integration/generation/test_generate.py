@@ -338,6 +338,8 @@ BAD = [
     ({"max_new_tokens": -5}, "max_new_tokens"),
     ({"max_new_tokens": 2.5}, "max_new_tokens"),
     ({"num_beams": 0}, "num_beams"),
+    ({"assistant_confidence_threshold": 1.5}, "assistant_confidence_threshold must be from 0 to 1"),
+    ({"assistant_confidence_threshold": "0.5"}, "assistant_confidence_threshold must be a finite number"),
     ({"num_return_sequences": 1 << 40, "do_sample": True}, "num_return_sequences"),
     ({"attention_mask": torch.ones(1, 2)}, "attention_mask has shape"),
     ({"no_such_option": 1}, "no_such_option"),

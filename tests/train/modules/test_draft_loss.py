@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from deepseek_optimizer.errors import ConfigError
 from deepseek_optimizer.integration.compat import recompute_layers
+from deepseek_optimizer.train.attention_function import DSO_TRAIN, register_train_attention
 from deepseek_optimizer.train.modules.draft_layer import add_draft_layer
 from deepseek_optimizer.train.modules.draft_loss import DraftObjective
 from deepseek_optimizer.train.modules.draft_vocabulary import set_draft_vocabulary
 from deepseek_optimizer.train.modules.mtp import head_of, mtp_states
-from support.family_configs import deepseek_v3, gemma2, llama, qwen3
+from support.family_configs import deepseek_v3, deepseek_v32, gemma2, llama, qwen3
 from support.models import random_ids, random_model, randomize
 
 CONFIGS = {
@@ -107,7 +110,7 @@ def test_accepted_drafts_are_those_up_to_the_first_wrong_one(model):
     assert objective.accepted() is None
 
 
-@pytest.mark.parametrize("family", [llama, deepseek_v3], ids=["llama", "v3"])
+@pytest.mark.parametrize("family", [llama, deepseek_v3, partial(deepseek_v32, index_topk=5)], ids=["llama", "v3", "v32"])
 def test_the_last_layer_continues_with_its_own_states(family):
     """As in drafting: after the model's states, a state of its own for each draft."""
     model = random_model(family(num_nextn_predict_layers=1))
@@ -126,6 +129,27 @@ def test_the_last_layer_continues_with_its_own_states(family):
                 ((_, _, states),) = mtp_states(model, after, known)
                 torch.testing.assert_close(made[step][first + step], states[0, -2], rtol=1e-4, atol=1e-4)
                 inputs = torch.cat((inputs, states[:, -2:-1]), 1)
+
+
+@pytest.mark.parametrize("family", [llama, deepseek_v3], ids=["llama", "v3"])
+def test_attention_functions_train_the_same_drafts(family):
+    """`eager` adds its mask to the scores; the others take what a row attends to."""
+    register_train_attention()
+    made = {}
+    for name in ("sdpa", "eager", DSO_TRAIN):
+        model = random_model(family(num_nextn_predict_layers=1))
+        model.config._attn_implementation = name
+        add_draft_layer(model)
+        randomize(model.model.layers[model.config.num_hidden_layers :], seed=5)
+        ids, labels, positions, _ = packed(model)
+        hidden = model.model(ids, position_ids=positions, use_cache=False).last_hidden_state.detach()
+        model.train()
+        made[name] = DraftObjective(3)(model, hidden, ids, labels, None, {"position_ids": positions})
+    for loss in made.values():
+        torch.testing.assert_close(loss, made["sdpa"], rtol=1e-5, atol=1e-5)
+    model.model.layers[-1].self_attn.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ConfigError, match="attn_implementation='flash_attention_2' cannot train several drafts"):
+        list(mtp_states(model, hidden, ids, steps=2))
 
 
 def test_activation_checkpointing_does_not_change_the_loss():

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from deepseek_optimizer import ConfigError, load_model
 from deepseek_optimizer.backends.reference import ReferenceBackend
+from deepseek_optimizer.integration.load.mtp_layers import add_mtp_layers
 from deepseek_optimizer.models import build_graph, build_mtp_graph
 from deepseek_optimizer.train.modules.draft_layer import add_draft_layer
 from deepseek_optimizer.train.modules.mtp import add_trained_layers, head_of, mtp_states
@@ -122,8 +123,11 @@ def test_layers_have_the_models_dtype_except_routers():
     assert 0.01 < layer.eh_proj.weight.float().std() < 0.03
 
 
-def test_layers_of_several_streams_are_refused():
+@pytest.mark.parametrize("loaded", [False, True], ids=["not loaded", "loaded"])
+def test_layers_of_several_streams_are_refused(loaded):
     model = random_model(deepseek_v4(num_nextn_predict_layers=1))
+    if loaded:
+        add_mtp_layers(model, [frozenset()])
     with pytest.raises(ConfigError, match="MTP layers of deepseek_v4 models, which take several residual streams"):
         add_trained_layers(model)
     with pytest.raises(ConfigError, match="a deepseek_v4 model can have no layer that drafts"):

@@ -13,7 +13,7 @@ class Proposer(Protocol):
 
     Attributes:
         name: identifies the proposer in reports and cost measurements.
-        wants_states: whether `follow` must be called with the model's hidden states.
+        wants_states: whether `follow` must be called with the model's draft states.
     """
 
     name: str
@@ -31,11 +31,12 @@ class Proposer(Protocol):
         """
 
     def follow(self, sequence: Sequence, states: Any) -> None:
-        """Passes on the hidden states of tokens that were added to the cache since the last call.
+        """Passes on the draft states of tokens that were added to the cache since the last call.
 
         Args:
             sequence: the sequence. Its `tokens` include the next token of each of these, except possibly of the last one.
-            states: the model's last hidden states (normalized), float32 torch [n, H], in order.
+            states: the model's draft states of these tokens (`StepOutput.draft_states`), float32 torch [n, D], in order: its
+                last hidden states, normalized, or all residual streams of a model that has several.
         """
 
     def catch_up(self, sequences: list[Sequence]) -> None:

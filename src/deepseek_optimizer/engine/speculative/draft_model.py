@@ -93,10 +93,10 @@ class DraftModelProposer:
         return True
 
     def follow(self, sequence: Sequence, states: object) -> None:
-        """Does nothing: hidden states are not used."""
+        """Does nothing: draft states are not used."""
 
     def catch_up(self, sequences: list[Sequence]) -> None:
-        """Does nothing: hidden states are not used."""
+        """Does nothing: draft states are not used."""
 
     def fork(self, sequence: Sequence, twin: Sequence) -> None:
         """Does nothing: the twin's tokens are processed when drafts are proposed for it."""

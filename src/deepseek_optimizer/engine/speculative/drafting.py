@@ -46,7 +46,7 @@ class Drafting:
 
     @property
     def wants_states(self) -> bool:
-        """Whether a proposer needs the model's hidden states."""
+        """Whether a proposer needs the model's draft states."""
         return any(p.wants_states for p, _ in self._proposers)
 
     def max_drafts(self, running: list[Running]) -> dict[Running, int]:
@@ -112,7 +112,7 @@ class Drafting:
                     bandit.record(0, 0, 0.0, plain / sequences)
 
     def follow(self, running: Running, states: object) -> None:
-        """Passes the hidden states of tokens that were added to the request's cache to the proposers."""
+        """Passes the draft states of tokens that were added to the request's cache to the proposers."""
         for proposer, _ in self._proposers:
             if proposer.wants_states:
                 proposer.follow(running.sequence, states)

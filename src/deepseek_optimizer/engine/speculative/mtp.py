@@ -226,7 +226,7 @@ class MtpProposer:
 
         Args:
             sequence: the sequence, with the tokens of the call.
-            states: the model's last hidden states of the tokens of the last round, [n, H].
+            states: the model's draft states of the tokens of the last round, [n, D].
         """
         track = self._tracks[sequence.index]
         track.seen = track.tried = sequence.cached
@@ -253,7 +253,7 @@ class MtpProposer:
             d.guessed = rows[-1:] if last else rows[stay:]
 
     def _further(self, active: list[_Drafting]) -> list[Part]:
-        """The next row of the last layer, whose input is its own hidden state."""
+        """The next row of the last layer, whose input is its own state."""
         further = len(active[0].tokens) - len(self._layers)  # rows after the model's last one; equal for all
         return [Part(d.sequence, d.tokens[-1:], d.track.seen + further, d.track.first_block(d.sequence)) for d in active]
 
@@ -275,7 +275,7 @@ class MtpProposer:
             d.guessed = decoded.draft_states[-1, i : i + 1]
 
     def _repeat_last(self, active: list[_Drafting]) -> None:
-        """Applies the last layer to its own hidden state, for one more draft."""
+        """Applies the last layer to its own state, for one more draft."""
         parts = self._further(active)
         result = self._layers[-1].draft(parts, [d.guessed for d in active], logits=True)
         for d, logits, rows in zip(active, result.logits, rows_of(result.draft_states, parts), strict=True):
@@ -284,7 +284,7 @@ class MtpProposer:
 
 
 def _split(rows: list[Any], count: int) -> tuple[list[Any], list[Any]]:
-    """Splits the rows of tensors [n, H] into the first `count` and the rest."""
+    """Splits the rows of tensors [n, D] into the first `count` and the rest."""
     first, rest = [], []
     for tensor in rows:
         take = min(count, len(tensor))

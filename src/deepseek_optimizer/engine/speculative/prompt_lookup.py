@@ -58,10 +58,10 @@ class PromptLookupProposer:
         return []
 
     def follow(self, sequence: Sequence, states: Any) -> None:
-        """Does nothing: hidden states are not used."""
+        """Does nothing: draft states are not used."""
 
     def catch_up(self, sequences: list[Sequence]) -> None:
-        """Does nothing: hidden states are not used."""
+        """Does nothing: draft states are not used."""
 
     def fork(self, sequence: Sequence, twin: Sequence) -> None:
         """Does nothing: the twin's tokens are indexed when drafts are proposed for it."""

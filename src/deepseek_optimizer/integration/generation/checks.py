@@ -12,11 +12,13 @@ from ...graph.ir import Graph
 _FINITE = (
     "temperature", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty",
     "length_penalty", "diversity_penalty", "encoder_repetition_penalty", "guidance_scale", "max_time",
+    "assistant_confidence_threshold",
 )  # fmt: skip
 # Factors and divisors that keep float32 logits finite, and exponents that keep the power of a length finite.
 _RANGES = {
     "temperature": (1e-30, 1e30), "repetition_penalty": (1e-30, 1e30), "encoder_repetition_penalty": (1e-30, 1e30),
     "guidance_scale": (-1e30, 1e30), "length_penalty": (-50, 50), "top_p": (0, 1), "min_p": (0, 1),
+    "assistant_confidence_threshold": (0, 1),
 }  # fmt: skip
 _KINDS = {2: "integer token ids", 3: "floating point embeddings"}
 # Minimum, and the maximum of values that memory use is proportional to.

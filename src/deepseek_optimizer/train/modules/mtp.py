@@ -24,7 +24,9 @@ from ...integration.bind.graphs import loaded_mtp_layers
 from ...integration.compat import cache_name
 from ...integration.load.mtp_layers import add_mtp_layers, own_tensors
 from ...integration.load.resolve import resolve
+from ...integration.training.modules import attention_name
 from ...models import draft_vocab_size, has_mtp, mtp_layers, traits
+from ..attention_function import DSO_TRAIN
 from ..checkpoints.converted import read_stack
 
 RANDOM = "initialized at random, since no checkpoint contains it"  # source of a layer's weights
@@ -44,18 +46,18 @@ def add_trained_layers(model: Any) -> list[str]:
     """
     unwrap = getattr(model, "get_base_model", None)
     base = model if unwrap is None else unwrap()
-    if loaded_mtp_layers(base):
-        return []
     config = base.config
-    if base is not model:
-        raise ConfigError(
-            "mtp_loss_weight is set, but the model has adapters and no MTP layers; new ones would not be saved with the "
-            "adapter. Set mtp_loss_weight=None, or use a model with MTP layers (load_model loads those of a checkpoint)"
-        )
     if not traits(config).trains_mtp:
         raise ConfigError(
             f"mtp_loss_weight is set, but MTP layers of {config.model_type} models, which take several residual streams, "
             "cannot be trained; set mtp_loss_weight=None"
+        )
+    if loaded_mtp_layers(base):
+        return []
+    if base is not model:
+        raise ConfigError(
+            "mtp_loss_weight is set, but the model has adapters and no MTP layers; new ones would not be saved with the "
+            "adapter. Set mtp_loss_weight=None, or use a model with MTP layers (load_model loads those of a checkpoint)"
         )
     if not (count := mtp_layers(config)):
         remedy = ", or config.num_nextn_predict_layers before the model is created" if has_mtp(config.model_type) else ""
@@ -153,7 +155,8 @@ def mtp_states(
     if position_ids is None:
         position_ids = torch.arange(hidden.shape[1], device=hidden.device, dtype=torch.int64)[None]
     where = {"config": config, "inputs_embeds": hidden, "attention_mask": attention_mask, "position_ids": position_ids}
-    mask = create_causal_mask(**where, **{cache_name(): None})
+    indexed = {"allow_is_causal_skip": False} if hasattr(config, "index_topk") else {}  # indexers need the mask itself
+    mask = create_causal_mask(**where, **indexed, **{cache_name(): None})
     rotation = decoder.rotary_emb(hidden, position_ids)
     embedded, state = decoder.embed_tokens(input_ids), hidden
     layers = decoder.layers[config.num_hidden_layers :]
@@ -169,7 +172,8 @@ def mtp_states(
         attending: dict[str, Any] = {"attention_mask": mask}
         if depth + 1 == len(layers) < steps:  # several passes
             layer.gradient_checkpointing = False  # it would drop the keys and values of earlier passes
-            attending = {"attention_mask": pass_mask(position_ids, attention_mask, step - depth), cache_name(): passes}
+            seen = pass_mask(position_ids, attention_mask, step - depth)
+            attending = {"attention_mask": _for_attention(seen, layer, state.dtype), cache_name(): passes}
         state = layer(
             layer.eh_proj(both), position_ids=position_ids, position_embeddings=rotation, use_cache=False, **attending
         )
@@ -178,17 +182,24 @@ def mtp_states(
 
 
 class _Passes:
-    """Keys and values of the passes of a layer over its rows, in place of Transformers' cache."""
+    """Keys and values of the passes of a layer over its rows, and the keys of its indexer (DeepSeek-V3.2), in place of
+    Transformers' cache."""
 
     def __init__(self) -> None:
         self._keys: list[torch.Tensor] = []
         self._values: list[torch.Tensor] = []
+        self._index_keys: list[torch.Tensor] = []
 
     def update(self, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Adds those of a pass, [B, heads, S, D]; returns all, [B, heads, passes * S, D]."""
         self._keys.append(key)
         self._values.append(value)
         return torch.cat(self._keys, 2), torch.cat(self._values, 2)
+
+    def update_indexer(self, key: torch.Tensor, *_: Any) -> torch.Tensor:
+        """Adds the indexer's of a pass, [B, S, D]; returns all, [B, passes * S, D]."""
+        self._index_keys.append(key)
+        return torch.cat(self._index_keys, 1)
 
 
 def pass_mask(position_ids: torch.Tensor, attention_mask: torch.Tensor | None, passes: int) -> torch.Tensor:
@@ -213,6 +224,20 @@ def pass_mask(position_ids: torch.Tensor, attention_mask: torch.Tensor | None, p
     if not passes:
         first = first | (behind == 0)  # padding attends to itself: no row may be empty
     return torch.cat((first, *own), -1)[:, None]
+
+
+def _for_attention(seen: torch.Tensor, layer: Any, dtype: torch.dtype) -> torch.Tensor:
+    """A boolean mask in the form that a layer's attention function takes: `eager` adds the mask to the scores.
+
+    Raises:
+        ConfigError: the attention function takes no mask of pairs of tokens.
+    """
+    name = attention_name(layer.self_attn.config)
+    if name in ("sdpa", DSO_TRAIN):
+        return seen
+    if name in (None, "eager"):
+        return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+    raise ConfigError(f'attn_implementation={name!r} cannot train several drafts of a layer; use "sdpa" or "eager"')
 
 
 def head_of(layer: Any, model: Any) -> nn.Module:
