@@ -83,3 +83,11 @@ def test_a_huge_page_is_rendered_smaller() -> None:
     pytest.importorskip("pypdfium2", reason="needs pypdfium2")
     width, height = map(int, read("a.pdf", drawn(BARS, size=(14_400, 7_200)), Sizes()).text.split(",")[0].split(" x "))
     assert 0.99 * (1 << 23) < width * height < 1.01 * (1 << 23)
+
+
+@pytest.mark.parametrize("size", [(100_000_000, 1), (1, 90_000)])
+def test_a_narrow_page_is_not_rendered(size: tuple[int, int]) -> None:
+    """Its shorter side would be rounded up to a pixel, and the picture would have far more pixels than others may have."""
+    pytest.importorskip("pypdfium2", reason="needs pypdfium2")
+    with pytest.raises(DocumentError, match=r"1 \(has .* points: one side is more than 200 times the other; crop it\)"):
+        read("a.pdf", drawn(BARS, size=size), Sizes())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from threading import Lock
 from typing import Any
 
+from ...chat.picture_job import MAX_RATIO
 from ..recognized import PictureProblem
 
 _DPI = 200
@@ -27,7 +28,7 @@ def rendered(data: bytes, number: int) -> Any:
         number: of the page, from 1.
 
     Raises:
-        PictureProblem: pypdfium2 is not installed, or cannot render it.
+        PictureProblem: pypdfium2 is not installed or cannot render it, or the page is too narrow.
     """
     try:
         import pypdfium2
@@ -41,6 +42,10 @@ def rendered(data: bytes, number: int) -> Any:
             try:
                 page = file[number - 1]
                 width, height = page.get_size()  # in points
+                if max(width, height) > MAX_RATIO * min(width, height):  # its picture would have more pixels than _MAX_PIXELS
+                    raise PictureProblem(
+                        f"has {width:,.4g} x {height:,.4g} points: one side is more than {MAX_RATIO} times the other; crop it"
+                    )
                 scale = min(_DPI / 72, (_MAX_PIXELS / max(1.0, width * height)) ** 0.5)
                 return page.render(scale=scale).to_pil().convert("RGB")
             finally:
