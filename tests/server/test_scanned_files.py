@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from deepseek_optimizer.errors import BackendError, RequestError
 from deepseek_optimizer.longdoc.recognized import RecognizedLine
 from deepseek_optimizer.server.app import create_app
 from deepseek_optimizer.server.settings import ServerSettings
-from support.documents import pdf, scanned_pdf
+from support.documents import pdf, pdf_of_pictures, scanned_pdf
 from support.fake_engine import FakeEngine
 from support.live_server import LiveServer, assert_error
 
@@ -145,6 +146,32 @@ def test_one_page_at_a_time(serving: Any) -> None:
     for thread in threads:
         thread.join()
     assert [result.status_code for result in results] == [200] * 3 and len(colors.sizes) == 9 and len(colors.threads) == 1
+
+
+def test_pictures_of_a_page_take_turns(serving: Any) -> None:
+    """A page with many pictures does not keep the model from others."""
+    live, colors = serving()
+    read, begun, goes_on = colors.read, threading.Event(), threading.Event()
+
+    def held(image: Any) -> list[RecognizedLine]:
+        begun.set()
+        assert goes_on.wait(60)
+        return read(image)
+
+    colors.read = held
+    several = pdf_of_pictures([page(RED, 80, 30), page(RED, 70, 30), page(RED, 60, 30)])
+    threads = [threading.Thread(target=send, args=(live, data)) for data in (several, scanned_pdf([page(BLUE)]))]
+    threads[0].start()
+    assert begun.wait(60)
+    threads[1].start()
+    queue = live.app.state.server.reader.queues[1]
+    deadline = time.monotonic() + 60
+    while not queue.waiting and time.monotonic() < deadline:
+        time.sleep(0.01)
+    goes_on.set()
+    for thread in threads:
+        thread.join()
+    assert colors.sizes == [(80, 30), (85, 110), (70, 30), (60, 30)]
 
 
 def test_without_a_model(make_server: Any) -> None:
