@@ -173,6 +173,26 @@ def test_pixels_that_are_decoded_count(within: bool, monkeypatch: pytest.MonkeyP
     assert len(converted) == within  # the one in a dictionary comes first
 
 
+def test_forms_in_forms() -> None:
+    """30 forms, each of which shows the next one under 8 names: 8^30 ways lead to the picture in the last one."""
+    from pypdf import PdfReader, PdfWriter
+    from pypdf.generic import DictionaryObject, NameObject, StreamObject
+
+    writer = PdfWriter(clone_from=PdfReader(io.BytesIO(pdf_of_pictures([page()]))))
+    resources: Any = writer.pages[0]["/Resources"]
+    shown = resources["/XObject"]
+    for _ in range(30):
+        form = StreamObject()
+        form[NameObject("/Subtype")] = NameObject("/Form")
+        form[NameObject("/Resources")] = DictionaryObject({NameObject("/XObject"): shown})
+        inner = writer._add_object(form)
+        shown = DictionaryObject({NameObject(f"/F{i}"): inner for i in range(8)})
+    resources[NameObject("/XObject")] = shown
+    out = io.BytesIO()
+    writer.write(out)
+    assert read("a.pdf", out.getvalue(), Reader()).text == "A red page of 85 x 110.\n\n"
+
+
 def test_one_hostile_page_of_several() -> None:
     from pypdf import PdfReader, PdfWriter
 

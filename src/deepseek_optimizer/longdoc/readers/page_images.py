@@ -47,7 +47,7 @@ def pictures_of_page(page: Any) -> list[Any]:
     names = list(page.images.keys())
     if len(names) > MAX_PICTURES:
         raise PictureProblem(f"has {len(names):,} pictures, more than {MAX_PICTURES}")
-    _check_total(sum(_pixels(page.get("/Resources"), ())))  # before pypdf decodes them
+    _check_total(sum(_pixels(page.get("/Resources"))))  # before pypdf decodes them
     images, pixels = [], 0
     for name in names:
         image = page.images[name].image
@@ -74,22 +74,21 @@ def _check_total(pixels: int) -> None:
         raise PictureProblem(f"has pictures of {pixels:,} pixels, more than {MAX_PIXELS:,}")
 
 
-def _pixels(resources: Any, forms: tuple[int, ...]) -> Iterator[int]:
+def _pixels(resources: Any) -> Iterator[int]:
     """Pixels of the embedded pictures of a page by their names, also of those in forms: pypdf decodes a picture once for each
-    of its names.
-
-    Args:
-        forms: those that contain each other, up to this one.
-    """
-    objects = None if resources is None else resources.get_object().get("/XObject")
-    for entry in () if objects is None else objects.get_object().values():
-        item = entry.get_object()
-        if id(item) in forms or len(forms) > 16:
-            continue
-        if item.get("/Subtype") == "/Form":
-            yield from _pixels(item.get("/Resources"), (*forms, id(item)))
-        elif item.get("/Subtype") == "/Image":
-            yield int(item.get("/Width", 0)) * int(item.get("/Height", 0))
+    of its names, and enters each form once."""
+    forms: dict[int, Any] = {}  # by identity; kept, so that no other object gets it
+    waiting = [resources]
+    while waiting:
+        resources = waiting.pop()
+        objects = None if resources is None else resources.get_object().get("/XObject")
+        for entry in () if objects is None else objects.get_object().values():
+            item = entry.get_object()
+            if item.get("/Subtype") == "/Form" and id(item) not in forms:
+                forms[id(item)] = item
+                waiting.append(item.get("/Resources"))
+            elif item.get("/Subtype") == "/Image":
+                yield int(item.get("/Width", 0)) * int(item.get("/Height", 0))
 
 
 def _stacked(images: list[Any]) -> Any:
