@@ -10,6 +10,7 @@ import pytest
 
 from deepseek_optimizer import DocumentError
 from deepseek_optimizer.longdoc import RecognizedLine
+from deepseek_optimizer.longdoc.readers import pdf as pdf_reader
 from deepseek_optimizer.longdoc.readers import read
 from support.documents import pdf
 
@@ -91,3 +92,26 @@ def test_a_narrow_page_is_not_rendered(size: tuple[int, int]) -> None:
     pytest.importorskip("pypdfium2", reason="needs pypdfium2")
     with pytest.raises(DocumentError, match=r"1 \(has .* points: one side is more than 200 times the other; crop it\)"):
         read("a.pdf", drawn(BARS, size=size), Sizes())
+
+
+@pytest.fixture
+def limited(monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """A scan that is too large for pypdf; which size that is depends on its release (7.1: A4 at 600 dpi is)."""
+    from pypdf.errors import LimitReachedError
+
+    def pictures_of_page(_: Any) -> list[Any]:
+        raise LimitReachedError("Requested image buffer size 139189120 exceeds limit 75000000.")
+
+    monkeypatch.setattr(pdf_reader, "pictures_of_page", pictures_of_page)
+    return drawn(BARS)
+
+
+def test_a_scan_that_is_too_large_for_pypdf_is_rendered(limited: bytes) -> None:
+    pytest.importorskip("pypdfium2", reason="needs pypdfium2")
+    assert read("a.pdf", limited, Sizes()).text == "1653 x 2339, red.\n\n"
+
+
+def test_a_scan_that_is_too_large_without_the_library(limited: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pypdfium2", None)
+    with pytest.raises(DocumentError, match=r"1 \(has a picture that is too large for pypdf, and pypdfium2, .* not installed"):
+        read("a.pdf", limited, Sizes())

@@ -1,4 +1,5 @@
-"""Pages whose text is drawn, as shapes or in fonts that do not say which characters they have: pypdfium2 renders them."""
+"""Pages whose text is drawn, as shapes or in fonts that do not say which characters they have, and those with pictures that are
+too large for pypdf: pypdfium2 renders them."""
 
 from __future__ import annotations
 
@@ -20,12 +21,13 @@ def is_drawn(page: Any) -> bool:
     return contents is not None and any(operator in _PAINTING for _, operator in contents.operations)
 
 
-def rendered(data: bytes, number: int) -> Any:
+def rendered(data: bytes, number: int, why: str) -> Any:
     """A page of a PDF as a PIL image in RGB.
 
     Args:
         data: the content of the file.
         number: of the page, from 1.
+        why: why it is rendered, for errors: a phrase to follow its place.
 
     Raises:
         PictureProblem: pypdfium2 is not installed or cannot render it, or the page is too narrow.
@@ -34,7 +36,7 @@ def rendered(data: bytes, number: int) -> Any:
         import pypdfium2
     except ImportError:
         raise PictureProblem(
-            'draws its text, and pypdfium2, which renders it, is not installed: pip install "deepseek-optimizer[vision]"'
+            f'{why}, and pypdfium2, which renders it, is not installed: pip install "deepseek-optimizer[vision]"'
         ) from None
     with _PDFIUM:
         try:
