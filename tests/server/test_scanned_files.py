@@ -13,6 +13,7 @@ from deepseek_optimizer.errors import BackendError, RequestError
 from deepseek_optimizer.longdoc.recognized import RecognizedLine
 from deepseek_optimizer.server.app import create_app
 from deepseek_optimizer.server.settings import ServerSettings
+from deepseek_optimizer.system.sandbox.worker import WorkerError
 from support.documents import pdf, pdf_of_pictures, scanned_pdf
 from support.fake_engine import FakeEngine
 from support.live_server import LiveServer, assert_error
@@ -104,6 +105,23 @@ def test_pages_that_cannot_be_read_are_named(serving: Any) -> None:
     empty = send(live, pdf([""]))
     assert_error(empty, 400, "file")
     assert "has no text on its 1 page, and the OCR model found none" in empty.json()["error"]["message"]
+
+
+def test_a_page_that_ends_its_worker(serving: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too much time or memory for one page; the others are read."""
+    live, _ = serving()
+    workers = live.app.state.server.reader.workers
+    call = workers.call
+
+    def ends_at_page_2(payload: dict[str, Any]) -> Any:
+        if payload.get("page") == 2:
+            raise WorkerError("it takes too much memory")
+        return call(payload)
+
+    monkeypatch.setattr(workers, "call", ends_at_page_2)
+    file = send(live, scanned_pdf([page(RED), page(BLUE)])).json()
+    assert text_of(live, file) == "A red page.\n\n"
+    assert file["warnings"][1] == "pages whose pictures cannot be read: 2 (cannot be read: it takes too much memory)"
 
 
 def test_text_that_is_cut_off_is_reported(serving: Any) -> None:

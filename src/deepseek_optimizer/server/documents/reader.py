@@ -92,7 +92,10 @@ class DocumentReader:
             )
         pages: dict[str, Any] = {}
         for number in numbers:
-            found = await self._work(file | {"page": number}, caller)
+            try:
+                found = await self._work(file | {"page": number}, caller)
+            except DocumentError as error:  # of its worker; other pages may be readable
+                found = {"problem": error.message}
             if "pictures" not in found:
                 pages[str(number)] = found
                 continue
