@@ -99,9 +99,8 @@ class DocumentReader:
             if "pictures" not in found:
                 pages[str(number)] = found
                 continue
-            images = [rgb_image(width, height, base64.b64decode(pixels)) for width, height, pixels in found["pictures"]]
             try:
-                parts = [await self._read_picture(ocr, image, caller) for image in images]
+                parts = [await self._read_picture(ocr, picture, caller) for picture in found["pictures"]]
             except RequestError as error:
                 pages[str(number)] = {"problem": str(error)}
             else:
@@ -109,11 +108,15 @@ class DocumentReader:
                 truncated += [number] if any(cut for _, cut in parts) else []
         return pages
 
-    async def _read_picture(self, ocr: PageReader, image: Any, caller: Caller) -> tuple[Sequence[RecognizedLine], bool]:
+    async def _read_picture(
+        self, ocr: PageReader, picture: tuple[int, int, str], caller: Caller
+    ) -> tuple[Sequence[RecognizedLine], bool]:
         """The lines of a picture, and whether its text was cut off. Other clients have their turns between the pictures of a
         page, of which there may be many; and none is read for a client that is gone, or after the deadline."""
 
-        def read() -> tuple[Sequence[RecognizedLine], bool]:
+        def read() -> tuple[Sequence[RecognizedLine], bool]:  # decodes too, which would delay the event loop
+            width, height, pixels = picture
+            image = rgb_image(width, height, base64.b64decode(pixels))
             before = getattr(ocr, "truncated", 0)  # an `OcrModel` counts the pages that it cut off
             return ocr.read(image), getattr(ocr, "truncated", 0) > before
 
