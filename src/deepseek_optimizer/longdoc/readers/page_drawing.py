@@ -11,14 +11,20 @@ from ..recognized import PictureProblem
 
 _DPI = 200
 _MAX_PIXELS = 1 << 23  # of a rendered page: A4 has half of that
-_PAINTING = frozenset((b"f", b"F", b"f*", b"B", b"B*", b"b", b"b*", b"S", b"s", b"sh", b"Do", b"Tj", b"TJ", b"'", b'"'))
+_PAINTING = frozenset((b"f", b"F", b"f*", b"B", b"B*", b"b", b"b*", b"S", b"s", b"sh", b"Tj", b"TJ", b"'", b'"'))
+_OBJECT = b"Do"  # shows a picture or a form
 _PDFIUM = Lock()  # it is not for several threads
 
 
-def is_drawn(page: Any) -> bool:
-    """Whether a page of pypdf shows anything."""
+def is_drawn(page: Any, objects: bool = True) -> bool:
+    """Whether a page of pypdf shows anything.
+
+    Args:
+        objects: whether pictures and forms count.
+    """
     contents = page.get_contents()
-    return contents is not None and any(operator in _PAINTING for _, operator in contents.operations)
+    painting = _PAINTING | {_OBJECT} if objects else _PAINTING
+    return contents is not None and any(operator in painting for _, operator in contents.operations)
 
 
 def rendered(data: bytes, number: int, why: str) -> Any:
