@@ -147,6 +147,13 @@ def test_a_limit_of_pages(serving: Any) -> None:
     assert len(colors.sizes) == 2
 
 
+def test_empty_pages_do_not_count(serving: Any) -> None:
+    live, colors = serving(max_scanned_pages=1)
+    file = send(live, scanned_pdf(["Typed.", "", "", page(RED)])).json()
+    assert text_of(live, file) == "Typed.\n\nA red page.\n\n" and len(colors.sizes) == 1
+    assert file["warnings"] == ["pages that the OCR model has read: 4", "pages without text (empty or images): 2, 3"]
+
+
 def test_a_model_that_fails(serving: Any) -> None:
     """The server goes on."""
     live, _ = serving()

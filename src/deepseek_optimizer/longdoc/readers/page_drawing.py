@@ -12,7 +12,7 @@ from ..recognized import PictureProblem
 _DPI = 200
 _MAX_PIXELS = 1 << 23  # of a rendered page: A4 has half of that
 _PAINTING = frozenset((b"f", b"F", b"f*", b"B", b"B*", b"b", b"b*", b"S", b"s", b"sh", b"Tj", b"TJ", b"'", b'"'))
-_OBJECT = b"Do"  # shows a picture or a form
+_OBJECTS = frozenset((b"Do", b"INLINE IMAGE"))  # show pictures and forms; the latter is pypdf's name
 _PDFIUM = Lock()  # it is not for several threads
 
 
@@ -23,7 +23,7 @@ def is_drawn(page: Any, objects: bool = True) -> bool:
         objects: whether pictures and forms count.
     """
     contents = page.get_contents()
-    painting = _PAINTING | {_OBJECT} if objects else _PAINTING
+    painting = _PAINTING | _OBJECTS if objects else _PAINTING
     return contents is not None and any(operator in painting for _, operator in contents.operations)
 
 

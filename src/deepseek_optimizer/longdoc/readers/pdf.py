@@ -131,12 +131,14 @@ def _pictures(page: Any, data: bytes, number: int) -> list[Any]:
         pictures = pictures_of_page(page)
     except LimitReachedError:
         return [rendered(data, number, "has a picture that is too large for pypdf")]
-    return pictures or ([rendered(data, number, drawn)] if is_drawn(page) else [])
+    return pictures or [rendered(data, number, drawn)]  # a form without pictures
 
 
 def _recognized(page: Any, data: bytes, number: int, scanned: PageLines) -> tuple[list[RecognizedLine], str]:
     """The text of a page's pictures, and why there is none, if a picture is the reason."""
     try:
+        if not is_drawn(page):  # an empty page does not count as a scanned one
+            return [], ""
         lines = scanned(number, lambda: _pictures(page, data, number))
     except (PictureProblem, RequestError) as error:
         return [], str(error)
