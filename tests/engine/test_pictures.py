@@ -24,3 +24,10 @@ def test_rows_followed_by_generated_tokens():
     other = PictureRows(positions, np.array([2, 3, 4, 5]), torch.tensor([[1.0], [1], [1], [2]]).expand(4, 3), axes, of)
     assert [other.digest(0, end) == known for end, known in zip(range(2, 8), ends, strict=True)] == [True] * 4 + [False] * 2
     assert rows.followed_by(1).followed_by(1).positions.tolist() == longer.positions.tolist()
+
+
+def test_the_same_rows_at_other_places_have_other_digests():
+    """A token with a picture's id need not be a picture: a model may generate it."""
+    positions, embeds = np.arange(8, dtype=np.int32), torch.ones(2, 4)
+    first, second = (PictureRows(positions, np.array(places), embeds) for places in ([1, 2], [2, 3]))
+    assert first.digest(0, 8) != second.digest(0, 8)

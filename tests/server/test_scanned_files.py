@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from deepseek_optimizer.errors import BackendError, RequestError
 from deepseek_optimizer.longdoc.recognized import RecognizedLine
 from deepseek_optimizer.server.app import create_app
 from deepseek_optimizer.server.settings import ServerSettings
-from support.documents import pdf, scanned_pdf
+from deepseek_optimizer.system.sandbox.worker import WorkerError
+from support.documents import pdf, pdf_of_pictures, scanned_pdf
 from support.fake_engine import FakeEngine
 from support.live_server import LiveServer, assert_error
 
@@ -105,6 +107,23 @@ def test_pages_that_cannot_be_read_are_named(serving: Any) -> None:
     assert "has no text on its 1 page, and the OCR model found none" in empty.json()["error"]["message"]
 
 
+def test_a_page_that_ends_its_worker(serving: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too much time or memory for one page; the others are read."""
+    live, _ = serving()
+    workers = live.app.state.server.reader.workers
+    call = workers.call
+
+    def ends_at_page_2(payload: dict[str, Any]) -> Any:
+        if payload.get("page") == 2:
+            raise WorkerError("it takes too much memory")
+        return call(payload)
+
+    monkeypatch.setattr(workers, "call", ends_at_page_2)
+    file = send(live, scanned_pdf([page(RED), page(BLUE)])).json()
+    assert text_of(live, file) == "A red page.\n\n"
+    assert file["warnings"][1] == "pages whose pictures cannot be read: 2 (cannot be read: it takes too much memory)"
+
+
 def test_text_that_is_cut_off_is_reported(serving: Any) -> None:
     live, _ = serving()
     file = send(live, scanned_pdf([page(RED), page(RED, 1100, 100)])).json()
@@ -128,6 +147,13 @@ def test_a_limit_of_pages(serving: Any) -> None:
     assert len(colors.sizes) == 2
 
 
+def test_empty_pages_do_not_count(serving: Any) -> None:
+    live, colors = serving(max_scanned_pages=1)
+    file = send(live, scanned_pdf(["Typed.", "", "", page(RED)])).json()
+    assert text_of(live, file) == "Typed.\n\nA red page.\n\n" and len(colors.sizes) == 1
+    assert file["warnings"] == ["pages that the OCR model has read: 4", "pages without text (empty or images): 2, 3"]
+
+
 def test_a_model_that_fails(serving: Any) -> None:
     """The server goes on."""
     live, _ = serving()
@@ -145,6 +171,32 @@ def test_one_page_at_a_time(serving: Any) -> None:
     for thread in threads:
         thread.join()
     assert [result.status_code for result in results] == [200] * 3 and len(colors.sizes) == 9 and len(colors.threads) == 1
+
+
+def test_pictures_of_a_page_take_turns(serving: Any) -> None:
+    """A page with many pictures does not keep the model from others."""
+    live, colors = serving()
+    read, begun, goes_on = colors.read, threading.Event(), threading.Event()
+
+    def held(image: Any) -> list[RecognizedLine]:
+        begun.set()
+        assert goes_on.wait(60)
+        return read(image)
+
+    colors.read = held
+    several = pdf_of_pictures([page(RED, 80, 30), page(RED, 70, 30), page(RED, 60, 30)])
+    threads = [threading.Thread(target=send, args=(live, data)) for data in (several, scanned_pdf([page(BLUE)]))]
+    threads[0].start()
+    assert begun.wait(60)
+    threads[1].start()
+    queue = live.app.state.server.reader.queues[1]
+    deadline = time.monotonic() + 60
+    while not queue.waiting and time.monotonic() < deadline:
+        time.sleep(0.01)
+    goes_on.set()
+    for thread in threads:
+        thread.join()
+    assert colors.sizes == [(80, 30), (85, 110), (70, 30), (60, 30)]
 
 
 def test_without_a_model(make_server: Any) -> None:

@@ -59,6 +59,32 @@ def scanned_pdf(pictures: Sequence[Any]) -> bytes:
     return out.getvalue()
 
 
+def pdf_of_pictures(images: Sequence[Any], **claims: int) -> bytes:
+    """A page that shows several pictures, PIL images in RGB; `claims` replaces entries of the first one's dictionary."""
+    from pypdf import PdfReader, PdfWriter
+    from pypdf.generic import DictionaryObject, NameObject, NumberObject, StreamObject
+
+    writer = PdfWriter(clone_from=PdfReader(BytesIO(pdf([""]))))
+    objects, shown = DictionaryObject(), b""
+    for i, image in enumerate(images):
+        stream = StreamObject()
+        stream._data = zlib.compress(image.tobytes())
+        facts = {"Width": image.width, "Height": image.height, "BitsPerComponent": 8} | (claims if i == 0 else {})
+        names = {"Type": "XObject", "Subtype": "Image", "ColorSpace": "DeviceRGB", "Filter": "FlateDecode"}
+        stream |= {NameObject(f"/{name}"): NumberObject(value) for name, value in facts.items()}
+        stream |= {NameObject(f"/{name}"): NameObject(f"/{value}") for name, value in names.items()}
+        objects[NameObject(f"/Im{i}")] = writer._add_object(stream)
+        shown += b"q 500 0 0 300 40 %d cm /Im%d Do Q\n" % (500 - 300 * i, i)
+    first = writer.pages[0]
+    first[NameObject("/Resources")] = DictionaryObject({NameObject("/XObject"): objects})
+    content = StreamObject()
+    content._data = shown
+    first[NameObject("/Contents")] = writer._add_object(content)
+    out = BytesIO()
+    writer.write(out)
+    return out.getvalue()
+
+
 def _encrypted(data: bytes, user: str, owner: str, algorithm: str) -> bytes:
     from pypdf import PdfReader, PdfWriter
 

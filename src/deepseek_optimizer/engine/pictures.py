@@ -102,6 +102,6 @@ class PictureRows:
         if self.of is not None:
             of = np.concatenate([self.of[begin:end], np.full(max(0, end - max(begin, self.tokens)), -1, np.int32)])
             content.update((of - np.int32(self.of[:begin].max(initial=-1))).tobytes())
-        content.update(b"".join(self._rows_digests()[rows]))
+        content.update((self.places[rows] - begin).tobytes() + b"".join(self._rows_digests()[rows]))
         self._digests[begin, end] = content.digest()
         return content.digest()

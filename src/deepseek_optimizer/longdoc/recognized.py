@@ -40,12 +40,13 @@ class PageReader(Protocol):
 PageLines = Callable[[int, Callable[[], Sequence[Any]]], Sequence[RecognizedLine]]
 
 
-def lines_of_pictures(reader: PageReader, pictures: Sequence[Any]) -> list[RecognizedLine]:
-    """The lines of a page's pictures. If it has several, none of them is the whole page, so that lines have no places."""
-    lines = [line for picture in pictures for line in reader.read(picture) if line.text.strip()]
-    return lines if len(pictures) == 1 else [RecognizedLine(line.text) for line in lines]
+def lines_of_pictures(parts: Sequence[Sequence[RecognizedLine]]) -> list[RecognizedLine]:
+    """The lines of a page, given those of each of its pictures. If it has several, none of them is the whole page, so that
+    lines have no places."""
+    lines = [line for part in parts for line in part if line.text.strip()]
+    return lines if len(parts) == 1 else [RecognizedLine(line.text) for line in lines]
 
 
 def read_by(reader: PageReader) -> PageLines:
     """Pages whose pictures `reader` reads when their lines are needed."""
-    return lambda number, pictures: lines_of_pictures(reader, pictures())
+    return lambda number, pictures: lines_of_pictures([reader.read(picture) for picture in pictures()])

@@ -57,7 +57,8 @@ class ServerSettings:
         max_response_bytes_total: the same for all clients.
         response_seconds: time after its last use at which a stored response is deleted.
         file_seconds: time after which an uploaded file is deleted.
-        file_read_seconds: maximum CPU time to extract the text of a file, without text recognition.
+        file_read_seconds: maximum CPU time to extract the text of a file, and to decode the pictures of each of its scanned
+            pages; without text recognition.
         max_scanned_pages: maximum number of pages of a file that an OCR model reads.
         upload_seconds: maximum time for a client to send a file.
         drain_seconds: grace period for requests in flight when the server stops.

@@ -10,8 +10,9 @@ import pytest
 
 from deepseek_optimizer import DocumentError
 from deepseek_optimizer.longdoc import RecognizedLine
+from deepseek_optimizer.longdoc.readers import pdf as pdf_reader
 from deepseek_optimizer.longdoc.readers import read
-from support.documents import pdf
+from support.documents import pdf, pdf_of_pictures, scanned_pdf
 
 pytest.importorskip("PIL", reason="needs Pillow")
 
@@ -28,12 +29,12 @@ class Sizes:
         ]
 
 
-def drawn(*contents: bytes, size: tuple[int, int] = (595, 842)) -> bytes:
-    """A PDF with a page for each content stream."""
+def drawn(*contents: bytes, size: tuple[int, int] = (595, 842), source: bytes | None = None) -> bytes:
+    """A PDF with a page for each content stream, whose resources are those of the pages of `source`."""
     from pypdf import PdfReader, PdfWriter
     from pypdf.generic import NameObject, RectangleObject, StreamObject
 
-    writer = PdfWriter(clone_from=PdfReader(io.BytesIO(pdf([""] * len(contents)))))
+    writer = PdfWriter(clone_from=PdfReader(io.BytesIO(source or pdf([""] * len(contents)))))
     for page, content in zip(writer.pages, contents, strict=True):
         stream = StreamObject()
         stream._data = content
@@ -79,7 +80,47 @@ def test_a_page_is_rendered() -> None:
     assert file.warnings[0] == "pages that the OCR model has read: 2"
 
 
+def test_a_drawn_page_with_a_logo_is_rendered() -> None:
+    """The logo alone would be read, and the text lost."""
+    pytest.importorskip("pypdfium2", reason="needs pypdfium2")
+    Image = pytest.importorskip("PIL.Image", reason="needs Pillow")
+    logo = pdf_of_pictures([Image.new("RGB", (40, 40))])
+    content = b"q 40 0 0 40 500 20 cm /Im0 Do Q " + BARS
+    assert read("a.pdf", drawn(content, source=logo), Sizes()).text == "1653 x 2339, red.\n\n"
+
+
 def test_a_huge_page_is_rendered_smaller() -> None:
     pytest.importorskip("pypdfium2", reason="needs pypdfium2")
     width, height = map(int, read("a.pdf", drawn(BARS, size=(14_400, 7_200)), Sizes()).text.split(",")[0].split(" x "))
     assert 0.99 * (1 << 23) < width * height < 1.01 * (1 << 23)
+
+
+@pytest.mark.parametrize("size", [(100_000_000, 1), (1, 90_000)])
+def test_a_narrow_page_is_not_rendered(size: tuple[int, int]) -> None:
+    """Its shorter side would be rounded up to a pixel, and the picture would have far more pixels than others may have."""
+    pytest.importorskip("pypdfium2", reason="needs pypdfium2")
+    with pytest.raises(DocumentError, match=r"1 \(has .* points: one side is more than 200 times the other; crop it\)"):
+        read("a.pdf", drawn(BARS, size=size), Sizes())
+
+
+@pytest.fixture
+def limited(monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """A scan that is too large for pypdf; which size that is depends on its release (7.1: A4 at 600 dpi is)."""
+    from pypdf.errors import LimitReachedError
+
+    def pictures_of_page(_: Any) -> list[Any]:
+        raise LimitReachedError("Requested image buffer size 139189120 exceeds limit 75000000.")
+
+    monkeypatch.setattr(pdf_reader, "pictures_of_page", pictures_of_page)
+    return scanned_pdf([pytest.importorskip("PIL.Image", reason="needs Pillow").new("RGB", (85, 110), (200, 30, 30))])
+
+
+def test_a_scan_that_is_too_large_for_pypdf_is_rendered(limited: bytes) -> None:
+    pytest.importorskip("pypdfium2", reason="needs pypdfium2")
+    assert read("a.pdf", limited, Sizes()).text == "171 x 220, red.\n\n"
+
+
+def test_a_scan_that_is_too_large_without_the_library(limited: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pypdfium2", None)
+    with pytest.raises(DocumentError, match=r"1 \(has a picture that is too large for pypdf, and pypdfium2, .* not installed"):
+        read("a.pdf", limited, Sizes())

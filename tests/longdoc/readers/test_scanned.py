@@ -13,10 +13,10 @@ import pytest
 from deepseek_optimizer import DocumentError
 from deepseek_optimizer.errors import BackendError, CheckpointError, RequestError
 from deepseek_optimizer.longdoc import Document, RecognizedLine, cite, read_documents
-from deepseek_optimizer.longdoc.readers import read
+from deepseek_optimizer.longdoc.readers import page_images, read
 from deepseek_optimizer.longdoc.saved_document import restore, store
 from deepseek_optimizer.longdoc.split import Chunk
-from support.documents import pdf, scanned_pdf
+from support.documents import pdf, pdf_of_pictures, scanned_pdf
 
 Image = pytest.importorskip("PIL.Image", reason="needs Pillow")
 features = pytest.importorskip("PIL.features", reason="needs Pillow")
@@ -131,32 +131,6 @@ def test_several_pictures_of_a_page() -> None:
     assert file.text == "A red page of 80 x 30.\nA blue page of 70 x 30.\n\n" and file.boxes == ()
 
 
-def pdf_of_pictures(images: list[Any], **claims: int) -> bytes:
-    """A page that shows several pictures; `claims` replaces entries of the first one's dictionary."""
-    from pypdf import PdfReader, PdfWriter
-    from pypdf.generic import DictionaryObject, NameObject, NumberObject, StreamObject
-
-    writer = PdfWriter(clone_from=PdfReader(io.BytesIO(pdf([""]))))
-    objects, shown = DictionaryObject(), b""
-    for i, image in enumerate(images):
-        stream = StreamObject()
-        stream._data = zlib.compress(image.tobytes())
-        facts = {"Width": image.width, "Height": image.height, "BitsPerComponent": 8} | (claims if i == 0 else {})
-        names = {"Type": "XObject", "Subtype": "Image", "ColorSpace": "DeviceRGB", "Filter": "FlateDecode"}
-        stream |= {NameObject(f"/{name}"): NumberObject(value) for name, value in facts.items()}
-        stream |= {NameObject(f"/{name}"): NameObject(f"/{value}") for name, value in names.items()}
-        objects[NameObject(f"/Im{i}")] = writer._add_object(stream)
-        shown += b"q 500 0 0 300 40 %d cm /Im%d Do Q\n" % (500 - 300 * i, i)
-    first = writer.pages[0]
-    first[NameObject("/Resources")] = DictionaryObject({NameObject("/XObject"): objects})
-    content = StreamObject()
-    content._data = shown
-    first[NameObject("/Contents")] = writer._add_object(content)
-    out = io.BytesIO()
-    writer.write(out)
-    return out.getvalue()
-
-
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -172,6 +146,51 @@ def test_hostile_pages_are_reported_in_one_line(data: bytes, message: str) -> No
     with pytest.raises(DocumentError, match=message) as error:
         read("a.pdf", data, Reader())
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("within", [False, True], ids=["names", "contents"])
+def test_pixels_that_are_decoded_count(within: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture is decoded once for each of its names; and pictures within the contents have no dictionary to count first."""
+    from pypdf import PdfReader, PdfWriter
+    from pypdf.generic import NameObject, StreamObject
+
+    converted: list[Any] = []
+    rgb = page_images.picture_job.rgb
+    monkeypatch.setattr(page_images.picture_job, "rgb", lambda image: converted.append(image) or rgb(image))
+    monkeypatch.setattr(page_images, "MAX_PIXELS", 3 * 85 * 110)
+    writer = PdfWriter(clone_from=PdfReader(io.BytesIO(pdf_of_pictures([page()]))))
+    objects: Any = writer.pages[0]["/Resources"]["/XObject"]  # type: ignore[index]
+    if within:
+        content = StreamObject()
+        content._data = b"q BI /W 170 /H 220 /BPC 1 /CS /G /F /AHx ID " + b"00" * (22 * 220) + b"> EI Q"
+        writer.pages[0][NameObject("/Contents")] = writer._add_object(content)
+    else:
+        objects |= {NameObject(f"/Also{i}"): objects.raw_get("/Im0") for i in range(3)}
+    out = io.BytesIO()
+    writer.write(out)
+    with pytest.raises(DocumentError, match=r"1 \(has pictures of [34][67],[47]\d0 pixels, more than 28,050\)"):
+        read("a.pdf", out.getvalue(), Reader())
+    assert len(converted) == within  # the one in a dictionary comes first
+
+
+def test_forms_in_forms() -> None:
+    """30 forms, each of which shows the next one under 8 names: 8^30 ways lead to the picture in the last one."""
+    from pypdf import PdfReader, PdfWriter
+    from pypdf.generic import DictionaryObject, NameObject, StreamObject
+
+    writer = PdfWriter(clone_from=PdfReader(io.BytesIO(pdf_of_pictures([page()]))))
+    resources: Any = writer.pages[0]["/Resources"]
+    shown = resources["/XObject"]
+    for _ in range(30):
+        form = StreamObject()
+        form[NameObject("/Subtype")] = NameObject("/Form")
+        form[NameObject("/Resources")] = DictionaryObject({NameObject("/XObject"): shown})
+        inner = writer._add_object(form)
+        shown = DictionaryObject({NameObject(f"/F{i}"): inner for i in range(8)})
+    resources[NameObject("/XObject")] = shown
+    out = io.BytesIO()
+    writer.write(out)
+    assert read("a.pdf", out.getvalue(), Reader()).text == "A red page of 85 x 110.\n\n"
 
 
 def test_one_hostile_page_of_several() -> None:

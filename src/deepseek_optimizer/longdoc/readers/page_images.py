@@ -47,10 +47,15 @@ def pictures_of_page(page: Any) -> list[Any]:
     names = list(page.images.keys())
     if len(names) > MAX_PICTURES:
         raise PictureProblem(f"has {len(names):,} pictures, more than {MAX_PICTURES}")
-    pixels = sum(dict(_pixels(page.get("/Resources"), ())).values())
-    if pixels > MAX_PIXELS:  # before pypdf decodes them
-        raise PictureProblem(f"has pictures of {pixels:,} pixels, more than {MAX_PIXELS:,}")
-    images = [_decoded(page.images[name].image) for name in names]
+    _check_total(sum(_pixels(page.get("/Resources"))))  # before pypdf decodes them
+    images, pixels = [], 0
+    for name in names:
+        image = page.images[name].image
+        if image is None:
+            raise PictureProblem("has a picture in a format that cannot be decoded")
+        pixels += image.width * image.height  # of pictures within the contents as well, and as the data says
+        _check_total(pixels)
+        images.append(rgb_image(*picture_job.rgb(image)))  # as the PDF says
     largest = max((image.width * image.height for image in images), default=0)
     images = [image for image in images if image.width * image.height >= _MIN_SHARE * largest]
     turned = int(page.get("/Rotate", 0) or 0) % 360
@@ -64,24 +69,26 @@ def pictures_of_page(page: Any) -> list[Any]:
     return [image.rotate(-turned, expand=True) if turned else image for image in images]
 
 
-def _decoded(image: Any) -> Any:
-    """A picture in RGB that pypdf has decoded, as the PDF says."""
-    if image is None:
-        raise PictureProblem("has a picture in a format that cannot be decoded")
-    return rgb_image(*picture_job.rgb(image))
+def _check_total(pixels: int) -> None:
+    if pixels > MAX_PIXELS:
+        raise PictureProblem(f"has pictures of {pixels:,} pixels, more than {MAX_PIXELS:,}")
 
 
-def _pixels(resources: Any, seen: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Pixels of the embedded pictures of a page, by their objects, also of those in forms."""
-    objects = None if resources is None else resources.get_object().get("/XObject")
-    for entry in () if objects is None else objects.get_object().values():
-        item = entry.get_object()
-        if id(item) in seen or len(seen) > 16:
-            continue
-        if item.get("/Subtype") == "/Form":
-            yield from _pixels(item.get("/Resources"), (*seen, id(item)))
-        elif item.get("/Subtype") == "/Image":
-            yield id(item), int(item.get("/Width", 0)) * int(item.get("/Height", 0))
+def _pixels(resources: Any) -> Iterator[int]:
+    """Pixels of the embedded pictures of a page by their names, also of those in forms: pypdf decodes a picture once for each
+    of its names, and enters each form once."""
+    forms: dict[int, Any] = {}  # by identity; kept, so that no other object gets it
+    waiting = [resources]
+    while waiting:
+        resources = waiting.pop()
+        objects = None if resources is None else resources.get_object().get("/XObject")
+        for entry in () if objects is None else objects.get_object().values():
+            item = entry.get_object()
+            if item.get("/Subtype") == "/Form" and id(item) not in forms:
+                forms[id(item)] = item
+                waiting.append(item.get("/Resources"))
+            elif item.get("/Subtype") == "/Image":
+                yield int(item.get("/Width", 0)) * int(item.get("/Height", 0))
 
 
 def _stacked(images: list[Any]) -> Any:

@@ -120,13 +120,25 @@ def _read(name: str, data: bytes, scanned: PageLines | None) -> TextFile:
 
 
 def _pictures(page: Any, data: bytes, number: int) -> list[Any]:
-    """The pictures of a page or, if there are none but it shows something else, the page as a picture."""
-    return pictures_of_page(page) or ([rendered(data, number)] if is_drawn(page) else [])
+    """The pictures of a page. The page as a picture if it shows something else, such as text drawn as shapes beside a logo, or
+    a picture is too large for pypdf (75 MB when it is decoded, which scans of 600 dpi exceed)."""
+    from pypdf.errors import LimitReachedError
+
+    drawn = "draws its text"
+    if is_drawn(page, objects=False):
+        return [rendered(data, number, drawn)]
+    try:
+        pictures = pictures_of_page(page)
+    except LimitReachedError:
+        return [rendered(data, number, "has a picture that is too large for pypdf")]
+    return pictures or [rendered(data, number, drawn)]  # a form without pictures
 
 
 def _recognized(page: Any, data: bytes, number: int, scanned: PageLines) -> tuple[list[RecognizedLine], str]:
     """The text of a page's pictures, and why there is none, if a picture is the reason."""
     try:
+        if not is_drawn(page):  # an empty page does not count as a scanned one
+            return [], ""
         lines = scanned(number, lambda: _pictures(page, data, number))
     except (PictureProblem, RequestError) as error:
         return [], str(error)

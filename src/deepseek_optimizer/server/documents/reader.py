@@ -1,17 +1,18 @@
 """Extracts the text of uploaded files in worker processes with limits on time and memory. The files of one client are read one
 at a time, so that the other processes are free for other clients. Scanned pages are read by an OCR model, if there is one, in
-this process: one page at a time, of all clients in turn."""
+this process: one picture at a time, of all clients in turn."""
 
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ...chat.pictures import rgb_image
 from ...errors import DocumentError, RequestError
 from ...longdoc.document import Page, TextBox, TextFile
-from ...longdoc.recognized import PageReader, lines_of_pictures
+from ...longdoc.recognized import PageReader, RecognizedLine, lines_of_pictures
 from ...system.sandbox.pool import WorkerPool
 from ...system.sandbox.worker import WorkerError
 from ..http.caller import Caller
@@ -91,24 +92,35 @@ class DocumentReader:
             )
         pages: dict[str, Any] = {}
         for number in numbers:
-            found = await self._work(file | {"page": number}, caller)
+            try:
+                found = await self._work(file | {"page": number}, caller)
+            except DocumentError as error:  # of its worker; other pages may be readable
+                found = {"problem": error.message}
             if "pictures" not in found:
                 pages[str(number)] = found
                 continue
-            images = [rgb_image(width, height, base64.b64decode(pixels)) for width, height, pixels in found["pictures"]]
-
-            def read(images: list[Any] = images) -> tuple[Any, bool]:
-                before = getattr(ocr, "truncated", 0)  # an `OcrModel` counts the pages that it cut off
-                return lines_of_pictures(ocr, images), getattr(ocr, "truncated", 0) > before
-
             try:
-                lines, cut = await self._pages.run(caller.key, read, caller.deadline)
+                parts = [await self._read_picture(ocr, picture, caller) for picture in found["pictures"]]
             except RequestError as error:
                 pages[str(number)] = {"problem": str(error)}
             else:
-                pages[str(number)] = {"lines": lines}
-                truncated += [number] if cut else []
+                pages[str(number)] = {"lines": lines_of_pictures([lines for lines, _ in parts])}
+                truncated += [number] if any(cut for _, cut in parts) else []
         return pages
+
+    async def _read_picture(
+        self, ocr: PageReader, picture: tuple[int, int, str], caller: Caller
+    ) -> tuple[Sequence[RecognizedLine], bool]:
+        """The lines of a picture, and whether its text was cut off. Other clients have their turns between the pictures of a
+        page, of which there may be many; and none is read for a client that is gone, or after the deadline."""
+
+        def read() -> tuple[Sequence[RecognizedLine], bool]:  # decodes too, which would delay the event loop
+            width, height, pixels = picture
+            image = rgb_image(width, height, base64.b64decode(pixels))
+            before = getattr(ocr, "truncated", 0)  # an `OcrModel` counts the pages that it cut off
+            return ocr.read(image), getattr(ocr, "truncated", 0) > before
+
+        return await self._pages.run(caller.key, read, caller.deadline)
 
     async def _work(self, payload: dict[str, Any], caller: Caller) -> Any:
         """The result of a worker; raises as `read` does."""
