@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from reader import SIZES, Batches, Size, make_image_processor, make_model, make_
 _WARM_UP = 100  # steps
 _CONSTANT = 0.4  # share of training after which the learning rate falls
 _EVERY = 50  # steps between reports
-_SAVE = 300.0  # seconds between checkpoints
+_SAVE = 60.0  # seconds between checkpoints
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -86,6 +87,8 @@ class Training:
         self.step, self.seconds, self.loss = 0, 0.0, float("nan")  # seconds of training, of earlier runs too
         if (checkpoint := output / "checkpoint.pt").exists():
             state = torch.load(checkpoint, weights_only=True)
+            if state["size"] != asdict(size):
+                raise SystemExit(f"{checkpoint} was made with another --size: choose another --output, or delete it")
             self.model.load_state_dict(state["model"])
             self._optimizer.load_state_dict(state["optimizer"])
             self.step, self.seconds = state["step"], state["seconds"]
@@ -120,6 +123,8 @@ class Training:
             if time.monotonic() - saved > _SAVE:
                 saved = time.monotonic()
                 self._checkpoint()
+        if losses:
+            self.loss = sum(losses) / len(losses)
         self.model.eval()
 
     def read(self, pictures: Sequence[Any]) -> list[str]:
@@ -150,7 +155,7 @@ class Training:
 
         state = {"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict()}
         new = self._output / "checkpoint.new"
-        torch.save(state | {"step": self.step, "seconds": self.seconds}, new)
+        torch.save(state | {"size": asdict(self._size), "step": self.step, "seconds": self.seconds}, new)
         new.replace(self._output / "checkpoint.pt")
 
 
