@@ -12,7 +12,13 @@ from support.multimodal import FAMILIES
 OF_TOWER = {
     "qwen2_5_vl_vision": "qwen2_5_vl", "qwen3_vl_vision": "qwen3_vl", "qwen3_5_vision": "qwen3_5",
     "siglip_vision_model": "gemma3", "smolvlm_vision": "smolvlm", "janus_vision_model": "janus", "gemma4_vision": "gemma4",
-    "deepseek_ocr2_encoder": "deepseek_ocr2",
+    "deepseek_ocr2_encoder": "deepseek_ocr2", "deepseek_ocr2_sam_vision_model": "deepseek_ocr2",
+    "sam_vision_model": "deepseek_vl_hybrid",
+}  # fmt: skip
+# The config within the model's, where it is not vision_config itself.
+_PART = {
+    "deepseek_ocr2_encoder": ("vision_config", "encoder_config"), "sam_vision_model": ("high_res_vision_config",),
+    "deepseek_ocr2_sam_vision_model": ("vision_config", "sam_config"),
 }  # fmt: skip
 ROPES = {"qwen2_5_vl_vision": 1, "qwen3_vl_vision": 1, "qwen3_5_vision": 1, "gemma4_vision": 2, "deepseek_ocr2_encoder": 1}
 
@@ -21,8 +27,10 @@ def config_of(tower, **fields):
     import transformers
 
     family = FAMILIES[OF_TOWER[tower]]
-    config = getattr(transformers, family.config_class)(**family.config).vision_config
-    return {**getattr(config, "encoder_config", config).to_dict(), **fields}
+    config = getattr(transformers, family.config_class)(**family.config)
+    for name in _PART.get(tower, ("vision_config",)):
+        config = getattr(config, name)
+    return {**config.to_dict(), **fields}
 
 
 @pytest.mark.parametrize("name", TOWERS)
@@ -85,7 +93,8 @@ def test_key_heads_that_query_heads_share():
         ("siglip_vision_model", {"hidden_act": "silu"}, UnsupportedModelError, "hidden_act 'silu'"),
         ("janus_vision_model", {"use_qk_norm": True}, UnsupportedModelError, "use_qk_norm"),
         ("janus_vision_model", {"mlp_ratio": 0}, ConfigError, "mlp_ratio"),
-        ("gemma4_vision", {"use_clipped_linears": True}, UnsupportedModelError, "use_clipped_linears"),
+        ("sam_vision_model", {"use_rel_pos": False}, UnsupportedModelError, "use_rel_pos"),
+        ("sam_vision_model", {"global_attn_indexes": ["0"]}, ConfigError, "global_attn_indexes"),
         ("gemma4_vision", {"attention_bias": True}, UnsupportedModelError, "attention_bias"),
         ("gemma4_vision", {"head_dim": 10}, UnsupportedModelError, "head_dim: heads of 10 elements"),
         ("gemma4_vision", {"num_key_value_heads": 3}, ConfigError, "num_key_value_heads: 3 does not divide"),

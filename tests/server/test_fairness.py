@@ -135,14 +135,14 @@ def test_large_schemas(server, held, attack, monkeypatch):
 
 def test_documents(server, held, attack, monkeypatch):
     reader = server.app.state.server.reader
-    read = reader._read
+    call = reader.workers.call
 
-    def slow(name, data):
-        if name == "hold.txt":
+    def slow(payload):
+        if payload["name"] == "hold.txt":
             held.wait()
-        return read(name, data)
+        return call(payload)
 
-    monkeypatch.setattr(reader, "_read", slow)
+    monkeypatch.setattr(reader.workers, "call", slow)
     answers = attack("/v1/files", files={"file": ("hold.txt", b"one")}, data={"purpose": "user_data"})
     actual = server.client.post("/v1/files", headers=B, files={"file": ("b.txt", b"two")}, data={"purpose": "user_data"})
     assert actual.status_code == 200, actual.text

@@ -33,6 +33,12 @@ def gradients(model):
     return loss.detach(), {name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def distance(actual, exact):
+    """Of all gradients together, relative to the exact ones."""
+    off = sum((actual[name] - gradient).square().sum() for name, gradient in exact.items())
+    return (off / sum(gradient.square().sum() for gradient in exact.values())).sqrt()
+
+
 def test_fp32_equals_transformers_trainer(tmp_path):
     shared = ("output_dir", "max_steps", "per_device_train_batch_size", "logging_steps", "report_to", "save_strategy",
               "disable_tqdm", "dataloader_pin_memory", "lr_scheduler_type")  # fmt: skip
@@ -53,7 +59,9 @@ def test_fp32_equals_transformers_trainer(tmp_path):
 
 
 @pytest.mark.parametrize("memory", ["full", "selective", "recompute"])
-def test_gradients_in_bf16_equal_transformers(tmp_path, memory):
+def test_gradients_in_bf16_are_as_exact_as_transformers(tmp_path, memory):
+    """Those of fp32 equal Transformers' (above); in bf16, each rounds in another order."""
+    _, exact = gradients(fresh().train())
     loss, expected = gradients(loaded_in_bf16(tmp_path))
     model = fresh().train()
     set_training_dtype(model, torch.bfloat16)
@@ -65,8 +73,7 @@ def test_gradients_in_bf16_equal_transformers(tmp_path, memory):
     assert prepared.native["DeepseekV4RMSNorm"] and prepared.native["Linear"]
     torch.testing.assert_close(ours.float(), loss.float(), rtol=1e-2, atol=0)
     assert own.keys() == expected.keys()
-    for name, gradient in expected.items():
-        assert (own[name] - gradient).norm() <= 0.1 * gradient.norm() + 1e-4, name
+    assert distance(own, exact) <= 1.5 * distance(expected, exact)
 
 
 def test_training_to_a_packed_model(tmp_path):
