@@ -104,6 +104,15 @@ def shapes() -> dict[str, tuple[str, tuple[int, ...]]]:
     return {f"{name}.weight": (f"{short}.weight", shape) for name, (short, shape) in {**top, **layers}.items()}
 
 
+def completed(folder, config):
+    """A folder of weights with a config and a tokenizer; the weights are large, so they are removed afterwards."""
+    (folder / "config.json").write_text(json.dumps(config))
+    words = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    yield folder
+    (folder / "model.safetensors").unlink()
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """The same sizes as a directory of safetensors and as GGUF: 0.6 GB, deleted after the tests."""
@@ -163,11 +172,7 @@ def experts(tmp_path):
         "q_lora_rank": None, "kv_lora_rank": 64, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64,
         "vocab_size": 256, "max_position_embeddings": 256, "dtype": "bfloat16", "tie_word_embeddings": False,
     }  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    words = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
-    yield tmp_path
-    (tmp_path / "model.safetensors").unlink()
+    yield from completed(tmp_path, config)
 
 
 @pytest.mark.skipif("deepseek_v2" not in NATIVE_FAMILIES, reason="the native backend does not run these models yet")
@@ -226,11 +231,7 @@ def v4(tmp_path):
             "activation_scheme": "dynamic",
         },
     }  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    words = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
-    yield tmp_path
-    (tmp_path / "model.safetensors").unlink()
+    yield from completed(tmp_path, config)
 
 
 @pytest.mark.skipif("deepseek_v4" not in NATIVE_FAMILIES, reason="the native backend does not run these models yet")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from deepseek_optimizer.graph.analysis import weight_shapes
 from deepseek_optimizer.integration.compat import causal_lm_class
 from deepseek_optimizer.models import SUPPORTED
 from support.family_configs import (
@@ -300,3 +301,13 @@ def assert_close_rows(actual: torch.Tensor, expected: torch.Tensor, tolerance: f
     if not (error <= tolerance).all():
         row = int(error.nan_to_num(nan=torch.inf).flatten().argmax())
         raise AssertionError(f"row {row}: {error.flatten()[row]:.3g} of the largest value, allowed {tolerance:g}")
+
+
+def random_weights(graph: Any, seed: int) -> dict[str, torch.Tensor]:
+    """Random weights of a graph, such as that of an MTP layer."""
+    generator = torch.Generator().manual_seed(seed)
+    made = {}
+    for name, shape in weight_shapes(graph).items():
+        noise = torch.randn(shape, generator=generator)
+        made[name] = noise * shape[-1] ** -0.5 if len(shape) > 1 else noise * 0.2 + (0.0 if "bias" in name else 1.0)
+    return made

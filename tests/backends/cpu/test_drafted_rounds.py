@@ -13,11 +13,10 @@ from deepseek_optimizer.backends.base import DECODE, StepBatch
 from deepseek_optimizer.backends.decoding import DraftedCall, RowChoice, TokenPenalties
 from deepseek_optimizer.backends.drafted_round import drafted_round
 from deepseek_optimizer.backends.sampling import TokenChoice
-from deepseek_optimizer.graph.analysis import weight_shapes
 from deepseek_optimizer.models import build_graph, build_mtp_graph
 from deepseek_optimizer.models.mtp import with_draft_vocabulary
 from support.family_configs import deepseek_v3, llama
-from support.models import random_model, weights_of
+from support.models import random_model, random_weights, weights_of
 
 from .packing import packed_weights
 
@@ -108,15 +107,6 @@ class World:
 
 def random_ids_of(vocab: int, count: int) -> list[int]:
     return torch.randint(0, vocab, (count,), generator=torch.Generator().manual_seed(0)).tolist()
-
-
-def random_weights(graph: Any, seed: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    made = {}
-    for name, shape in weight_shapes(graph).items():
-        noise = torch.randn(shape, generator=generator)
-        made[name] = noise * shape[-1] ** -0.5 if len(shape) > 1 else noise * 0.2 + (0.0 if "bias" in name else 1.0)
-    return made
 
 
 def world_of(backend: Any, family: str, vocabulary: bool) -> World:

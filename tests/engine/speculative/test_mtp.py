@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from deepseek_optimizer.backends.base import DECODE
 from deepseek_optimizer.backends.decoding import DraftedCall, RowChoice
@@ -21,22 +20,12 @@ from deepseek_optimizer.engine.speculative.draft_and_verify import SpeculativeDe
 from deepseek_optimizer.engine.speculative.drafted_rounds import DraftedRoundCalls
 from deepseek_optimizer.engine.speculative.mtp import MtpProposer
 from deepseek_optimizer.errors import CacheFullError
-from deepseek_optimizer.graph.analysis import weight_shapes
 from deepseek_optimizer.graph.ir import Graph
 from deepseek_optimizer.integration.memory.arena import Arena
 from deepseek_optimizer.models import build_graph, build_mtp_graph
 from support import steps
 from support.family_configs import deepseek_v3, llama
-from support.models import random_ids, random_model, weights_of
-
-
-def random_weights(graph: Graph, seed: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    made = {}
-    for name, shape in weight_shapes(graph).items():
-        noise = torch.randn(shape, generator=generator)
-        made[name] = noise * shape[-1] ** -0.5 if len(shape) > 1 else noise * 0.2 + (0.0 if "bias" in name else 1.0)
-    return made
+from support.models import random_ids, random_model, random_weights, weights_of
 
 
 @dataclass
