@@ -197,28 +197,18 @@ void batches() {
   auto run = [&](auto&& spoil) {
     Data d;
     std::fill(logits.begin(), logits.end(), 123.0f);
-    dso_batch b{3,
-                2,
-                2,
-                2,
-                d.ids.data(),
-                d.positions.data(),
-                d.query.data(),
-                d.context.data(),
-                d.phase.data(),
-                d.table.data(),
-                d.rows.data(),
-                nullptr,
-                nullptr,
-                logits.data(),
-                nullptr,
-                nullptr,
-                &cache,
-                nullptr,
-                nullptr,
-                nullptr,
-                nullptr,
-                0};
+    dso_batch b{};
+    b.T = 3;
+    b.S = b.R = b.max_blocks = 2;
+    b.token_ids = d.ids.data();
+    b.positions = d.positions.data();
+    b.query_len = d.query.data();
+    b.context_len = d.context.data();
+    b.phase = d.phase.data();
+    b.block_table = d.table.data();
+    b.logit_rows = d.rows.data();
+    b.logits = logits.data();
+    b.cache = &cache;
     spoil(b, d);
     return dso_plan_run(m.plan, &b);
   };

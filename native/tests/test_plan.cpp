@@ -203,9 +203,20 @@ void hidden_and_embeddings(const Kernels& kernels) {
   for (int t = 0; t < T; ++t)
     std::copy_n(model.raw["embed"].begin() + (long)ids[(size_t)t] * spec.hidden, spec.hidden,
                 embeddings.begin() + (long)t * spec.hidden);
-  dso_batch b{T,       1,       2,       1,       ids.data(),    positions.data(), query,   context, phase,
-              table,   rows,    nullptr, nullptr, by_ids.data(), hidden.data(),    nullptr, &cache,  nullptr,
-              nullptr, nullptr, nullptr, 0};
+  dso_batch b{};
+  b.T = T;
+  b.S = b.max_blocks = 1;
+  b.R = 2;
+  b.token_ids = ids.data();
+  b.positions = positions.data();
+  b.query_len = query;
+  b.context_len = context;
+  b.phase = phase;
+  b.block_table = table;
+  b.logit_rows = rows;
+  b.logits = by_ids.data();
+  b.hidden = hidden.data();
+  b.cache = &cache;
   check(dso_plan_run(model.plan, &b) == 0, "run: %s", dso_last_error());
   check(std::equal(embeddings.begin(), embeddings.end(), hidden.begin()), "%s: hidden state 0 is not the embedding",
         kernels.isa);
