@@ -22,7 +22,6 @@ from .engine.options import EngineOptions
 from .engine.runner import Runner
 from .engine.sampling.torch_sampler import TorchSampler
 from .engine.speculative.base import Proposer
-from .engine.speculative.draft_model import DraftModelProposer
 from .engine.speculative.mtp import MtpProposer
 from .engine.speculative.prompt_lookup import PromptLookupProposer
 from .errors import ConfigError, NotEnoughMemoryError, UnsupportedRequestError
@@ -34,7 +33,7 @@ from .integration.bind.runtime import Runtime, runtime_of
 from .integration.encoder.text_encoder import TextEncoder, classifier_of, is_encoder_runtime, max_tokens
 from .integration.generation.fingerprint import fingerprint
 from .integration.generation.special_tokens import token_ids
-from .integration.generation.speculation import mtp_proposer
+from .integration.generation.speculation import draft_model_proposer, mtp_proposer
 from .integration.load.lora import read_adapter
 from .integration.memory.arena import Arena
 from .integration.memory.cache_size import FullBatch
@@ -259,7 +258,7 @@ def _proposers(runtime: Runtime, arena: Arena, draft: Proposer | None) -> list[t
     return proposers
 
 
-def _draft_model(runtime: Runtime, other: Runtime, options: EngineOptions) -> DraftModelProposer:
+def _draft_model(runtime: Runtime, other: Runtime, options: EngineOptions) -> Proposer:
     """Returns a proposer with a cache of its own; both models' caches together take at most half of free memory."""
     vocab_size, draft_vocab_size = runtime.graph.vocab_size, other.graph.vocab_size
     if vocab_size != draft_vocab_size:
@@ -268,7 +267,7 @@ def _draft_model(runtime: Runtime, other: Runtime, options: EngineOptions) -> Dr
             "tokenizer"
         )
     arena = other.serving_arena(_full_batch(other, options), _full_batch(runtime, options).bytes)
-    return DraftModelProposer(Runner(other.plan, arena, vocab_size), other.graph.max_positions, other.config.prefill_chunk)
+    return draft_model_proposer(other, arena)
 
 
 def _ends(model: Any, vocab: int) -> frozenset[int]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from transformers import LogitsProcessor, MaxTimeCriteria, StoppingCriteria, StoppingCriteriaList
 
-from deepseek_optimizer import PagedCache
+from deepseek_optimizer import DeepSeekConfig, DynamicGraphOptimizer, PagedCache
 from deepseek_optimizer.engine.draft import Draft
 from deepseek_optimizer.errors import UnsupportedRequestError
 from deepseek_optimizer.integration.bind.runtime import OptimizerWarning
@@ -318,6 +320,64 @@ def test_prompt_lookup_of_a_generation_config(pair):
     assert torch.equal(plain, pair.fast.generate(ids, generation_config=given))
     assert pair.fast.dso.speculation
     assert given.prompt_lookup_num_tokens == 2
+
+
+@pytest.fixture(scope="module")
+def assistant(pair):
+    """The model in a smaller format."""
+    small = copy.deepcopy(pair.plain)
+    config = DeepSeekConfig(precision="int8", backend=pair.fast.dso.backend.name)
+    return DynamicGraphOptimizer(small, config=config).optimize()
+
+
+@pytest.mark.parametrize("lengths", [(9,), (40, 4, 31)], ids=["one", "left-padded"])
+def test_an_optimized_assistant_model_drafts(pair, assistant, lengths):
+    ids, mask = pair.ids(*lengths), pair.mask(*lengths)
+    options = {
+        "attention_mask": mask,
+        "max_new_tokens": 40,
+        "do_sample": False,
+        "eos_token_id": list(range(2, 9)),
+        "pad_token_id": 0,
+    }
+    plain = pair.fast.generate(ids, **options)
+    assert torch.equal(plain, pair.fast.generate(ids, assistant_model=assistant, **options))
+    drafted, accepted = map(sum, zip(*(n for rounds in pair.fast.dso.speculation for n in rounds), strict=True))
+    assert accepted > drafted / 2
+    manager = assistant.dso.arena.manager
+    assert manager.free_blocks == manager.num_blocks
+
+
+def test_number_of_drafts_of_an_assistant_model(pair, assistant, monkeypatch):
+    options = {"assistant_model": assistant, "max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+    for given, expected in ((None, 3), (2, 2)):
+        monkeypatch.setattr(assistant.generation_config, "num_assistant_tokens", given)
+        pair.fast.generate(pair.ids(9), **options)
+        assert max(n for rounds in pair.fast.dso.speculation for n, _ in rounds) == expected
+    pair.fast.generate(pair.ids(9), **options, num_assistant_tokens=1)
+    assert max(n for rounds in pair.fast.dso.speculation for n, _ in rounds) == 1
+
+
+def test_a_model_is_its_own_assistant(fresh_pair):
+    ids, options = fresh_pair.ids(9), {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+    plain = fresh_pair.fast.generate(ids, **options)
+    assert torch.equal(plain, fresh_pair.fast.generate(ids, assistant_model=fresh_pair.fast, **options))
+    assert all(drafted == accepted for rounds in fresh_pair.fast.dso.speculation for drafted, accepted in rounds)
+    manager = fresh_pair.fast.dso.arena.manager
+    assert manager.free_blocks == manager.num_blocks
+
+
+def test_other_assistant_models_use_transformers_loop(pair):
+    """One that is not optimized, and one with another vocabulary, for which Transformers names what is missing."""
+    ids, options = pair.ids(9), {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+    pair.fast.dso.speculation = None
+    plain = pair.fast.generate(ids, **options)
+    assert torch.equal(plain, pair.fast.generate(ids, assistant_model=pair.plain, **options))
+    other = make_pair("qwen3-gqa").fast
+    if other.config.vocab_size != pair.plain.config.vocab_size:
+        with pytest.raises(ValueError, match="assistant_tokenizer"):
+            pair.fast.generate(ids, assistant_model=other, **options)
+    assert pair.fast.dso.speculation is None
 
 
 def test_use_mtp_without_mtp_layers(pair):

@@ -40,8 +40,8 @@ class Proposer(Protocol):
         """
 
     def catch_up(self, sequences: list[Sequence]) -> None:
-        """Called before drafts are proposed if `wants_states`: processes what has been passed to `follow` in rounds without
-        drafts, so that the time of proposing is that of any round with drafts."""
+        """Called before drafts are proposed: processes the prompt, and the tokens of rounds without drafts, so that the time of
+        proposing is that of any round with drafts."""
 
     def fork(self, sequence: Sequence, twin: Sequence) -> None:
         """Copies the state of `sequence` for `twin`, a copy of it including its cache."""

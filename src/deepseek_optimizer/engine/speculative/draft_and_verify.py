@@ -76,7 +76,7 @@ class SpeculativeDecoder:
             self.draft_length.record((self._clock() - begun) / rounds, [(0, 0)] * len(sequences), rounds)
             return chosen
         try:
-            if any(max_drafts) and self.proposer.wants_states:
+            if any(max_drafts):
                 self.proposer.catch_up(sequences)
                 begun = self._clock()
             drafts = self.proposer.propose(sequences, max_drafts) if any(max_drafts) else [Draft() for _ in sequences]

@@ -2,15 +2,21 @@
 
 The draft model has its own cache, which follows the sequence: rejected drafts are cropped, and tokens that it has not
 processed are processed before it drafts again.
+
+It may be the model itself in a smaller format (self-speculation): the drafts of 4-bit weights are mostly the tokens of the
+original ones, and take a fraction of their memory traffic.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...backends.base import DECODE, PREFILL
+from ...backends.base import DECODE, PREFILL, Int32
+from ...backends.decoding import DecodeCall, RowChoice
 from ...cache import SequenceBlocks
 from ...errors import CacheFullError
 from ..draft import Draft
@@ -18,6 +24,24 @@ from ..sequence import Part, Sequence
 
 if TYPE_CHECKING:
     from ..runner import Runner
+
+_FEW = 16  # up to this many tokens are processed in the step that makes the first draft
+_NO_STOPS = np.empty(0, np.int32)
+
+
+@dataclass
+class _Drafting:
+    """A sequence that is drafted for.
+
+    Attributes:
+        own: the draft model's sequence, with the drafts so far.
+        end: number of its tokens with all drafts.
+        start: number of its tokens that were in the cache before the step.
+    """
+
+    own: Sequence
+    end: int
+    start: int = 0
 
 
 class DraftModelProposer:
@@ -33,46 +57,73 @@ class DraftModelProposer:
     wants_states = False
 
     def __init__(self, runner: Runner, context: int, step_tokens: int = 512) -> None:
-        self._runner, self._context, self._step = runner, context, step_tokens
+        self._runner, self._context, self._step_tokens = runner, context, step_tokens
         self._own: dict[int, Sequence] = {}
 
     def ready(self, sequence: Sequence) -> bool:
         return len(sequence.tokens) < self._context
 
     def propose(self, sequences: list[Sequence], max_drafts: list[int]) -> list[Draft]:
-        drafts: list[list[int]] = [[] for _ in sequences]
-        active = []
-        for n, sequence in enumerate(sequences):
-            room = self._context - len(sequence.tokens)
-            if min(max_drafts[n], room) > 0 and self._catch_up(sequence):
-                active.append(n)
-        for further in range(max(max_drafts, default=0)):
-            active = [n for n in active if further < min(max_drafts[n], self._context - len(sequences[n].tokens))]
-            if not active:
-                break
-            self._draft(sequences, active, drafts)
-        return [Draft(tokens) for tokens in drafts]
+        try:
+            drafting: dict[int, _Drafting] = {}
+            for sequence, most in zip(sequences, max_drafts, strict=True):
+                end = min(len(sequence.tokens) + most, self._context)
+                if end > len(sequence.tokens) and (own := self._catch_up(sequence)) is not None:
+                    drafting[sequence.index] = _Drafting(own, end)
+            self._draft(list(drafting.values()))
+        except BaseException:
+            for sequence in sequences:  # their caches may count tokens that were not processed
+                self.forget(sequence)
+            raise
+        return [Draft(drafting[s.index].own.tokens[len(s.tokens) :] if s.index in drafting else []) for s in sequences]
 
-    def _draft(self, sequences: list[Sequence], active: list[int], drafts: list[list[int]]) -> None:
-        """Appends one draft for each sequence in `active`; removes those from it whose cache is full."""
-        for n in list(active):
-            own = self._own[sequences[n].index]
+    def _draft(self, active: list[_Drafting]) -> None:
+        several = False  # each sequence has one token to process
+        while active := self._reserved([d for d in active if len(d.own.tokens) < d.end]):
+            if several:
+                self._decode(active)
+            else:
+                self._step(active)
+            self._runner.forget([d.own for d in active])
+            several = self._runner.decodes
+
+    def _reserved(self, wanted: list[_Drafting]) -> list[_Drafting]:
+        """Reserves room for the tokens that are not in the cache; returns those for which there is room."""
+        reserved = []
+        for d in wanted:
+            d.start = d.own.cached
             try:
-                self._runner.reserve([own], [1])
+                self._runner.reserve([d.own], [len(d.own.tokens) - d.start])
             except CacheFullError:
-                active.remove(n)
-        if not active:
-            return
-        owns = [self._own[sequences[n].index] for n in active]
-        parts = [Part(own, [own.tokens[-1]], own.cached - 1, phase=DECODE) for own in owns]
-        result = self._runner.step(parts, list(range(len(parts))))
-        for n, own, token in zip(active, owns, np.argmax(result.logits.cpu().numpy(), -1).tolist(), strict=True):
-            own.tokens.append(token)
-            drafts[n].append(token)
-        self._runner.forget(owns)
+                continue
+            reserved.append(d)
+        return reserved
 
-    def _catch_up(self, sequence: Sequence) -> bool:
-        """Brings the draft model's cache up to all tokens of the sequence but the last; returns False if there is no room."""
+    def _step(self, active: list[_Drafting]) -> None:
+        """Processes the tokens of each sequence that were not in the cache, and adds one draft."""
+        parts = [Part(d.own, d.own.tokens[d.start :], d.start, phase=DECODE) for d in active]
+        rows = np.cumsum([len(part.ids) for part in parts]) - 1
+        self._add(active, np.argmax(self._runner.step(parts, rows.tolist()).logits.cpu().numpy(), -1)[None])
+
+    def _decode(self, active: list[_Drafting]) -> None:
+        """As `_step`, with one token of each that is not in the cache, for several drafts in one call of the backend."""
+        parts = [Part(d.own, d.own.tokens[-1:], d.start) for d in active]
+        steps = min(min(d.end - len(d.own.tokens), 1 + d.own.blocks.room) for d in active)
+        decoded = self._runner.decode(parts, DecodeCall(steps, [RowChoice()] * len(parts), _NO_STOPS, math.inf))
+        self._add(active, decoded.tokens)
+        if decoded.logits is not None:  # the backend leaves it to the caller
+            self._add(active, np.argmax(decoded.logits.numpy(), -1)[None])
+
+    def _add(self, active: list[_Drafting], tokens: Int32) -> None:
+        """Adds tokens, [n, number of sequences]."""
+        for d, drafts in zip(active, tokens.T.tolist(), strict=True):
+            d.own.tokens += drafts
+
+    def _catch_up(self, sequence: Sequence) -> Sequence | None:
+        """Crops the draft model's sequence to what it has in common with a sequence, and processes all but its last few tokens.
+
+        Returns: the draft model's sequence, with these tokens; None if there is no room.
+        """
         own = self._own.get(sequence.index)
         if own is None:
             with self._runner.memory.locked() as manager:
@@ -81,22 +132,22 @@ class DraftModelProposer:
         same = _common(own.tokens, sequence.tokens, min(own.cached, len(sequence.tokens) - 1))
         self._runner.crop([own], [own.blocks.nearest(same)])
         own.tokens = list(sequence.tokens)
-        while (missing := len(own.tokens) - 1 - own.cached) > 0:
-            start, count = own.cached, min(missing, self._step)
+        while (missing := len(own.tokens) - own.cached) > _FEW:
+            start, count = own.cached, min(missing - 1, self._step_tokens)
             try:
                 self._runner.reserve([own], [count])
             except CacheFullError:
-                return False
-            phase = PREFILL if count > 1 else DECODE
-            self._runner.step([Part(own, own.tokens[start : start + count], start, phase=phase)], [])
+                return None
+            self._runner.step([Part(own, own.tokens[start : start + count], start, phase=PREFILL)], [])
             self._runner.forget([own])
-        return True
+        return own
 
     def follow(self, sequence: Sequence, states: object) -> None:
         """Does nothing: draft states are not used."""
 
     def catch_up(self, sequences: list[Sequence]) -> None:
-        """Does nothing: draft states are not used."""
+        for sequence in sequences:
+            self._catch_up(sequence)
 
     def fork(self, sequence: Sequence, twin: Sequence) -> None:
         """Does nothing: the twin's tokens are processed when drafts are proposed for it."""

@@ -81,8 +81,7 @@ class Drafting:
             if not requests:
                 continue
             sequences = [r.sequence for r in requests]
-            if proposer.wants_states:
-                proposer.catch_up(sequences)
+            proposer.catch_up(sequences)
             begun = self._clock()
             drafts: list[Draft] = proposer.propose(sequences, [room[r] for r in requests])
             count = sum(len(d.tokens) for d in drafts)

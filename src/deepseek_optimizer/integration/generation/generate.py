@@ -2,9 +2,9 @@
 
 A plain request (greedy or sampling, any logits processors and stopping criteria, a streamer) is prepared by Transformers and
 run by the loop here, which drives the plan without building model inputs, masks and outputs for every token; with `use_mtp`,
-`prompt_lookup_num_tokens` or a `proposer`, by the loop in `speculation.py`. Everything else (beam search, assistant models,
-...) runs Transformers' loops over the plan's forward. Given equal logits, both choose the same tokens, and without drafts they
-draw the same random numbers.
+`prompt_lookup_num_tokens`, an optimized `assistant_model` or a `proposer`, by the loop in `speculation.py`. Everything else
+(beam search, other assistant models, ...) runs Transformers' loops over the plan's forward. Given equal logits, both choose the
+same tokens, and without drafts they draw the same random numbers.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ from ..compat import CACHE_NAMES, cache_name
 from .cache import PagedCache, PagedState
 from .checks import check_generation, check_prompt, unserved_mask
 from .loop import ContextLimit, RowStops, next_positions, prefill
-from .speculation import requested_drafts, speculative_sample
+from .speculation import assistant_runtime, requested_drafts, speculative_sample
 from .steps import DecodeSteps
 from .token_choice import TokenChoices
 from .torch_generator import GENERATOR_LOCK
 
 _SERVED = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
-_TRANSFORMERS_ONLY = ("assistant_model", "synced_gpus", "custom_generate")
+_DRAFTING = ("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold")
+_TRANSFORMERS_ONLY = ("synced_gpus", "custom_generate")
 
 
 class PlanGenerate(Replacement):
@@ -76,9 +77,12 @@ class PlanGenerate(Replacement):
         if reason is not None or config.output_attentions or config.cache_implementation is not None:
             self._warn_beyond_context(longest)
             return self._by_transformers(call, config, proposer)  # the forward warns about the reason
-        max_drafts, schedule = (_given(call, model, f"num_assistant_tokens{part}") for part in ("", "_schedule"))
-        confidence = _given(call, model, "assistant_confidence_threshold")
-        drafts = requested_drafts(self.runtime, config, max_drafts, schedule, proposer, confidence)
+        assistant = None if proposer is not None else call.get("assistant_model")
+        other = None if assistant is None else assistant_runtime(self.runtime, assistant)
+        if assistant is not None and other is None:
+            return self._by_transformers(call, config, proposer)
+        asked = [_given(call, model, name, assistant) for name in _DRAFTING]
+        drafts = requested_drafts(self.runtime, config, asked[0], asked[1], proposer, asked[2], other)
         if not config.use_cache or not (cache is None or isinstance(cache, PagedCache)):
             return self._by_transformers(call, config, proposer)
         if cache is None:
@@ -96,6 +100,7 @@ class PlanGenerate(Replacement):
             options: dict[str, Any] = {"runtime": self.runtime, "streamer": call.get("streamer"), "owned": owned}
             if drafts is None:
                 return self._original(model, **call, custom_generate=functools.partial(_sample, **options))
+            call.pop("assistant_model", None)
             loop = functools.partial(speculative_sample, drafts=drafts, plain=_sample, **options)
             return self._original(model, **_without(call, model, "use_mtp", "prompt_lookup_num_tokens"), custom_generate=loop)
         criteria = StoppingCriteriaList(call.get("stopping_criteria") or ())
@@ -162,9 +167,11 @@ class PlanGenerate(Replacement):
         )
 
 
-def _given(call: dict[str, Any], model: Any, name: str) -> Any:
-    """A generation option set by the caller or in the model's generation config; None if neither sets it."""
-    values = (call.get(name), getattr(call.get("generation_config"), name, None), getattr(model.generation_config, name, None))
+def _given(call: dict[str, Any], model: Any, name: str, assistant: Any = None) -> Any:
+    """A generation option set by the caller, or in the generation config of an assistant model or the model; None if none of
+    them sets it."""
+    configs = (call.get("generation_config"), getattr(assistant, "generation_config", None), model.generation_config)
+    values = (call.get(name), *(getattr(config, name, None) for config in configs))
     return next((value for value in values if value is not None), None)
 
 

@@ -1,4 +1,5 @@
-"""Generation with speculative decoding: `use_mtp=True`, `prompt_lookup_num_tokens=N`, or the caller's `proposer`.
+"""Generation with speculative decoding: `use_mtp=True`, `prompt_lookup_num_tokens=N`, an optimized `assistant_model`, or the
+caller's `proposer`.
 
 The loop of `generate.py` in rounds of several tokens: each row of a batch advances by the tokens it accepts, and ends on its
 own. The request's logits processors, stopping criteria and streamer get every token once, in order and with the same prefix as
@@ -25,13 +26,14 @@ from ...engine.sequence import Part, Sequence
 from ...engine.speculative.base import Proposer
 from ...engine.speculative.draft_and_verify import SpeculativeDecoder
 from ...engine.speculative.draft_length import DraftLengthController
+from ...engine.speculative.draft_model import DraftModelProposer
 from ...engine.speculative.drafted_rounds import DraftedRoundCalls
 from ...engine.speculative.mtp import MtpProposer
 from ...engine.speculative.prompt_lookup import PromptLookupProposer
-from ...errors import UnsupportedRequestError
+from ...errors import DeepSeekOptimizerError, UnsupportedRequestError
 from ...graph.analysis import dynamic_rope
 from ...models import mtp_layers
-from ..bind.runtime import Runtime
+from ..bind.runtime import Runtime, runtime_of
 from ..compat import cache_name
 from .cache import PagedCache
 from .loop import ContextLimit, RowStops, next_positions, prefill
@@ -77,6 +79,7 @@ def requested_drafts(
     schedule: str | None,
     proposer: Proposer | None,
     confidence: float | None = None,
+    assistant: Runtime | None = None,
 ) -> Drafts | None:
     """The speculative decoding that a request asks for; None: none.
 
@@ -87,6 +90,7 @@ def requested_drafts(
             "constant" always drafts that number.
         proposer: the caller's proposer, or None.
         confidence: the caller's `assistant_confidence_threshold`, or None.
+        assistant: runs the caller's assistant model; None: there is none.
 
     Raises:
         UnsupportedRequestError: use_mtp=True, but there are no MTP layers.
@@ -94,6 +98,8 @@ def requested_drafts(
     fixed = schedule == "constant"
     if proposer is not None:
         return Drafts(given or DEFAULT_DRAFTS, lambda _: proposer, fixed)
+    if assistant is not None:  # overrides the others, as in Transformers
+        return Drafts(given or DEFAULT_DRAFTS, lambda _: draft_model_proposer(assistant, assistant.arena), fixed)
     if config.prompt_lookup_num_tokens is not None:  # overrides use_mtp, as in Transformers
         longest = config.max_matching_ngram_size or 3
         return Drafts(config.prompt_lookup_num_tokens, lambda _: PromptLookupProposer(longest), fixed)
@@ -104,6 +110,27 @@ def requested_drafts(
         raise UnsupportedRequestError(f"use_mtp=True, but {_why_no_mtp(runtime)}")
     maximum = given or max(DEFAULT_DRAFTS, len(plans))
     return Drafts(maximum, lambda drafter: mtp_proposer(runtime, runtime.arena, drafter), fixed, confidence or 0.0)
+
+
+def assistant_runtime(runtime: Runtime, assistant: Any) -> Runtime | None:
+    """What runs an assistant model if its plan can draft for a model; None: Transformers' own loop has to."""
+    try:
+        other = runtime_of(assistant)
+    except DeepSeekOptimizerError:
+        return None
+    same = other.graph.vocab_size == runtime.graph.vocab_size
+    return other if same and other.graph.has_head and other.unserved() is None else None
+
+
+def draft_model_proposer(other: Runtime, memory: Memory) -> DraftModelProposer:
+    """A proposer with another model.
+
+    Args:
+        other: the other model's runtime.
+        memory: cache memory of its sequences.
+    """
+    runner = Runner(other.current_plan, memory, other.graph.vocab_size, decodes=other.backend.capabilities.decode_calls)
+    return DraftModelProposer(runner, other.graph.max_positions, other.config.prefill_chunk)
 
 
 def mtp_proposer(runtime: Runtime, memory: Memory, drafter: TorchSampler) -> MtpProposer:
@@ -361,6 +388,8 @@ def speculative_sample(
         stream.end()
     finally:
         runtime.speculation = decoder.draft_length.report()
+        for sequence in sequences:
+            proposer.forget(sequence)
         _settle(cache, decoder, sequences, request.text)
     ids = request.text.padded(pad)
     if not config.return_dict_in_generate:
