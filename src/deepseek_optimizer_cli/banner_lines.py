@@ -28,3 +28,10 @@ def access_warning(settings: ServerSettings) -> list[str]:
 def ocr_lines(model: str | None) -> list[str]:
     """The model that reads scanned pages, if there is one."""
     return [] if model is None else [f"ocr       {model}, for scanned pages of uploaded documents"]
+
+
+def draft_lines(draft_model: str | None, precision: str | None) -> list[str]:
+    """The model that drafts tokens (`--draft-model`, `--draft-precision`), if there is one."""
+    if draft_model is None and precision is None:
+        return []
+    return [f"drafts    by {draft_model or 'the model itself'}" + (f" in {precision}" if precision else "")]

@@ -52,6 +52,8 @@ def chat(
     min_p: o.MinP = None,
     repetition_penalty: o.RepetitionPenalty = None,
     seed: o.Seed = None,
+    draft_model: o.DraftModel = None,
+    draft_precision: o.DraftPrecision = None,
     prefix_cache_dir: o.PrefixCacheDir = None,
     prefix_cache_bytes: o.PrefixCacheBytes = 8 << 30,
     *,
@@ -64,6 +66,9 @@ def chat(
         raise ValueError(f"{o.flag_of(next(iter(fields)))} applies only to a model loaded by this command; omit it with --url")
     if url is not None and prefix_cache_dir is not None:
         raise ValueError("--prefix-cache-dir applies only to a model loaded by this command; omit it with --url")
+    if url is not None and (draft_model is not None or draft_precision is not None):
+        flag = "--draft-model" if draft_model is not None else "--draft-precision"
+        raise ValueError(f"{flag} applies only to a model loaded by this command; omit it with --url")
     if url is None and name is not None:
         raise ValueError(
             "--model is the name of a model on a server and needs --url; give a model to load as the argument MODEL"
@@ -86,23 +91,30 @@ def chat(
         _Loop(Conversation(_remote(url, api_key, name, sampling), system), interactive).run()
         return
     cache = {"prefix_cache_dir": prefix_cache_dir, "prefix_cache_bytes": prefix_cache_bytes}
-    speaker = _local(str(model), chat_template, fields, sampling, cache)
+    speaker = _local(str(model), chat_template, fields, sampling, cache, (draft_model, draft_precision))
     with speaker.engine:
         _Loop(Conversation(speaker, system), interactive).run()
 
 
 def _local(
-    model: str, chat_template: str | None, fields: dict[str, Any], sampling: dict[str, Any], cache: dict[str, Any]
+    model: str,
+    chat_template: str | None,
+    fields: dict[str, Any],
+    sampling: dict[str, Any],
+    cache: dict[str, Any],
+    drafting: tuple[str | None, str | None],
 ) -> EngineSpeaker:
     from deepseek_optimizer import make_engine
     from deepseek_optimizer.chat.local import EngineSpeaker, chat_sampling
     from deepseek_optimizer.chat.named_template import read_template
 
-    from .model import load, picture_encoder
+    from .model import load, load_draft_model, picture_encoder
 
     template = None if chat_template is None else read_template(chat_template)
     loaded, tokenizer = load(model, fields, template)
-    engine, settings = make_engine(loaded, tokenizer, **cache), chat_sampling(loaded, model, **sampling)
+    draft_model = load_draft_model(model, *drafting, fields)
+    engine = make_engine(loaded, tokenizer, draft_model=draft_model, **cache)
+    settings = chat_sampling(loaded, model, **sampling)
     return EngineSpeaker(engine, settings, picture_encoder(loaded, model, needed=False))
 
 

@@ -57,6 +57,24 @@ def load(model: str, fields: dict[str, Any], template: str | None = None) -> tup
     return load_model(model, **fields), tokenizer
 
 
+def load_draft_model(model: str, draft_model: str | None, precision: str | None, fields: dict[str, Any]) -> Any:
+    """The optimized model that drafts for another, for `make_engine(draft_model=...)`; None if neither option is given.
+
+    Args:
+        model: path or name of the model that it drafts for, which drafts itself if only a precision is given.
+        draft_model, precision: the options `--draft-model` and `--draft-precision`.
+        fields: of the model's `DeepSeekConfig`; the draft model uses as many threads and sequences.
+    """
+    if draft_model is None and precision is None:
+        return None
+    from deepseek_optimizer import load_model
+
+    shared: dict[str, Any] = {name: fields[name] for name in ("threads", "batch_size_range", "prefill_chunk") if name in fields}
+    if precision is not None:
+        shared["precision"] = precision
+    return load_model(draft_model or model, mtp="off", vision="off", **shared)
+
+
 def picture_encoder(loaded: Any, model: str, *, needed: bool) -> Any:
     """What makes prompts with pictures for a loaded model; None: it reads text only.
 

@@ -114,6 +114,26 @@ Strict = Annotated[
     bool | None,
     typer.Option("--strict", help="Refuse models that have no execution plan and would take the general path.", **_MODEL),
 ]
+DraftModel = Annotated[
+    str | None,
+    typer.Option(
+        "--draft-model",
+        metavar="MODEL",
+        help="A smaller model with the same tokenizer. It drafts tokens, of which the model checks several at a time: the same "
+        "text in less time. Default: none; with --draft-precision the model itself.",
+        **_MODEL,
+    ),
+]
+DraftPrecision = Annotated[
+    str | None,
+    typer.Option(
+        "--draft-precision",
+        metavar="FORMAT",
+        help="Weight format of the draft model. Without --draft-model, the model itself drafts in this format, such as int4 "
+        "for a model in bf16; it is then in memory in both.",
+        **_MODEL,
+    ),
+]
 PrefixCacheDir = Annotated[
     str | None,
     typer.Option(

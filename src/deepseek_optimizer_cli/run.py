@@ -29,6 +29,8 @@ def run(
     min_p: o.MinP = None,
     repetition_penalty: o.RepetitionPenalty = None,
     seed: o.Seed = None,
+    draft_model: o.DraftModel = None,
+    draft_precision: o.DraftPrecision = None,
     *,
     fields: dict[str, Any],
     as_json: o.AsJson = False,
@@ -46,7 +48,7 @@ def run(
     from deepseek_optimizer.chat.stream import write_now
 
     from .interrupt import stop_on_interrupt
-    from .model import load, picture_encoder, print_json
+    from .model import load, load_draft_model, picture_encoder, print_json
 
     options = o.sampling_options(
         max_tokens=max_new_tokens,
@@ -59,7 +61,8 @@ def run(
     )
     started = time.perf_counter()
     loaded, tokenizer = load(model, fields)
-    engine, sampling = make_engine(loaded, tokenizer), default_sampling(loaded, **options)
+    drafting = load_draft_model(model, draft_model, draft_precision, fields)
+    engine, sampling = make_engine(loaded, tokenizer, draft_model=drafting), default_sampling(loaded, **options)
     load_s = time.perf_counter() - started
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": text})

@@ -61,6 +61,8 @@ def serve(
     prefix_cache_dir: o.PrefixCacheDir = None,
     prefix_cache_bytes: o.PrefixCacheBytes = 8 << 30,
     drafts: so.Drafts = True,
+    draft_model: o.DraftModel = None,
+    draft_precision: o.DraftPrecision = None,
     batch_invariant: so.BatchInvariant = False,
     request_timeout: so.RequestTimeout = 600.0,
     drain_seconds: so.DrainSeconds = 30.0,
@@ -113,6 +115,9 @@ def serve(
         raise ConfigError(f"--generation-config must be one of {', '.join(SOURCES)}, got {generation_config!r}")
     if name is not None and not name.strip():
         raise ConfigError("--served-model-name must not be empty")
+    drafting = (draft_model, draft_precision)
+    if not drafts and drafting != (None, None):
+        raise ConfigError("--no-drafts contradicts --draft-model and --draft-precision; leave out one of them")
     # Validate every option before loading the model.
     template = None if chat_template is None else read_template(chat_template)
     keys = read_keys(api_key_file)
@@ -182,13 +187,15 @@ def serve(
     }
 
     def load(path: str, name: str | None) -> tuple[Any, ServerSettings, int, Any]:
-        return _load(path, name, template, fields, settings, generation_config, options, pooling)
+        return _load(path, name, template, fields, settings, generation_config, options, pooling, drafting)
 
     if models_dir is not None or model is None or len(model) > 1:
         if name is not None:
             raise ConfigError("--served-model-name names a single model; several have the names of their files")
         if adapters or allow_lora_loading or otlp_traces_endpoint is not None:
             raise ConfigError("--lora, --allow-lora-loading and --otlp-traces-endpoint need a single model")
+        if drafting != (None, None):
+            raise ConfigError("--draft-model and --draft-precision need a single model")
         if sleep_idle_seconds is not None:
             raise ConfigError("--sleep-idle-seconds needs a single model; several are unloaded by --models-memory")
         pool = several.PoolOptions(tuple(model or ()), models_dir, models_memory, tuple(pin or ()), load_timeout)
@@ -203,7 +210,8 @@ def serve(
         return
     if pin or models_memory is not None:
         raise ConfigError("--pin and --models-memory need several models: give more MODELs, or --models-dir")
-    _serve(settings, lambda: load(model[0], name), kv_cache_memory, log_format == "json", otlp_traces_endpoint, ocr)
+    lines = banner_lines.draft_lines(*drafting), banner_lines.ocr_lines(ocr)
+    _serve(settings, lambda: load(model[0], name), kv_cache_memory, log_format == "json", otlp_traces_endpoint, ocr, lines)
 
 
 def _serve(
@@ -213,8 +221,9 @@ def _serve(
     json_logs: bool,
     traces: str | None,
     ocr: str | None,
+    lines: tuple[list[str], list[str]],
 ) -> None:
-    """Serves the model that `load` loads, see `_load`."""
+    """Serves the model that `load` loads, see `_load`. `lines`: of the banner, before and after the address."""
     from deepseek_optimizer.integration.memory.cache_size import check_granted
     from deepseek_optimizer.server.http.logs import set_up_logs
     from deepseek_optimizer.server.http.tracing import Tracer, otlp_exporter
@@ -234,7 +243,7 @@ def _serve(
         engine, settings, _, facts = load()
 
         def banner(host: str, port: int) -> None:
-            typer.echo(_banner(engine, facts, settings, ocr, host, port), err=True)
+            typer.echo(_banner(engine, facts, settings, lines, host, port), err=True)
 
         run(engine, settings, sock, banner, None if exporter is None else Tracer(exporter, engine.model_name), reader)
 
@@ -248,6 +257,7 @@ def _load(
     generation_config: Any,
     options: dict[str, Any],
     pooling: str | None,
+    drafting: tuple[str | None, str | None],
 ) -> tuple[Any, ServerSettings, int, Any]:
     """The engine of a model, its settings, the memory that it may take in bytes, and its report."""
     from dataclasses import replace
@@ -255,11 +265,12 @@ def _load(
     from deepseek_optimizer import report
     from deepseek_optimizer.chat.sampling_defaults import SamplingDefaults, sampling_defaults
     from deepseek_optimizer.checkpoint.sentence_transformers import read_embedding_settings
+    from deepseek_optimizer.errors import ConfigError
     from deepseek_optimizer.integration.encoder.text_encoder import is_encoder_runtime
     from deepseek_optimizer.integration.load.resolve import resolve
     from deepseek_optimizer.serving import make_async_engine
 
-    from .model import load, picture_encoder
+    from .model import load, load_draft_model, picture_encoder
 
     loaded, tokenizer = load(model, dict(fields), template)
     embedding = read_embedding_settings(resolve(model))
@@ -268,6 +279,8 @@ def _load(
     if pooling is not None:
         embedding = replace(embedding, pooling=(pooling,))
     encoder = is_encoder_runtime(loaded.dso)
+    if encoder and drafting != (None, None):
+        raise ConfigError("--draft-model and --draft-precision: encoders generate no text; leave them out")
     if encoder:
         options = {**options, "max_tokens": embedding.max_tokens}
     defaults = SamplingDefaults() if encoder else sampling_defaults(loaded, model, generation_config)
@@ -279,7 +292,8 @@ def _load(
         model_path=model,
     )
     pictures = picture_encoder(loaded, model, needed=False)
-    engine: Any = make_async_engine(loaded, tokenizer, model_name=name, pictures=pictures, **options)
+    draft_model = load_draft_model(model, *drafting, fields)
+    engine: Any = make_async_engine(loaded, tokenizer, model_name=name, pictures=pictures, draft_model=draft_model, **options)
     facts = report(loaded)
     return engine, settings, facts.bytes_after + (0 if encoder else engine.core.memory.size.bytes), facts
 
@@ -299,18 +313,21 @@ def _adapters(given: list[str]) -> dict[str, str]:
     return adapters
 
 
-def _banner(engine: Any, facts: Any, settings: ServerSettings, ocr: str | None, host: str, port: int) -> str:
+def _banner(
+    engine: Any, facts: Any, settings: ServerSettings, further: tuple[list[str], list[str]], host: str, port: int
+) -> str:
     formats = ", ".join(row.format for row in facts.formats)
     lines = [
         f"model     {engine.model_name} ({facts.family}), {formats}, {facts.bytes_after / 1e6:,.0f} MB",
         f"backend   {facts.backend} ({facts.detail})",
         f"context   {engine.context:,} tokens" + (f", cache window {engine.cache_window:,}" if engine.cache_window else ""),
+        *further[0],
         banner_lines.address_line(settings, host, port),
     ]
     if engine.generates:
         lines.insert(3, f"cache     {facts.kv_cache}, {engine.core.memory.size}")
     if engine.adapters:
         lines.append(f"adapters  {', '.join(adapter.name for adapter in engine.adapters)}")
-    lines += banner_lines.ocr_lines(ocr)
+    lines += further[1]
     lines += banner_lines.access_warning(settings)
     return "\n".join(lines)

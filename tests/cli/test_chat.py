@@ -138,6 +138,8 @@ def test_a_server_whose_key_is_in_the_environment(dso, monkeypatch):
             ["--url", "http://127.0.0.1:1", "--attention", "sparse"],
             "--attention applies only to a model loaded by this command",
         ),
+        (["--url", "http://127.0.0.1:1", "--draft-precision", "int4"], "--draft-precision applies only to a model loaded"),
+        (["--url", "http://127.0.0.1:1", "--draft-model", "small"], "--draft-model applies only to a model loaded"),
         (["some/model", "--model", "name"], "--model is the name of a model on a server"),
         (["some/model", "--top-p", "0"], "top_p"),
     ],

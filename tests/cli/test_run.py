@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from deepseek_optimizer import load_model
+from deepseek_optimizer import load_model, make_engine
 from deepseek_optimizer.chat import stream
 
 
@@ -25,6 +25,20 @@ def test_a_seed_makes_sampling_repeatable(dso, tiny_model):
     texts = [dso("run", tiny_model, "Hi", "-t", "2", "--seed", seed, "-n", "24", "--json").stdout for seed in (7, 7, 8)]
     first, again, other = (json.loads(text)["text"] for text in texts)
     assert first == again != other
+
+
+@pytest.mark.parametrize("chosen", [("--draft-precision", "int8"), ("--draft-model", "itself")])
+def test_a_draft_model_gives_the_same_text(dso, tiny_model, chosen, monkeypatch):
+    engines = []
+    monkeypatch.setattr("deepseek_optimizer.make_engine", lambda *a, **f: engines.append(make_engine(*a, **f)) or engines[-1])
+    command = ["run", tiny_model, "Hello", "-t", "0", "-n", "60"]
+    plain = dso(*command)
+    flag, value = chosen
+    drafted = dso(*command, flag, str(tiny_model) if value == "itself" else value)
+    assert drafted.exit_code == 0, drafted.stderr
+    assert drafted.stdout == plain.stdout
+    names = [[proposer.name for proposer, _ in engine.core.drafting._proposers] for engine in engines]
+    assert "draft_model" not in names[0] and "draft_model" in names[1]
 
 
 def test_prompt_from_standard_input_raw_and_system(dso, tiny_model):

@@ -58,6 +58,8 @@ def test_wrong_options(serve, tmp_path):
     assert "NAME=PATH" in error_of(serve("--lora", "name"))
     assert "given twice" in error_of(serve("--lora", "a=x", "--lora", "a=y"))
     assert "lora_dir" in error_of(serve("--allow-lora-loading"))
+    assert "--no-drafts contradicts" in error_of(serve("--no-drafts", "--draft-precision", "int4"))
+    assert "need a single model" in error_of(serve("other", "--draft-model", "small"))
     assert "localhost" in error_of(serve("--allow-origin", "example.com"))
 
 
@@ -84,7 +86,7 @@ def test_readable_key_files_give_a_warning(serve, tmp_path):
 @pytest.fixture(scope="module")
 def served(tiny_model):
     """The real command, with the tiny model."""
-    process = WarmPython(DSO, "serve", tiny_model, "--port", "0", "--served-model-name", "r1-int4")
+    process = WarmPython(DSO, "serve", tiny_model, "--port", "0", "--served-model-name", "r1-int4", "--draft-precision", "int8")
     banner = ""
     while "address" not in banner:
         line = process.stderr.readline()
@@ -134,7 +136,14 @@ def test_scanned_uploads(tiny_model, tmp_path):
 
 def test_the_banner(served):
     banner, _ = served
-    for word in ("model     r1-int4 (llama)", "backend", "threads", "context   256 tokens", "no API key required"):
+    for word in (
+        "model     r1-int4 (llama)",
+        "backend",
+        "threads",
+        "context   256 tokens",
+        "drafts    by the model itself in int8",
+        "no API key required",
+    ):
         assert word in banner
     size = r"grows to at most [\d,]+ MB \(32 sequences of 256 tokens; half of the [\d,]+ MB that .+ would be [\d,]+ MB\)"
     assert re.search(f"cache     fp32, {size}", banner), banner
