@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import bench, chat, convert, demo, doctor, draft, info, longdoc, models, prune, run, serve, train
+from . import batch, bench, chat, convert, demo, doctor, draft, info, longdoc, models, prune, run, serve, train
 from .help import MAX_WIDTH, Command
 from .streams import tolerate_locale
 
@@ -88,6 +88,7 @@ _COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "chat": (chat.chat, "Chat with a model in the terminal."),
     "longdoc": (longdoc.longdoc, "Answer questions about long documents, summarize them, or extract data."),
     "serve": (serve.serve, "Serve a model through an OpenAI-compatible API."),
+    "batch": (batch.batch, "Answer a file of requests; a stopped job can be continued."),
     "train": (train.train, "Train a model on chats and texts."),
     "draft": (draft.draft, "Train a layer that drafts tokens for a model, which then generates faster."),
     "prune": (prune.prune, "Write a smaller model without the parts that matter least."),

@@ -13,6 +13,7 @@ from . import banner_lines
 from . import options as o
 from . import serve_models as several
 from . import serve_options as so
+from .serve_engine import load_engine
 
 if TYPE_CHECKING:
     from deepseek_optimizer.server.settings import ServerSettings
@@ -187,7 +188,7 @@ def serve(
     }
 
     def load(path: str, name: str | None) -> tuple[Any, ServerSettings, int, Any]:
-        return _load(path, name, template, fields, settings, generation_config, options, pooling, drafting)
+        return load_engine(path, name, template, fields, settings, generation_config, options, pooling, drafting)
 
     if models_dir is not None or model is None or len(model) > 1:
         if name is not None:
@@ -223,7 +224,7 @@ def _serve(
     ocr: str | None,
     lines: tuple[list[str], list[str]],
 ) -> None:
-    """Serves the model that `load` loads, see `_load`. `lines`: of the banner, before and after the address."""
+    """Serves the model that `load` loads, see `serve_engine`. `lines`: of the banner, before and after the address."""
     from deepseek_optimizer.integration.memory.cache_size import check_granted
     from deepseek_optimizer.server.http.logs import set_up_logs
     from deepseek_optimizer.server.http.tracing import Tracer, otlp_exporter
@@ -246,56 +247,6 @@ def _serve(
             typer.echo(_banner(engine, facts, settings, lines, host, port), err=True)
 
         run(engine, settings, sock, banner, None if exporter is None else Tracer(exporter, engine.model_name), reader)
-
-
-def _load(
-    model: str,
-    name: str | None,
-    template: str | None,
-    fields: dict[str, Any],
-    settings: ServerSettings,
-    generation_config: Any,
-    options: dict[str, Any],
-    pooling: str | None,
-    drafting: tuple[str | None, str | None],
-) -> tuple[Any, ServerSettings, int, Any]:
-    """The engine of a model, its settings, the memory that it may take in bytes, and its report."""
-    from dataclasses import replace
-
-    from deepseek_optimizer import report
-    from deepseek_optimizer.chat.sampling_defaults import SamplingDefaults, sampling_defaults
-    from deepseek_optimizer.checkpoint.sentence_transformers import read_embedding_settings
-    from deepseek_optimizer.errors import ConfigError
-    from deepseek_optimizer.integration.encoder.text_encoder import is_encoder_runtime
-    from deepseek_optimizer.integration.load.resolve import resolve
-    from deepseek_optimizer.serving import make_async_engine
-
-    from .model import load, load_draft_model, picture_encoder
-
-    loaded, tokenizer = load(model, dict(fields), template)
-    embedding = read_embedding_settings(resolve(model))
-    if embedding.chat_template and embedding.score_tokens is None:
-        typer.echo("dso: texts are embedded without the chat template that sentence-transformers applies to them", err=True)
-    if pooling is not None:
-        embedding = replace(embedding, pooling=(pooling,))
-    encoder = is_encoder_runtime(loaded.dso)
-    if encoder and drafting != (None, None):
-        raise ConfigError("--draft-model and --draft-precision: encoders generate no text; leave them out")
-    if encoder:
-        options = {**options, "max_tokens": embedding.max_tokens}
-    defaults = SamplingDefaults() if encoder else sampling_defaults(loaded, model, generation_config)
-    settings = replace(
-        settings,
-        sampling=defaults.values,
-        sampling_not_thinking=defaults.not_thinking,
-        embedding=embedding,
-        model_path=model,
-    )
-    pictures = picture_encoder(loaded, model, needed=False)
-    draft_model = load_draft_model(model, *drafting, fields)
-    engine: Any = make_async_engine(loaded, tokenizer, model_name=name, pictures=pictures, draft_model=draft_model, **options)
-    facts = report(loaded)
-    return engine, settings, facts.bytes_after + (0 if encoder else engine.core.memory.size.bytes), facts
 
 
 def _adapters(given: list[str]) -> dict[str, str]:

@@ -213,6 +213,12 @@ LAYERS = (
             (REST,),
         ),
     ),
+    Layer(
+        "batch",
+        "batch jobs: a file of requests, answered by the routes of the server without HTTP; results that survive interruptions",
+        may=("checkpoint",),
+        levels=(("requests", "results"), (REST,)),
+    ),
     Layer("__init__", "the public names", may=("..server",)),
     Layer(CLI, "the commands; a package of its own, so that `dso --help` starts fast", may=("..__init__",)),
 )

@@ -1,0 +1,115 @@
+"""The results of a batch job: one line per request, in the order of the input, whenever and however often the job was stopped.
+
+While a job runs, results are appended to `<output>.partial` in the order in which they are ready. Its first line says what
+job it is of. A job that was stopped, even by kill -9, continues with the requests that have no complete line there. In the end
+the lines are written to the output in order, in one step, and the partial file is deleted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from ..checkpoint.atomic import atomic_file
+from ..checkpoint.locks import HAS_LOCKS, hold
+from ..errors import DataError
+
+_SYNC_SECONDS = 2.0  # results of the last seconds may be lost if the machine stops, and are computed again
+
+
+class Results:
+    """The results of a job that runs; a context manager.
+
+    Args:
+        output: the file to write. It must not exist.
+        job: what identifies the job, of JSON types; a partial file of another job is an error.
+        count: number of requests.
+
+    Attributes:
+        done: the indices of requests that have results.
+
+    Raises:
+        DataError: the output exists, the partial file is of another job, or another process has it open.
+    """
+
+    def __init__(self, output: Path, job: dict[str, Any], count: int) -> None:
+        self.output, self.partial, self.count = output, output.with_name(output.name + ".partial"), count
+        self.done: set[int] = set()
+        self._places: dict[int, tuple[int, int]] = {}  # offset and bytes of each result in the partial file
+        self._job, self._synced = job, time.monotonic()
+        if output.exists():
+            raise DataError("the file exists; delete it, or choose another name", file=output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as opened:
+            self._file: BinaryIO = opened.enter_context(self.partial.open("a+b"))
+            if HAS_LOCKS:
+                try:
+                    opened.callback(os.close, hold(self.partial))
+                except BlockingIOError:
+                    raise DataError("another process is running this job; wait for it, or stop it", file=self.partial) from None
+            self._resume()
+            self._opened = opened.pop_all()
+
+    def __enter__(self) -> Results:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._opened.close()
+
+    def _resume(self) -> None:
+        self._file.seek(0)
+        head = self._file.readline()
+        if not head.endswith(b"\n"):  # a new file, or one that was stopped while it was created
+            self._file.truncate(0)
+            self._write({"job": self._job})
+            return
+        try:
+            known = json.loads(head)["job"]
+        except (ValueError, TypeError, KeyError):
+            raise DataError("this is not the partial file of a batch job; delete it", file=self.partial) from None
+        if different := sorted(k for k in known.keys() | self._job.keys() if known.get(k) != self._job.get(k)):
+            raise DataError(
+                f"a job with another {' and '.join(different)} was stopped here; start that one again to finish it, or delete "
+                "this file",
+                file=self.partial,
+            )
+        end = self._file.tell()
+        while (line := self._file.readline()).endswith(b"\n"):
+            index = json.loads(line)["index"]
+            self._place(index, end, len(line))
+            end += len(line)
+        self._file.truncate(end)  # a line that was being written when the job was stopped
+
+    def _place(self, index: int, begin: int, size: int) -> None:
+        self.done.add(index)
+        self._places[index] = begin, size
+
+    def _write(self, value: dict[str, Any]) -> int:
+        line = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+        self._file.write(line)
+        self._file.flush()
+        return len(line)
+
+    def add(self, index: int, line: dict[str, Any]) -> None:
+        """Adds the result of a request: the line of the output."""
+        begin = self._file.seek(0, os.SEEK_END)
+        self._place(index, begin, self._write({"index": index, "line": line}))
+        if time.monotonic() - self._synced > _SYNC_SECONDS:
+            os.fsync(self._file.fileno())
+            self._synced = time.monotonic()
+
+    def finish(self) -> None:
+        """Writes the output, which needs the results of all requests, and deletes the partial file."""
+        assert len(self.done) == self.count
+        with atomic_file(self.output) as out:
+            for index in range(self.count):
+                begin, size = self._places[index]
+                self._file.seek(begin)
+                line = json.loads(self._file.read(size))["line"]
+                out.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
+        self.partial.unlink()

@@ -1,0 +1,88 @@
+"""`dso batch MODEL INPUT OUTPUT`: answers a file of requests."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import options as o
+from . import serve_options as so
+
+_HOURS = 24.0  # a request may wait for all others
+
+
+@o.takes_model_fields
+def batch(
+    model: o.Model,
+    input: Annotated[
+        Path,
+        typer.Argument(metavar="INPUT", help="Requests, one JSON object per line: custom_id, method, url and body."),
+    ],
+    output: Annotated[
+        Path, typer.Argument(metavar="OUTPUT", help="Where to write the answers, one line for each request, in the same order.")
+    ],
+    *,
+    name: so.Name = None,
+    chat_template: o.ChatTemplate = None,
+    generation_config: so.GenerationConfig = "model",
+    max_answer_tokens: so.MaxAnswerTokens = 4096,
+    tool_format: so.ToolFormat = None,
+    reasoning: so.Reasoning = None,
+    thinking: so.Thinking = None,
+    draft_model: o.DraftModel = None,
+    draft_precision: o.DraftPrecision = None,
+    max_running: so.MaxRunning = 32,
+    kv_cache_memory: so.KvCacheMemory = None,
+    batch_invariant: Annotated[
+        bool,
+        typer.Option(
+            "--batch-invariant/--no-batch-invariant",
+            help="Make every answer independent of the others and of interruptions, bit for bit. Without it, requests are "
+            "answered faster.",
+            rich_help_panel="Requests and memory",
+        ),
+    ] = True,
+    fields: dict[str, Any],
+) -> None:
+    """Answer a file of requests in the format of OpenAI's Batch API. A stopped job continues where it was."""
+    from deepseek_optimizer.batch.requests import read_requests
+    from deepseek_optimizer.batch.results import Results
+    from deepseek_optimizer.batch.run import run_batch
+    from deepseek_optimizer.chat.named_template import read_template
+    from deepseek_optimizer.server.app import create_app
+    from deepseek_optimizer.server.settings import ServerSettings
+    from deepseek_optimizer.system.progress import show_progress
+
+    from .serve_engine import load_engine
+
+    job = read_requests(input)
+    settings = ServerSettings(
+        page=False, request_seconds=_HOURS * 3600, tools_format=tool_format, reasoning=reasoning, thinking=thinking,
+        max_answer_tokens=max_answer_tokens,
+    )  # fmt: skip
+    template = None if chat_template is None else read_template(chat_template)
+    fields |= o.not_none(kv_cache_memory=kv_cache_memory, batch_invariant=batch_invariant or None)
+    fields["batch_size_range"] = (1, max_running)
+    identity = {
+        "input": job.digest, "model": model,
+        "options": {"name": name, "template": template, "generation_config": generation_config, "tool_format": tool_format,
+                    "max_answer_tokens": max_answer_tokens, "reasoning": reasoning, "thinking": thinking,
+                    **{field: value for field, value in fields.items() if field not in ("batch_size_range", "threads")}},
+    }  # fmt: skip
+    with Results(output, identity, len(job.requests)) as results:
+        failed = 0
+        if len(results.done) < len(job.requests):
+            waiting = {"max_waiting": 4 * max_running}
+            drafting = (draft_model, draft_precision)
+            engine, settings, _, _ = load_engine(
+                model, name, template, fields, settings, generation_config, waiting, None, drafting
+            )
+            with show_progress(f"Answering {input.name}") as progress:
+                failed = asyncio.run(run_batch(create_app(engine, settings), job, results, 2 * max_running, progress))
+        results.finish()
+    if failed:
+        typer.echo(f"dso: {failed:,} of {len(job.requests):,} requests ended in an error; see response.status_code", err=True)
+        raise typer.Exit(1)

@@ -1,0 +1,66 @@
+"""The input of a batch job is checked as a whole before a model is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+
+from deepseek_optimizer.batch.requests import read_requests
+from deepseek_optimizer.errors import DataError
+
+CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
+LINE = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": CHAT}
+
+
+def write(path, *lines):
+    text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    path.write_bytes(text.encode())
+    return path
+
+
+def test_requests_in_order(tmp_path):
+    path = write(tmp_path / "in", LINE, "", "  ", {**LINE, "custom_id": "é", "url": "/v1/embeddings", "body": {"input": "x"}})
+    job = read_requests(path)
+    assert [(r.index, r.custom_id, r.url) for r in job.requests] == [
+        (0, "a", "/v1/chat/completions"),
+        (1, "é", "/v1/embeddings"),
+    ]
+    assert job.requests[0].body == CHAT
+    assert job.digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert job.written == int(path.stat().st_mtime)
+
+
+def test_windows_line_ends(tmp_path):
+    path = tmp_path / "in"
+    path.write_bytes(b"".join(json.dumps({**LINE, "custom_id": n}).encode() + b"\r\n" for n in "ab"))
+    assert [r.custom_id for r in read_requests(path).requests] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2: not valid JSON"),
+        ("[" * 100_000, "line 2: not valid JSON"),
+        ("[]", "line 2: must be a JSON object with custom_id"),
+        ({**LINE, "custom_id": "b", "Url": "x"}, "line 2, Url: the field is not known; the fields are body, custom_id"),
+        ({**LINE, "custom_id": 7}, "line 2, custom_id: must be a text that names the request, got 7"),
+        ({**LINE, "custom_id": ""}, "line 2, custom_id"),
+        (LINE, "line 2, custom_id: 'a' is the name of line 1 too"),
+        ({**LINE, "custom_id": "b", "method": "GET"}, "line 2, method: must be POST, got 'GET'"),
+        ({**LINE, "custom_id": "b", "url": "/v1/models"}, "line 2, url: must be one of /v1/chat/completions"),
+        ({**LINE, "custom_id": "b", "url": ["/v1/embeddings"]}, "line 2, url"),
+        ({**LINE, "custom_id": "b", "body": "x"}, "line 2, body: must be the JSON object that /v1/chat/completions takes"),
+        ({**LINE, "custom_id": "b", "body": {**CHAT, "stream": True}}, "line 2, body.stream"),
+    ],
+)
+def test_errors_name_line_and_field(tmp_path, line, message):
+    with pytest.raises(DataError) as error:
+        read_requests(write(tmp_path / "in", LINE, line))
+    assert message in str(error.value) and str(error.value).startswith(str(tmp_path / "in"))
+
+
+def test_an_empty_file(tmp_path):
+    with pytest.raises(DataError, match="there are no requests"):
+        read_requests(write(tmp_path / "in", "", " "))

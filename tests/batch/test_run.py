@@ -1,0 +1,158 @@
+"""Batch jobs end to end: answers equal those of the server, and do not depend on interruptions."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import signal
+import time
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+from deepseek_optimizer.batch.requests import read_requests
+from deepseek_optimizer.batch.run import answer
+from deepseek_optimizer_cli.app import app
+from support.warm_python import DSO, WarmPython
+
+
+def requests(count):
+    """Chats and completions, greedy and sampled, some with several answers, one of an error."""
+    rng = random.Random(count)
+    for n in range(count):
+        body = {"max_tokens": rng.randint(1, 12), "temperature": rng.choice([0, 0.7, 1.5]), "n": 1 + (n % 5 == 4)}
+        text = "".join(rng.choices("abc ", k=rng.randint(1, 60)))
+        if n % 3 == 1:
+            yield {"custom_id": f"r{n}", "method": "POST", "url": "/v1/completions", "body": {**body, "prompt": text}}
+        else:
+            messages = [{"role": "user", "content": "The same beginning for all. " + text}]
+            yield {
+                "custom_id": f"r{n}",
+                "method": "POST",
+                "url": "/v1/chat/completions",
+                "body": {**body, "messages": messages},
+            }
+    yield {"custom_id": "bad", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x", "temperature": -1}}
+
+
+@pytest.fixture(scope="module")
+def job_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("batch") / "in.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in requests(30)))
+    return path
+
+
+def command(model, source, output):
+    return ["batch", str(model), str(source), str(output), "--max-running", "4", "--precision", "fp32"]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model, job_file):
+    """The output of a job that nothing interrupted."""
+    output = job_file.with_name("whole.jsonl")
+    result = CliRunner().invoke(app, command(tiny_model, job_file, output))
+    assert result.exit_code == 1, result.stderr  # one request is wrong
+    assert "dso: 1 of 31 requests ended in an error" in result.stderr
+    return output.read_bytes()
+
+
+def test_answers(whole, job_file):
+    lines, given = [json.loads(line) for line in whole.splitlines()], list(requests(30))
+    assert [line["custom_id"] for line in lines] == [line["custom_id"] for line in given]
+    for line, request in zip(lines[:-1], given, strict=False):
+        body = line["response"]["body"]
+        assert line["response"]["status_code"] == 200 and line["error"] is None
+        assert len(body["choices"]) == request["body"]["n"]
+        assert 0 < body["usage"]["completion_tokens"] <= request["body"]["n"] * request["body"]["max_tokens"]
+        assert body["created"] == int(job_file.stat().st_mtime)
+    assert lines[-1]["response"]["status_code"] == 400
+    assert lines[-1]["response"]["body"]["error"]["param"] == "temperature"
+    ids = [line["id"] for line in lines] + [line["response"]["body"].get("id") for line in lines]
+    assert len(set(ids)) == len(ids)
+
+
+def test_sampled_answers_differ(whole):
+    """Requests without a seed do not all get the same one."""
+    sampled = [
+        json.loads(line)["response"]["body"]["choices"][0]["text"]
+        for line, request in zip(whole.splitlines(), requests(30), strict=False)
+        if request["url"] == "/v1/completions" and request["body"].get("temperature", 0) > 1
+    ]
+    assert len(set(sampled)) > 1
+
+
+@pytest.mark.wide
+def test_stopped_by_ctrl_c_and_kill(whole, tiny_model, job_file, tmp_path):
+    """Killed at arbitrary moments until it is done: the same bytes."""
+    output, rng = tmp_path / "out.jsonl", random.Random(3)
+    partial, kills = tmp_path / "out.jsonl.partial", 0
+    while not output.exists():
+        process = WarmPython(DSO, *command(tiny_model, job_file, output))
+        before = len(partial.read_bytes().splitlines()) if partial.exists() else 1
+        more = rng.randint(1, 12)
+        while process.poll() is None:
+            if kills < 4 and partial.exists() and len(partial.read_bytes().splitlines()) >= before + more:
+                kills += 1
+                process.send_signal(signal.SIGINT if kills == 2 else signal.SIGKILL)
+                break
+            time.sleep(0.005)
+        process.communicate(timeout=60)
+    assert kills >= 2
+    assert output.read_bytes() == whole
+    assert not partial.exists()
+
+
+def test_what_differs_from_run_to_run_is_replaced(job_file):
+    """A server's answer with random ids, times and counts of cached tokens, twice; the first time it is busy."""
+    job, calls = read_requests(job_file), []
+
+    def respond(request):
+        calls.append(json.loads(request.content))
+        if len(calls) == 1:
+            return httpx.Response(429, json={"error": {}})
+        moment = len(calls)
+        message = {"role": "assistant", "tool_calls": [{"id": f"call_{moment}", "function": {}}, {"id": f"call_{moment}b"}]}
+        usage = {"prompt_tokens": 5, "prompt_tokens_details": {"cached_tokens": moment}}
+        body = {"id": f"chatcmpl-{moment}", "created": moment, "choices": [{"index": 0, "message": message}], "usage": usage}
+        return httpx.Response(200, json=body)
+
+    async def twice():
+        async with httpx.AsyncClient(transport=httpx.MockTransport(respond), base_url="http://localhost") as client:
+            return [await answer(client, job, job.requests[0]) for _ in range(2)]
+
+    first, second = asyncio.run(twice())
+    assert first == second and len(calls) == 3
+    ids = [call["id"] for call in first["response"]["body"]["choices"][0]["message"]["tool_calls"]]
+    assert len(set(ids)) == 2 and all(id.startswith("call_") for id in ids)
+    assert first["response"]["body"]["usage"] == {"prompt_tokens": 5}
+    assert 0 <= calls[0]["seed"] == calls[1]["seed"] == calls[2]["seed"]
+
+
+def test_a_seed_is_kept(job_file):
+    job, seen = read_requests(job_file), []
+
+    def respond(request):
+        seen.append(json.loads(request.content).get("seed"))
+        return httpx.Response(200, json={})
+
+    async def ask():
+        async with httpx.AsyncClient(transport=httpx.MockTransport(respond), base_url="http://localhost") as client:
+            for request in job.requests[:2]:
+                await answer(client, job, type(request)(request.index, "x", request.url, {**request.body, "seed": 5}))
+            await answer(client, job, type(request)(0, "x", "/v1/embeddings", {"input": "a"}))
+
+    asyncio.run(ask())
+    assert seen == [5, 5, None]
+
+
+def test_errors_before_loading(tmp_path, job_file):
+    (tmp_path / "out").write_text("mine")
+    for source, output, message in (
+        (tmp_path / "nowhere", tmp_path / "new", "nowhere"),
+        (tmp_path / "out", tmp_path / "new", "line 1: not valid JSON"),
+        (job_file, tmp_path / "out", "the file exists"),
+    ):
+        result = CliRunner().invoke(app, command("no-model", source, output))
+        assert result.exit_code == 2 and result.stderr.count("\n") == 1 and message in result.stderr
