@@ -74,7 +74,8 @@ class PictureEncoder:
     Args:
         model: an optimized multimodal model.
         processor: its processor (`AutoProcessor.from_pretrained`).
-        kept_bytes: how much memory the embeddings of pictures may take that are kept for later prompts.
+        kept_bytes: how much memory the embeddings of pictures may take that are kept for later prompts; the last one is
+            always kept, unless this is 0.
 
     Attributes:
         placeholder: the token that stands for a picture in a rendered chat.
@@ -171,7 +172,8 @@ class PictureEncoder:
             if name in self._forward_arguments and name not in (*_TYPES, *_OF_TEXT) and "pixel" not in name
         }
         self._kept[key] = picture = _Picture(inputs["input_ids"][0].tolist(), others, types, features)
-        while len(self._kept) > 1 and sum(_bytes_of(kept.features) for kept in self._kept.values()) > self.kept_bytes:
+        always = 1 if self.kept_bytes else 0
+        while len(self._kept) > always and sum(_bytes_of(kept.features) for kept in self._kept.values()) > self.kept_bytes:
             self._kept.popitem(last=False)
         return picture
 
