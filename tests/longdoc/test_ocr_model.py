@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
@@ -90,7 +89,7 @@ def test_nothing_is_kept_of_a_page(folder: Any, monkeypatch: pytest.MonkeyPatch)
     """A server reads the pages of all its clients with one model. A page that is read again takes as long as at first, so that
     nobody can find out by the time who else has sent it."""
     from deepseek_optimizer.longdoc import ocr_model
-    from support.picture_processors import picture
+    from support.picture_processors import count_encoded, picture
 
     found, answer = [], ocr_model.answer
 
@@ -101,15 +100,7 @@ def test_nothing_is_kept_of_a_page(folder: Any, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(ocr_model, "answer", recorded)
     with OcrModel(str(folder), prompt="Read all of this page " * 4, max_tokens=3) as reader:
         _, encoder = reader.load()
-        inner, encoded = type(encoder.model.model), []
-        original = inner.get_image_features
-
-        @functools.wraps(original)  # the encoder reads the signature
-        def counted(*args: Any, **more: Any) -> Any:
-            encoded.append(1)
-            return original(*args, **more)
-
-        monkeypatch.setattr(inner, "get_image_features", counted)
+        encoded = count_encoded(monkeypatch, encoder.model)
         first, second = (reader.read(picture(60, 80, 1)) for _ in range(2))
     assert first == second
     assert len(encoded) == 2
