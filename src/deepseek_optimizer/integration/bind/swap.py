@@ -295,14 +295,19 @@ def packed_tiles(
         ConfigError: a weight is too large for the format.
     """
     if isinstance(like, PackedMatrix):
-        return _packed(name, weight, like.format, packer)
+        return matrix_tiles(name, weight, like.format, packer)
     out = empty_stack(*like.shape, get_format(like.format).tile_bytes)
     for matrix, tiles in zip(stacked_matrices(weight, like.shape, layout), out, strict=True):
-        _packed(name, matrix, like.format, packer, tiles)
+        matrix_tiles(name, matrix, like.format, packer, tiles)
     return out
 
 
-def _packed(name: str, matrix: torch.Tensor, format: str, packer: Packer, out: torch.Tensor | None = None) -> torch.Tensor:
+def matrix_tiles(name: str, matrix: torch.Tensor, format: str, packer: Packer, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The tiles of a float matrix, written to `out` if it is given.
+
+    Raises:
+        ConfigError: a weight is too large for the format; it names `name`.
+    """
     tiles = packer(matrix, format, out)
     if (problem := overflow_of(matrix, tiles, format)) is not None:
         raise ConfigError(f"{name} {problem}")
