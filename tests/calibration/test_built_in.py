@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from deepseek_optimizer.calibration.built_in import built_in_stretches, dialogues
+from deepseek_optimizer.calibration.text import sample_text
 
 
 class Bytes:
@@ -38,10 +39,18 @@ def test_dialogues_alternate_between_user_and_assistant() -> None:
 
 def test_the_text_is_long_enough_and_always_the_same() -> None:
     parts = built_in_stretches(Bytes(), 100, 1000)
-    assert len(parts) == 1000 and {part.shape for part in parts} == {(1, 100)}
+    assert len(parts) > 200 and {part.shape for part in parts} == {(1, 100)}
     text = text_of(Bytes(), length=100, count=1000)
     assert text == text_of(Bytes(), length=100, count=1000)
     assert "lighthouse" in text and "def merge_sorted" in text and "秋天" in text
+
+
+def test_nothing_is_of_the_text_that_models_are_evaluated_on() -> None:
+    """`dso bench --quality`, `dso prune` and the benchmarks measure on Python's documentation."""
+    text = text_of(Bytes(), length=100, count=10_000)
+    lines = [line.strip() for line in sample_text().splitlines() if len(line) > 40]
+    assert len(lines) > 1000
+    assert [line for line in lines if line in text] == []
 
 
 def test_dialogues_are_in_the_chat_template() -> None:

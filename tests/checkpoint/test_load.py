@@ -151,3 +151,13 @@ def test_peak_memory_is_the_packed_size_and_panels(large: Path, format: str) -> 
     assert used["packed"] > 80e6
     assert used["peak"] < used["packed"] + 64e6, used
     assert used["resident"] < used["packed"] + 48e6, used
+
+
+def test_weights_too_large_for_their_format_are_named(tmp_path: Path) -> None:
+    """They would become NaN: int4 has fp16 scales of an eighth of the largest weight of a group."""
+    large = {**TENSORS, "m.a.weight": TENSORS["m.a.weight"] * 1e6}
+    checkpoint = checkpoint_of(tmp_path, large)
+    with pytest.raises(CheckpointError, match=r"m\.a\.weight.*has weights of up to .*e\+06, which are too large for int4"):
+        dict(stream_weights(checkpoint, WANTED, SHAPES))
+    loaded = dict(stream_weights(checkpoint, {**WANTED, "m.a.weight": "fp8"}, SHAPES))
+    assert quant.unpack(loaded["m.a.weight"]).isfinite().all()

@@ -107,3 +107,14 @@ def test_weights_that_deviate_from_the_plan(tmp_path: Path) -> None:
         name = weights[-1][0]
         with pytest.raises(AssertionError, match="bytes instead of"):
             write_shard(file, shard, iter([*weights[:-1], (name, torch.ones(99))]))
+        size = shard.layout.sizes[-1]
+        with pytest.raises(AssertionError, match=f"the weights end where {shard.name} needs {size} more bytes of {name}"):
+            write_shard(file, shard, iter(weights[:-1]))
+        with pytest.raises(AssertionError, match=f"needs 1 more bytes of {name}"):
+            write_shard(file, shard, iter([*weights[:-1], (name, torch.zeros(size - 1, dtype=torch.uint8))]))
+
+
+def test_an_empty_tensor_may_come_first() -> None:
+    tensors: dict[str, Stored] = {"empty": torch.empty(0, 3), "model.layers.0.a.weight": torch.randn(7)}
+    (shard,) = plan_shards(meta(tensors))
+    assert sorted(shard.layout.order) == sorted(tensors)

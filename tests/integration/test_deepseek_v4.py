@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -175,6 +176,8 @@ def test_transformers_own_forward_runs_in_bf16(tmp_path) -> None:
     """Routers and indexers are multiplied with hidden states, and must have their dtype whatever the file has."""
     pair = make_pair("deepseek_v4-mixed", "reference")
     pair.plain.save_pretrained(tmp_path / "float")
+    path = tmp_path / "float" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": "bfloat16"}))
     model, ids = load_model(tmp_path / "float", precision="int8", backend="reference"), pair.ids(30)
     with torch.no_grad(), pytest.warns(OptimizerWarning, match="several residual streams"):
         states = model(ids, use_cache=False, output_hidden_states=True).hidden_states

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 from deepseek_optimizer import DeepSeekConfig, DynamicGraphOptimizer, PagedCache, UnsupportedRequestError, load_model
 from deepseek_optimizer.integration.bind.runtime import OptimizerWarning
 from deepseek_optimizer.integration.compat import cache_name
-from support.models import CASES, assert_close_rows, random_ids, randomize
+from support.models import CASES, assert_close_rows, random_ids, random_model, randomize
 
 from .conftest import make_pair
 
@@ -164,6 +164,19 @@ def test_a_broken_adapter_is_not_merged(fresh_pair):
     layer.lora_A["default"].weight.data[0, 0] = torch.nan
     before = layer.base_layer.weight.clone()
     with pytest.raises(ValueError, match="not finite.*'default' is probably damaged"):
+        model.merge_adapter(safe_merge=True)
+    assert torch.equal(layer.base_layer.weight, before) and not layer.merged_adapters
+
+
+def test_an_adapter_too_large_for_the_format_is_not_merged():
+    plain = random_model(CASES["llama-gqa"]())
+    config = DeepSeekConfig(precision="int4", calibration="none", backend="reference")
+    model = lora(DynamicGraphOptimizer(plain, config=config).optimize(), target_modules=["q_proj"])
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    layer.lora_A["default"].weight.data.fill_(1.0)
+    layer.lora_B["default"].weight.data.fill_(1e8)
+    before = layer.base_layer.weight.clone()
+    with pytest.raises(ValueError, match=r"the merged matrix has weights of up to .*e\+0\d, which are too large for int4"):
         model.merge_adapter(safe_merge=True)
     assert torch.equal(layer.base_layer.weight, before) and not layer.merged_adapters
 

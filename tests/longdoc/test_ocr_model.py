@@ -85,6 +85,29 @@ def test_a_model_reads_a_picture(folder: Any, tmp_path: Any) -> None:
     assert [line.text for line in lines] == [line.text for line in lines_of(found.text)]
 
 
+def test_nothing_is_kept_of_a_page(folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server reads the pages of all its clients with one model. A page that is read again takes as long as at first, so that
+    nobody can find out by the time who else has sent it."""
+    from deepseek_optimizer.longdoc import ocr_model
+    from support.picture_processors import count_encoded, picture
+
+    found, answer = [], ocr_model.answer
+
+    def recorded(*args: Any, **more: Any) -> Any:
+        found.append(answer(*args, **more))
+        return found[-1]
+
+    monkeypatch.setattr(ocr_model, "answer", recorded)
+    with OcrModel(str(folder), prompt="Read all of this page " * 4, max_tokens=3) as reader:
+        _, encoder = reader.load()
+        encoded = count_encoded(monkeypatch, encoder.model)
+        first, second = (reader.read(picture(60, 80, 1)) for _ in range(2))
+    assert first == second
+    assert len(encoded) == 2
+    assert [one.cached_tokens for one in found] == [0, 0]
+    assert found[0].prompt_tokens >= 64, "long enough for blocks in a prefix cache"
+
+
 def test_errors(folder: Any, tiny_model: Any) -> None:
     from support.picture_processors import picture
 

@@ -11,11 +11,12 @@ import torch
 from deepseek_optimizer import DeepSeekConfig, DynamicGraphOptimizer
 from deepseek_optimizer.integration.multimodal import PictureEncoder
 from deepseek_optimizer.server.http.json_body import PICTURE_BODY
+from deepseek_optimizer.server.keys import ApiKeys
 from deepseek_optimizer.server.settings import ServerSettings
 from deepseek_optimizer.serving import make_async_engine
 from support.file_server import FileServer
 from support.live_server import LiveServer
-from support.picture_processors import make_pair, picture
+from support.picture_processors import count_encoded, make_pair, picture
 
 FAMILY = "qwen3_vl"
 FIELDS = {"max_tokens": 5, "temperature": 0, "return_token_ids": True, "ignore_eos": True}
@@ -206,6 +207,36 @@ def test_bytes_of_a_request(seen, monkeypatch):
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "messages[0].content[1].image_url"
     assert "in total" in answer.json()["error"]["message"]
+
+
+def test_pictures_are_shared_within_a_salt_only(seen, monkeypatch):
+    """A request with another salt cannot find out by the time whether a picture was sent before."""
+    live, *_ = seen
+    calls = count_encoded(monkeypatch, live.app.state.server.pictures.encoder.model)
+    for salt in ("a", "b", "a", None):
+        given = {} if salt is None else {"cache_salt": salt}
+        assert ask(live, [part(picture(28, 28, 77))], **given).status_code == 200
+    assert len(calls) == 3
+    body = {"model": "m", "messages": [{"role": "user", "content": [part(picture(28, 28, 77))]}]}
+    counted = [live.client.post("/v1/chat/completions/input_tokens", json={**body, "cache_salt": salt}) for salt in "ac"]
+    assert [answer.status_code for answer in counted] == [200, 200]
+    assert len(calls) == 4
+
+
+def test_pictures_are_shared_within_a_key_only(seen, monkeypatch):
+    live, _, processor = seen
+    encoder = live.app.state.server.pictures.encoder
+    engine = make_async_engine(encoder.model, processor.tokenizer, pictures=encoder, model_name="m")
+    calls = count_encoded(monkeypatch, encoder.model)
+    content = [{"role": "user", "content": [part(picture(28, 28, 78))]}]
+    with LiveServer(engine, ServerSettings(keys=ApiKeys(["key-a", "key-b"]))) as keyed:
+        for key in ("key-a", "key-b", "key-a"):
+            headers = {"Authorization": f"Bearer {key}"}
+            answer = keyed.client.post(
+                "/v1/chat/completions", json={"model": "m", "messages": content, **FIELDS}, headers=headers
+            )
+            assert answer.status_code == 200
+    assert len(calls) == 2
 
 
 def test_fetched_pictures(seen):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -118,3 +119,17 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
 
     generator = np.random.default_rng(seed)
     return Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def count_encoded(monkeypatch: pytest.MonkeyPatch, model: Any) -> list[int]:
+    """A list that gets an item for each call of a multimodal model's vision tower."""
+    kind, calls = type(model.model), []
+    original = kind.get_image_features
+
+    @functools.wraps(original)  # the encoder reads the signature
+    def counted(*args: Any, **more: Any) -> Any:
+        calls.append(1)
+        return original(*args, **more)
+
+    monkeypatch.setattr(kind, "get_image_features", counted)
+    return calls

@@ -1,7 +1,7 @@
-"""The built-in calibration text: dialogues, English prose, code and some Chinese, and pages of Python's documentation.
+"""The built-in calibration text: dialogues, English prose, code and some Chinese.
 
 The files in `sample/` were written for this package. Dialogues are put into the model's own chat template, since a chat model
-mostly sees texts in it.
+mostly sees texts in it. Python's documentation (`sample_text`) is not part of it: models are evaluated on that.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .text import LENGTH, sample_text, stretches
+from .text import LENGTH, stretches
 
 _FILES = ("prose.txt", "code.txt", "chinese.txt")
 _ROLE = re.compile(r"^(SYSTEM|USER|ASSISTANT): ", re.MULTILINE)
@@ -24,15 +24,13 @@ def built_in_stretches(tokenizer: Any, length: int = LENGTH, count: int = 16) ->
     Args:
         tokenizer: a Transformers tokenizer, with or without a chat template.
         length: tokens per stretch.
-        count: maximum number of stretches; those that dialogues and the other files do not fill are of the documentation.
+        count: maximum number of stretches; there are about ten of 512 tokens.
 
     Raises:
-        ConfigError: the texts are shorter than one stretch, in this tokenizer's tokens.
+        ConfigError: the text is shorter than one stretch, in this tokenizer's tokens.
     """
-    own = "\n\n".join([*(_in_template(tokenizer, dialogue) for dialogue in dialogues()), *map(_read, _FILES)])
-    chosen = stretches(tokenizer, own, length, count, "the built-in text")
-    rest = count - len(chosen)
-    return chosen + (stretches(tokenizer, sample_text(), length, rest, "Python's documentation") if rest else [])
+    text = "\n\n".join([*(_in_template(tokenizer, dialogue) for dialogue in dialogues()), *map(_read, _FILES)])
+    return stretches(tokenizer, text, length, count, "the built-in text")
 
 
 def dialogues() -> list[list[dict[str, str]]]:

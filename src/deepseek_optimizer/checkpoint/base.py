@@ -16,10 +16,12 @@ import torch
 from ..errors import CheckpointError
 from ..quant import ColumnOrder, PackedMatrix, PackedStack, Packer, get_format, reference_packer
 from ..quant.base import TILE_ROWS
+from ..quant.overflow import largest_magnitude, overflow_of
 from ..quant.tiles import empty_stack, empty_tiles, panels, tile_counts
 from .files import Mapper
 from .stacks import StackPart, StackShape, is_stack, matrices_per_expert, merged_shape, parts
 
+NOT_FINITE = "contains NaN or infinite weights; download the file again"
 PANEL_ELEMENTS = 1 << 21  # read, checked and packed at a time: 4 MB in bf16, enough for a thread pool
 
 
@@ -166,8 +168,17 @@ class Checkpoint(ABC):
         """Rows [begin, end) of a stored matrix, packed as a matrix of their own into the tiles `out`, in `column_order`."""
         for top, bottom in panels(end - begin, self.shape(name)[-1], PANEL_ELEMENTS):
             panel = self.read_rows(name, begin + top, begin + bottom)
-            self.check_finite(name, panel)
-            packer(panel, format, out[top // TILE_ROWS : -(-bottom // TILE_ROWS)])
+            self.pack_checked(name, panel, format, packer, out[top // TILE_ROWS : -(-bottom // TILE_ROWS)])
+
+    def pack_checked(self, name: str, values: torch.Tensor, format: str, packer: Packer, tiles: torch.Tensor) -> None:
+        """Packs a part of the tensor stored as `name` into `tiles`; CheckpointError if a weight is NaN or infinite, or too
+        large for the format."""
+        largest = largest_magnitude(values)
+        if not math.isfinite(largest):
+            raise CheckpointError(NOT_FINITE, file=self.info(name).file, tensor=name)
+        packer(values, format, tiles)
+        if (problem := overflow_of(values, tiles, format, largest)) is not None:
+            raise CheckpointError(problem, file=self.info(name).file, tensor=name)
 
     def matrix_shape(self, name: str) -> tuple[int, int]:
         """Rows and columns of a matrix; CheckpointError for anything else."""
@@ -183,9 +194,7 @@ class Checkpoint(ABC):
     def check_finite(self, name: str, values: torch.Tensor) -> None:
         """CheckpointError if a weight is NaN or infinite."""
         if not all_finite(values):
-            raise CheckpointError(
-                "contains NaN or infinite weights; download the file again", file=self.info(name).file, tensor=name
-            )
+            raise CheckpointError(NOT_FINITE, file=self.info(name).file, tensor=name)
 
     def ignores(self, name: str) -> bool:
         """Whether a stored tensor that the model does not have may be left out silently."""
@@ -219,15 +228,5 @@ class Checkpoint(ABC):
 
 
 def all_finite(values: torch.Tensor) -> bool:
-    """Whether no element is NaN or infinite: as integers, such bit patterns start at that of infinity, for either sign.
-
-    Computed with numpy on the calling thread: torch's threads and the packer's would compete for the cores, which costs
-    milliseconds at each switch.
-    """
-    if not values.numel() or not values.is_floating_point():
-        return True
-    size = values.element_size()
-    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
-    infinity = int(torch.tensor(torch.inf, dtype=values.dtype, device="cpu").view(whole))
-    bits = values.detach().cpu().view(whole).numpy()
-    return bool(bits.max() < infinity and bits.view(f"u{size}").max() < infinity + (1 << 8 * size - 1))
+    """Whether no element is NaN or infinite."""
+    return math.isfinite(largest_magnitude(values))

@@ -149,9 +149,8 @@ class SafetensorsCheckpoint(Checkpoint):
         each = count // self.info(name).shape[0]
         for i, tiles in enumerate(out.unflatten(0, (-1, each)), first // each):
             expert = self.read_rows(name, i * cols, (i + 1) * cols)
-            self.check_finite(name, expert)
             for matrix, part in zip(matrices_of(expert[None], rows, self.transposed[name])[0], tiles, strict=True):
-                packer(matrix.contiguous(), format, part)
+                self.pack_checked(name, matrix.contiguous(), format, packer, part)
         return None
 
     def check_dtype(self, name: str) -> None:

@@ -123,7 +123,7 @@ class Parameter:
                 spans = list(_spans(np.unique(rows)))
                 numbers = np.concatenate([np.arange(low, high) for low, high in spans])
                 data = torch.cat([read(source, int(low), int(high)) for low, high in spans])
-                # in numpy for the reason given in `all_finite`
+                # in numpy for the reason given in `largest_magnitude`
                 parts.append(data.numpy()[np.searchsorted(numbers, rows)])
                 places.append(place)
             first += count

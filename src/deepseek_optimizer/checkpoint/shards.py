@@ -45,10 +45,10 @@ def plan_shards(tensors: Mapping[str, Stored], shard_bytes: int = SHARD_BYTES) -
     """
     groups = [list(names) for _, names in groupby(tensors, _layer_of)]
     files: list[list[str]] = []
-    size = shard_bytes
+    size = 0
     for names in groups:
         more = sum(tensors[n].data.numel() * tensors[n].data.element_size() for n in names)
-        if size + more > shard_bytes:
+        if not files or size + more > shard_bytes:
             files.append([])
             size = 0
         files[-1].extend(names)
@@ -68,7 +68,10 @@ def write_shard(file: Writable, shard: Shard, weights: Iterator[tuple[str, Store
     for expected, size in zip(shard.layout.order, shard.layout.sizes, strict=True):
         missing = size
         while True:
-            name, value = next(weights)
+            found = next(weights, None)
+            if found is None:
+                raise AssertionError(f"the weights end where {shard.name} needs {missing} more bytes of {expected}")
+            name, value = found
             data = bytes_of(value)
             if name != expected:
                 raise AssertionError(f"{name} came where {shard.name} has {expected}")
@@ -76,7 +79,7 @@ def write_shard(file: Writable, shard: Shard, weights: Iterator[tuple[str, Store
                 raise AssertionError(f"{name} has {data.nbytes} bytes instead of {missing}")
             file.write(data)
             missing -= data.nbytes
-            del value, data
+            del found, value, data
             if not missing:
                 break
 

@@ -27,7 +27,8 @@ _SCALE = 999  # of DeepSeek-OCR's coordinates
 
 
 class OcrModel:
-    """Reads pictures of pages with a model that sees. The model is loaded by `load`, or when the first page is read.
+    """Reads pictures of pages with a model that sees. The model is loaded by `load`, or when the first page is read. Nothing is
+    kept of a page, since the clients of a server share the model: the time to read one must not tell that another has sent it.
 
     Args:
         model: path or name of a multimodal checkpoint.
@@ -83,8 +84,8 @@ class OcrModel:
             model = load_model(self.model, **self._fields)
             if not is_multimodal(model):
                 raise ConfigError(f"{self.model}: this model reads text only; --ocr needs one that sees")
-            encoder = PictureEncoder(model, load_processor(self.model))
-            self._loaded = make_engine(model, tokenizer), encoder
+            encoder = PictureEncoder(model, load_processor(self.model), kept_bytes=0)
+            self._loaded = make_engine(model, tokenizer, prefix_cache=False), encoder
         return self._loaded
 
     def _prompt(self, encoder: PictureEncoder, image: Any) -> tuple[list[int], PictureRows | None]:

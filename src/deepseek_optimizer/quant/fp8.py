@@ -125,7 +125,7 @@ def check_target(format: str) -> None:
 
 def has_nan(codes: torch.Tensor) -> bool:
     """Whether any of the codes (uint8, any shape) is NaN."""
-    return bool((codes.numpy() & 0x7F == _NAN).any())  # in numpy for the reason given in `checkpoint.all_finite`
+    return bool((codes.numpy() & 0x7F == _NAN).any())  # in numpy for the reason given in `largest_magnitude`
 
 
 def block_maxima(weight: torch.Tensor) -> torch.Tensor:

@@ -37,7 +37,7 @@ class Pictures:
         self.queues = [self._decoding, self._fetching]
 
     async def prompt(
-        self, caller: Caller, ids: Sequence[int], urls: Sequence[tuple[str, str]]
+        self, caller: Caller, ids: Sequence[int], urls: Sequence[tuple[str, str]], salt: str
     ) -> tuple[list[int], PictureRows | None]:
         """A prompt with its pictures, see `PictureEncoder.prompt`.
 
@@ -45,6 +45,7 @@ class Pictures:
             caller: who sent the request.
             ids: the prompt's token ids, with a placeholder for each picture.
             urls: of each picture the field of the request, and its URL.
+            salt: of the caches for this request.
 
         Raises:
             RequestError: a picture cannot be fetched or decoded, or there are too many bytes.
@@ -53,7 +54,7 @@ class Pictures:
         """
         queue = self._fetching if any(is_remote(url) for _, url in urls) else self._decoding
         data = await self._run(queue, caller, lambda: self._contents(urls))
-        return await self._run(self._decoding, caller, lambda: self.encoder.prompt(ids, self.reader.read(data)))
+        return await self._run(self._decoding, caller, lambda: self.encoder.prompt(ids, self.reader.read(data), salt))
 
     def _contents(self, urls: Sequence[tuple[str, str]]) -> list[tuple[str, bytes]]:
         data: list[tuple[str, bytes]] = []

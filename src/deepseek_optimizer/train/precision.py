@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..integration.bind.dtypes import kept_in_fp32
 from ..integration.bind.modules import Packed
-from ..integration.training.modules import names_kept_in_fp32
 from .optimizer import DeepSeekAdamW
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -29,7 +28,7 @@ def set_training_dtype(model: Any, dtype: torch.dtype) -> torch.dtype:
             if parameter.requires_grad and parameter.is_floating_point():
                 parameter.data = parameter.data.to(activations)
         return activations
-    exact = re.compile("|".join(map(re.escape, names_kept_in_fp32(model))) or "$^")
+    exact = kept_in_fp32(model, torch.bfloat16)
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not exact.search(name):
             parameter.data = parameter.data.to(dtype)

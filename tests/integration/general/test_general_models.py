@@ -9,6 +9,7 @@ import torch
 
 from deepseek_optimizer import DeepSeekConfig, DynamicGraphOptimizer, load_model
 from deepseek_optimizer.backends.cpu import unavailable_reason
+from deepseek_optimizer.errors import ConfigError
 from deepseek_optimizer.integration.general.head import head_name
 from deepseek_optimizer.integration.general.modules import GeneralLinear
 from deepseek_optimizer.models import ENCODERS, SUPPORTED
@@ -138,6 +139,18 @@ def test_the_head_computes_with_a_packed_copy(tmp_path, name):
         assert torch.equal(copy.deepcopy(model).get_output_embeddings()(x), packed)
         head.weight.mul_(2)  # as training would
         torch.testing.assert_close(head(x), torch.nn.functional.linear(x, head.weight, head.bias))
+
+
+def test_a_head_too_large_for_its_format(tmp_path):
+    """Its packed copy would be NaN."""
+    plain = random_general("gpt_neox")
+    with torch.no_grad():
+        plain.get_output_embeddings().weight[3, 5] = 1e8
+    plain.save_pretrained(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"(lm_head|embed_out)\.weight has weights of up to 1e\+08, which are too large for int8"
+    ):
+        load_model(tmp_path, precision="int8")
 
 
 @pytest.mark.skipif(unavailable_reason() is not None, reason="the reference backend does not round activations")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from deepseek_optimizer.engine.request import Request, SamplingParams
 from deepseek_optimizer.errors import RequestError
 from deepseek_optimizer.integration.multimodal import PictureEncoder
 from deepseek_optimizer.serving import make_async_engine, make_engine
-from support.picture_processors import PLACEHOLDER, make_pair, picture
+from support.picture_processors import PLACEHOLDER, count_encoded, make_pair, picture
 
 CONFIG = DeepSeekConfig(precision="fp32", kv_cache="fp32", prefill_chunk=48)
 GREEDY = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
@@ -187,16 +186,7 @@ def test_encoding_beside_a_stream(pair):
 def test_pictures_are_encoded_once(pair, monkeypatch):
     ours, _, processor = pair
     encoder = PictureEncoder(ours, processor)
-    inner = ours.model
-    calls = []
-    original = type(inner).get_image_features
-
-    @functools.wraps(original)  # the encoder reads the signature
-    def counted(*args, **more):
-        calls.append(1)
-        return original(*args, **more)
-
-    monkeypatch.setattr(type(inner), "get_image_features", counted)
+    calls = count_encoded(monkeypatch, ours)
     one, two = picture(30, 20, 8), picture(20, 30, 9)
     text = ids_of(processor, chat(processor, ("user", (None, "and", None))))
     _, first = encoder.prompt(text, [one, two])
@@ -207,6 +197,20 @@ def test_pictures_are_encoded_once(pair, monkeypatch):
     small.prompt(text, [one, two])
     small.prompt(text, [two, one])
     assert len(calls) == 5  # the last one is kept
+    none = PictureEncoder(ours, processor, kept_bytes=0)
+    none.prompt(text, [one, two])
+    none.prompt(text, [two, one])
+    assert len(calls) == 9
+
+
+def test_pictures_are_shared_within_a_salt_only(pair, monkeypatch):
+    ours, _, processor = pair
+    encoder = PictureEncoder(ours, processor)
+    calls = count_encoded(monkeypatch, ours)
+    text = ids_of(processor, chat(processor, ("user", (None,))))
+    found = {salt: encoder.prompt(text, [picture(30, 20, 8)], salt)[1] for salt in ("", "a", "b", "a", "")}
+    assert len(calls) == 3
+    assert torch.equal(found["a"].embeds, found["b"].embeds)
 
 
 def test_pipeline(pair):

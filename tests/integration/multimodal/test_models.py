@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from deepseek_optimizer import DeepSeekConfig, DynamicGraphOptimizer, load_model
 from deepseek_optimizer.checkpoint import open_checkpoint
@@ -132,6 +133,26 @@ def test_language_model_alone(family, fields, reason, tmp_path):
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     with torch.no_grad():
         torch.testing.assert_close(alone(ids).logits, model(ids).logits, atol=WIDER.get(family, TOLERANCE), rtol=0)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "gemma4"])
+def test_causal_class_of_a_packed_whole_model(family, tmp_path):
+    """Transformers loads what it loads of the original: of Qwen3.5 the language model, and all of Gemma 4."""
+    make_model(FAMILIES[family]).save_pretrained(tmp_path / "float")
+    formats = {"model.visual.merger.linear_fc1": "bf16"} if family == "qwen3_5" else {}  # a part that is not loaded
+    load_model(tmp_path / "float", precision="int8", formats=formats).save_pretrained(tmp_path / "packed")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert type(loaded) is type(AutoModelForCausalLM.from_pretrained(tmp_path / "float"))
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    same = load_model(tmp_path / "packed", **({"vision": "off"} if family == "qwen3_5" else {}))
+    assert type(same) is type(loaded)
+    with torch.no_grad():
+        logits = loaded(ids).logits
+        assert torch.equal(logits, same(ids).logits)
+    if family == "qwen3_5":
+        loaded.save_pretrained(tmp_path / "language")
+        with torch.no_grad():
+            assert torch.equal(load_model(tmp_path / "language")(ids).logits, logits)
 
 
 def test_settings_that_need_a_plan_of_the_whole_model(tmp_path):

@@ -136,9 +136,7 @@ class QuantizedCheckpoint(SafetensorsCheckpoint):
             tiles = out[top // TILE_ROWS : -(-bottom // TILE_ROWS)]
             kept = rows.kept(format)
             if kept is None:
-                values = rows.floats()
-                self.check_finite(name, values)
-                packer(values, format, tiles)
+                self.pack_checked(name, rows.floats(), format, packer, tiles)
             else:  # the importance of columns, which `packer` may have, is not for codes that are kept
                 packer(kept.weight, format, tiles, importance=None, scale=kept.scale)
             loss = max(loss, _loss(kept, format))

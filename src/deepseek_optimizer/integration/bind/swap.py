@@ -17,6 +17,7 @@ from ...graph.analysis import stack_shapes
 from ...graph.ir import Graph
 from ...graph.min_formats import exact_weights, min_formats
 from ...quant import ColumnOrder, PackedMatrix, PackedStack, PackedWeight, Packer, get_format
+from ...quant.overflow import overflow_of
 from ...quant.tiles import empty_stack
 from ...quant.transposed_stack import StackLayout, stacked_matrices
 from .lora_layers import without_adapter
@@ -219,7 +220,7 @@ def pack_in_place(
         twin = packed_twin(module, formats, dtype)
         for leaf, weight in site.weights.items():
             if weight not in done:
-                tiles = packed_tiles(getattr(module, leaf).data, twin.held()[leaf], packer, twin.layout)
+                tiles = packed_tiles(weight, getattr(module, leaf).data, twin.held()[leaf], packer, twin.layout)
                 done[weight] = nn.Parameter(tiles, requires_grad=False)
                 del module._parameters[leaf]  # frees the weights even if something still refers to the module
             setattr(twin, leaf, done[weight])
@@ -278,21 +279,39 @@ def _format_of(
     return config.format_of(weight, natural, minimum.get(weight)) if given is None else given
 
 
-def packed_tiles(weight: torch.Tensor, like: PackedWeight, packer: Packer, layout: StackLayout = "rows") -> torch.Tensor:
+def packed_tiles(
+    name: str, weight: torch.Tensor, like: PackedWeight, packer: Packer, layout: StackLayout = "rows"
+) -> torch.Tensor:
     """The tiles of a float matrix, or of a merged float parameter of experts, packed matrix by matrix.
 
     Args:
+        name: of the weight.
         weight: the matrix, or the parameter.
         like: a weight of the same shape and of the format to pack in.
         packer: packs a matrix.
         layout: of the parameter of a stack, see `quant/transposed_stack.py`.
+
+    Raises:
+        ConfigError: a weight is too large for the format.
     """
     if isinstance(like, PackedMatrix):
-        return packer(weight, like.format)
+        return matrix_tiles(name, weight, like.format, packer)
     out = empty_stack(*like.shape, get_format(like.format).tile_bytes)
     for matrix, tiles in zip(stacked_matrices(weight, like.shape, layout), out, strict=True):
-        packer(matrix, like.format, tiles)
+        matrix_tiles(name, matrix, like.format, packer, tiles)
     return out
+
+
+def matrix_tiles(name: str, matrix: torch.Tensor, format: str, packer: Packer, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The tiles of a float matrix, written to `out` if it is given.
+
+    Raises:
+        ConfigError: a weight is too large for the format; it names `name`.
+    """
+    tiles = packer(matrix, format, out)
+    if (problem := overflow_of(matrix, tiles, format)) is not None:
+        raise ConfigError(f"{name} {problem}")
+    return tiles
 
 
 def float_shape(leaf: str, weight: PackedWeight, layout: StackLayout = "rows") -> tuple[int, ...]:

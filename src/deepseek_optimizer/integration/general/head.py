@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ...config import DeepSeekConfig
 from ...quant import PackedMatrix, Packer, get_format
 from ..bind.modules import Product
-from ..bind.swap import NATURAL, substitute
+from ..bind.swap import NATURAL, matrix_tiles, substitute
 
 
 class PackedHead(nn.Linear):
@@ -77,4 +77,4 @@ def pack_head(model: Any, config: DeepSeekConfig, packer: Packer) -> None:
     head = model.get_submodule(name)
     format = config.format_of(f"{name}.weight", NATURAL[head.weight.dtype])
     if get_format(format).bits < 8 * head.weight.element_size():
-        substitute(model, head, PackedHead(head, format, packer(head.weight.data, format)))
+        substitute(model, head, PackedHead(head, format, matrix_tiles(f"{name}.weight", head.weight.data, format, packer)))

@@ -158,7 +158,7 @@ def pack_in_place(model: Any, config: DeepSeekConfig, packer: Packer, without: s
         twin = _twin(module, formats[name], next(module.parameters()).dtype)
         for leaf, like in twin.held().items():
             weight = getattr(module, leaf).data
-            tiles = packed_tiles(weight if twin.layout == "rows" else weight.t(), like, packer)
+            tiles = packed_tiles(f"{name}.{leaf}", weight if twin.layout == "rows" else weight.t(), like, packer)
             twin._parameters[leaf] = nn.Parameter(tiles, requires_grad=False)
             del module._parameters[leaf]  # frees the weight even if something still refers to the module
         substitute(model, module, twin)

@@ -33,8 +33,8 @@ from ...quant import PackedWeight, Packer
 from ...system.progress import show_progress
 from ..bind.classes import check_causal
 from ..bind.context_extension import extended
+from ..bind.dtypes import kept_in_fp32, model_dtype
 from ..bind.graphs import whole_graph
-from ..bind.modules import Packed
 from ..bind.swap import expected_tensors, order_columns, swap_on_meta
 from ..compat import causal_lm_class
 from ..configs import check_config
@@ -47,6 +47,10 @@ from .mtp_layers import add_mtp_layers, own_tensors, same_tensor, stored_mtp_lay
 from .quantizer import mark_quantized
 from .resolve import resolve
 
+_DTYPES = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+    "float64": torch.float32,  # which plans do not have
+}  # fmt: skip
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -79,8 +83,7 @@ def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: di
             calibrate(original, settings, calibration)
             return original
         with show_reading(checkpoint) as progress:
-            cast = dtype if settings.precision == "fp32" else None
-            _fill(model, weights_for(model, checkpoint, backend.pack, cast, progress))
+            _fill(model, weights_for(model, checkpoint, backend.pack, progress))
         checkpoint.check_unchanged()
         name_source(model, checkpoint, dtype)
         notes += checkpoint.remarks()
@@ -141,7 +144,7 @@ def sketch(
         checkpoint: the checkpoint.
         config, fields: as in `load_model`.
 
-    Returns: the model with empty packed modules, its settings, and the dtype of plain tensors.
+    Returns: the model with empty packed modules, its settings, and the dtype that it is loaded in.
 
     Raises:
         CheckpointError, ConfigError, UnsupportedModelError: as in `load_model`.
@@ -151,7 +154,7 @@ def sketch(
     check_tokenizer_beside(checkpoint)
     settings = _settings(raw.pop("quantization_config", None), checkpoint, config, fields)
     model = _empty_model(raw, settings, checkpoint.path)
-    dtype = torch.float32 if settings.precision == "fp32" else _float_dtype(checkpoint)
+    dtype = torch.float32 if settings.precision == "fp32" else _float_dtype(checkpoint, model.config)
     if settings.mtp == "auto":
         add_mtp_layers(model, own_tensors(checkpoint, model.config))
     packed = checkpoint.manifest.formats() if isinstance(checkpoint, PackedCheckpoint) else None
@@ -233,11 +236,15 @@ def _empty_model(raw: dict[str, Any], settings: DeepSeekConfig, path: Path) -> A
     return model
 
 
-def _float_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype of plain tensors: that of the stored norms."""
-    norms = (i for i in checkpoint.tensors.values() if len(i.shape) == 1 and i.name.endswith("layernorm.weight"))
-    stored = next((_FLOATS[i.dtype] for i in norms if i.dtype in _FLOATS), None)
-    return stored or torch.bfloat16
+def _float_dtype(checkpoint: Checkpoint, config: Any) -> torch.dtype:
+    """The dtype that Transformers loads a checkpoint in: the config's or, if that has none, that of the first tensor by name. A
+    GGUF file's is fp32, in which llama.cpp's converter stores vectors."""
+    if (given := _DTYPES.get(str(config.dtype).removeprefix("torch."))) is not None:
+        return given
+    if isinstance(checkpoint, GgufCheckpoint):
+        return torch.float32
+    stored = (info.dtype for info in sorted(checkpoint.tensors.values(), key=lambda info: info.name))
+    return next((_FLOATS[dtype] for dtype in stored if dtype in _FLOATS), torch.bfloat16)
 
 
 def _fill(model: Any, weights: Iterable[tuple[str, PackedWeight | torch.Tensor]]) -> None:
@@ -253,37 +260,47 @@ def _fill(model: Any, weights: Iterable[tuple[str, PackedWeight | torch.Tensor]]
         model.get_submodule(path)._parameters[leaf] = model.get_parameter(source)
 
 
-def plain_dtypes(model: Any) -> dict[str, torch.dtype]:
-    """The dtypes of a model's `exact_weights`, by name: those in `fp32_weights` are float32, others have the model's dtype."""
-    graph = whole_graph(model)
-    fp32 = fp32_weights(graph)
-    own = next((module.dtype for module in model.modules() if isinstance(module, Packed)), model.dtype)
-    return {**dict.fromkeys(exact_weights(graph), own), **dict.fromkeys(fp32, torch.float32)}
+def plain_dtypes(model: Any, checkpoint: Checkpoint) -> dict[str, torch.dtype]:
+    """The dtypes of a model's floating-point tensors that are not packed, by name; those without a name are held as stored.
+
+    They are those that Transformers loads them in, except that the weights in `fp32_weights` are always fp32, and the others of
+    `exact_weights` have the model's dtype: where it is fp16, Transformers' own code could not run otherwise. Tensors of packed
+    files have these dtypes already, and GGUF files have a dtype for each tensor, and none for the model.
+
+    Args:
+        model: from `sketch`.
+        checkpoint: what it is loaded from.
+    """
+    graph, own = whole_graph(model), model_dtype(model)
+    kept, as_stored = kept_in_fp32(model, own), isinstance(checkpoint, GgufCheckpoint | PackedCheckpoint)
+    dtypes = {
+        name: torch.float32 if kept.search(name) else own
+        for name, format in expected_tensors(model)[0].items()
+        if format is None and not (as_stored and own != torch.float32)
+    }
+    return {**dtypes, **dict.fromkeys(exact_weights(graph), own), **dict.fromkeys(fp32_weights(graph), torch.float32)}
 
 
 def weights_for(
     model: Any,
     checkpoint: Checkpoint,
     packer: Packer,
-    cast: torch.dtype | None,
     progress: Callable[[LoadProgress], None] | None = None,
     order: Sequence[str] | None = None,
     piece_bytes: int | None = None,
 ) -> Iterator[tuple[str, PackedWeight | torch.Tensor]]:
-    """Yields the weights of a model from `sketch`, as `stream_weights` does; those in `exact_weights` in the dtypes of
-    `plain_dtypes`.
+    """Yields the weights of a model from `sketch`, as `stream_weights` does, in the dtypes of `plain_dtypes`.
 
     Args:
         model: from `sketch`.
         checkpoint: the checkpoint.
         packer: packs a panel of rows.
-        cast: the dtype of other plain tensors; None: as stored.
         progress, order, piece_bytes: as in `stream_weights`.
 
     Raises:
         CheckpointError: as in `stream_weights`; or a tied weight is stored with different values.
     """
-    dtypes = plain_dtypes(model)
+    dtypes = plain_dtypes(model, checkpoint)
     wanted, shapes = expected_tensors(model)
     for pair in dict(model.all_tied_weights_keys or {}).items():
         if pair[0] in checkpoint.tensors:
@@ -291,7 +308,7 @@ def weights_for(
     ignored = not_wanted(checkpoint, model)
     streamed = stream_weights(checkpoint, wanted, shapes, packer, progress, ignored, order, piece_bytes)
     for name, value in streamed:
-        dtype = dtypes.get(name, cast)
+        dtype = dtypes.get(name)
         if isinstance(value, torch.Tensor) and value.is_floating_point() and dtype is not None:
             value = value.to(dtype)
         yield name, value

@@ -72,8 +72,7 @@ def pack_checkpoint(
         calibration, notes = calibration_for(
             checkpoint, settings, *expected_tensors(model), model.config.max_position_embeddings
         )
-        cast = dtype if settings.precision == "fp32" else None
-        planned = _planned(model, checkpoint, cast)
+        planned = _planned(model, checkpoint)
         shards = plan_shards(planned, shard_bytes)
         identity = _identity(checkpoint, settings, shards, calibration)
         directory = Unfinished(out, identity, [shard.name for shard in shards], overwrite)
@@ -83,7 +82,7 @@ def pack_checkpoint(
             todo = [shard for shard in shards if shard.name not in directory.finished]
             _check_space(out, sum(shard.layout.size for shard in todo))
             if calibration is None:
-                notes += _write(model, checkpoint, settings, cast, todo, directory)
+                notes += _write(model, checkpoint, settings, todo, directory)
                 rounding = packed.rounding if packed is not None else {}
             else:
                 rounding = _write_calibrated(checkpoint, settings, calibration, todo, directory)
@@ -114,7 +113,6 @@ def _write(
     model: Any,
     checkpoint: Checkpoint,
     settings: DeepSeekConfig,
-    cast: torch.dtype | None,
     shards: Sequence[Shard],
     directory: Unfinished,
 ) -> list[str]:
@@ -124,7 +122,7 @@ def _write(
     backend, note = choose_backend(settings, torch.device("cpu"))
     order = [name for shard in shards for name in shard.layout.order]
     with show_reading(checkpoint, "Converting") as progress:
-        weights = weights_for(model, checkpoint, backend.pack, cast, progress, order, _PIECE_BYTES)
+        weights = weights_for(model, checkpoint, backend.pack, progress, order, _PIECE_BYTES)
         for shard in shards:
             with directory.file(shard.name) as file:
                 write_shard(file, shard, weights)
@@ -148,13 +146,13 @@ def _write_calibrated(
     return rounding
 
 
-def _planned(model: Any, checkpoint: Checkpoint, cast: torch.dtype | None) -> dict[str, Stored]:
+def _planned(model: Any, checkpoint: Checkpoint) -> dict[str, Stored]:
     """The tensors to write, on the meta device, in the model's order."""
-    planned, dtypes = stored_tensors(model), plain_dtypes(model)
+    planned, dtypes = stored_tensors(model), plain_dtypes(model, checkpoint)
     for name, tensor in planned.items():
         if isinstance(tensor, torch.Tensor):
             own = checkpoint.float_dtype(name)
-            dtype = dtypes.get(name, cast or own) if own.is_floating_point else own
+            dtype = dtypes.get(name, own) if own.is_floating_point else own
             planned[name] = torch.empty(tensor.shape, dtype=dtype, device="meta")
     return planned
 

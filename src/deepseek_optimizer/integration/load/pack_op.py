@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter
 
-from ...checkpoint import all_finite
+from ...checkpoint.base import NOT_FINITE
 from ...checkpoint.stacks import StackShape
 from ...errors import CheckpointChangedError, CheckpointError
 from ...quant import PackedStack, get_format
+from ...quant.overflow import largest_magnitude, overflow_of
 from ...quant.tiles import empty_stack
 from ...quant.transposed_stack import StackLayout, stacked_matrices
 from ..bind.swap import STACKS
@@ -72,9 +73,12 @@ class PackWeight(ConversionOps):
     def _pack(self, weight: torch.Tensor, shape: tuple[int, ...], format: str, out: torch.Tensor | None = None) -> torch.Tensor:
         if tuple(weight.shape) != tuple(shape):
             raise CheckpointError(f"has shape {tuple(weight.shape)}, but the config requires {tuple(shape)}")
-        if not all_finite(weight):
-            raise CheckpointError("contains NaN or infinite weights; download the file again")
+        largest = largest_magnitude(weight)
+        if not math.isfinite(largest):
+            raise CheckpointError(NOT_FINITE)
         tiles: torch.Tensor = self.quantizer.packer(weight, format, out)
+        if (problem := overflow_of(weight, tiles, format, largest)) is not None:
+            raise CheckpointError(problem)
         self.quantizer.mapped.was_read(weight.nbytes)  # otherwise the whole float file would stay in memory until loading ends
         return tiles
 

@@ -23,6 +23,7 @@ from ...backends.registry import choose_backend, runs_on
 from ...checkpoint import (
     Checkpoint,
     Manifest,
+    PackedCheckpoint,
     QuantizedCheckpoint,
     check_tensors,
     check_tokenizer_beside,
@@ -30,6 +31,7 @@ from ...checkpoint import (
     open_checkpoint,
 )
 from ...checkpoint.directory import CONFIG, INDEX, SINGLE
+from ...checkpoint.manifest import KEY
 from ...config import DeepSeekConfig
 from ...errors import CheckpointError, ConfigError
 from ...graph.min_formats import fp32_weights
@@ -156,7 +158,7 @@ class PackingQuantizer(HfQuantizer):
             )
         self._add_mtp_layers(model, checkpoint_files, dtype)
         if self.pre_quantized:
-            manifest = Manifest.read(vars(model.config), Path(model.config.name_or_path) / CONFIG)
+            manifest = _language_manifest(model, checkpoint_files)
             self.quantization_config, self.manifest = renamed_for(model, self.quantization_config, manifest)
         graph = whole_graph(model)
         packed = self.manifest.formats() if self.manifest is not None else None
@@ -349,6 +351,16 @@ def _refuse_pickles(files: Any) -> None:
             "is a pickle, which can run code when it is opened; convert it to safetensors if you trust its source",
             file=pickled[0],
         )
+
+
+def _language_manifest(model: Any, files: Any) -> Manifest:
+    """The manifest of the packed checkpoint that a causal language model is loaded from. If the checkpoint also has a vision
+    tower, Transformers creates the model from its `text_config`, and the manifest is beside that, with names of the whole."""
+    if getattr(model.config, KEY, None) is None and _is_standard(files):
+        with open_checkpoint(Path(files[0]).parent) as checkpoint:
+            if isinstance(checkpoint, PackedCheckpoint) and checkpoint.whole is not None:
+                return checkpoint.manifest
+    return Manifest.read(vars(model.config), Path(model.config.name_or_path) / CONFIG)
 
 
 def _is_standard(files: Any) -> bool:

@@ -23,10 +23,12 @@ from torch import nn
 from ...calibration.inputs import Inputs, moment_of
 from ...calibration.statistics import ColumnSquares, watching
 from ...config import DeepSeekConfig
+from ...errors import ConfigError
 from ...graph.min_formats import min_formats
 from ...quant import GROUP_FORMATS, WEIGHED, PackedMatrix, PackedStack, PackedWeight, Packer, get_format
 from ...quant.base import TILE_COLS
 from ...quant.compensation import Curvature, compensated, curvature, with_product
+from ...quant.overflow import overflow_of
 from ...quant.tiles import empty_stack, empty_tiles
 from ...system.threads import one_torch_thread
 from ..bind.graphs import decoder_path, whole_graph
@@ -364,7 +366,9 @@ class _Rounding:
         return with_product(weights, wanted, factored), factored
 
     def _plain(self, part: _Part, importance: torch.Tensor | None) -> None:
-        self.backend.pack(self.backend.unpack(part.source), part.format, part.tiles, importance)
+        weight = self.backend.unpack(part.source)
+        self.backend.pack(weight, part.format, part.tiles, importance)
+        _check_overflow(part, weight)
         if part.format in WEIGHED:
             self.outcome.plain[part.parameter] = self.outcome.plain.get(part.parameter, 0) + 1
 
@@ -381,7 +385,14 @@ def _round_parts(parts: Sequence[_Part], weights: torch.Tensor, curvature: Curva
     columns = zip(*(parameter.split(sizes) for parameter in found.parameters), strict=True)
     for part, codes, parameters in zip(parts, found.codes.split(sizes), columns, strict=True):
         part.tiles.copy_(format.tiles(codes, parameters))
+    for part, rows in zip(parts, weights.split(sizes), strict=True):
+        _check_overflow(part, rows[:, : part.source.cols])
     return len(parts)
+
+
+def _check_overflow(part: _Part, weight: torch.Tensor) -> None:
+    if (problem := overflow_of(weight, part.tiles, part.format)) is not None:
+        raise ConfigError(f"{part.parameter} {problem}")
 
 
 def _held(places: Sequence[Site]) -> dict[str, PackedWeight]:

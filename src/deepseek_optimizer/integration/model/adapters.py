@@ -18,6 +18,7 @@ from torch import nn
 
 from ...errors import UnsupportedRequestError
 from ...quant import get_format
+from ...quant.overflow import overflow_of
 from ..bind.instance_method import InstanceMethod
 from ..bind.modules import Packed, PackedEmbedding, PackedLinear
 from ..bind.runtime import Runtime
@@ -70,7 +71,7 @@ class _LayerMethod:
 
         Raises:
             UnsupportedRequestError: the adapter is of another kind.
-            ValueError: with `check`, the sum is not finite; the weights are unchanged.
+            ValueError: with `check`, the sum is not finite in the weight's format; the weights are unchanged.
         """
         layer, runtime = self.layer(), self.runtime()
         assert layer is not None and runtime is not None  # a layer's method is called on a layer, of a model
@@ -88,7 +89,10 @@ class _LayerMethod:
         if check and not merged.isfinite().all():
             raise ValueError(f"the merged weights are not finite; adapter {adapter!r} is probably damaged")
         order = base.packed.order
-        base.weight.data.copy_(runtime.backend.pack(merged if order is None else order.stored(merged), base.format))
+        tiles = runtime.backend.pack(merged if order is None else order.stored(merged), base.format)
+        if check and (problem := overflow_of(merged, tiles, base.format)) is not None:
+            raise ValueError(f"the merged matrix {problem}")
+        base.weight.data.copy_(tiles)
         runtime.rebind()
         if base.format not in _EXACT:
             runtime.warn_once(

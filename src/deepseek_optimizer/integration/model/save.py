@@ -15,6 +15,7 @@ from ...checkpoint.atomic import merged_directory
 from ...checkpoint.manifest import KEY, Manifest
 from ...checkpoint.packed import write_safetensors
 from ...checkpoint.shards import is_weights
+from ..bind.dtypes import model_dtype
 from ..bind.instance_method import InstanceMethod
 from ..bind.swap import stored_tensors
 
@@ -40,7 +41,7 @@ class PackedSave(InstanceMethod):
         model = self.runtime.model
         tensors = stored_tensors(model)
         manifest = Manifest.of(tensors, self.runtime.manifest.curve, self.runtime.manifest.rounding)
-        save_configs(model, model.dtype, folder, manifest)
+        save_configs(model, model_dtype(model), folder, manifest)
         with self._intact():
             write_safetensors(folder / "model.safetensors", tensors)
 
@@ -61,7 +62,7 @@ def save_configs(model: Any, dtype: torch.dtype, folder: Path, manifest: Manifes
 
     Args:
         model: the model.
-        dtype: dtype of plain tensors.
+        dtype: that it was loaded in.
         folder: the directory to write to.
         manifest: the manifest of the saved tensors.
     """

@@ -74,7 +74,8 @@ class PictureEncoder:
     Args:
         model: an optimized multimodal model.
         processor: its processor (`AutoProcessor.from_pretrained`).
-        kept_bytes: how much memory the embeddings of pictures may take that are kept for later prompts.
+        kept_bytes: how much memory the embeddings of pictures may take that are kept for later prompts; the last one is
+            always kept, unless this is 0.
 
     Attributes:
         placeholder: the token that stands for a picture in a rendered chat.
@@ -98,12 +99,13 @@ class PictureEncoder:
         self._text = processor.boi_token if of_gemma3 else processor.image_token
         self.placeholder: int = processor.tokenizer.convert_tokens_to_ids(self._text)
 
-    def prompt(self, ids: Sequence[int], images: Sequence[Any]) -> tuple[list[int], PictureRows | None]:
+    def prompt(self, ids: Sequence[int], images: Sequence[Any], salt: str = "") -> tuple[list[int], PictureRows | None]:
         """A prompt with the tokens of its pictures in place of the placeholders, and its rows of pictures.
 
         Args:
             ids: the prompt's token ids, with a placeholder for each picture.
             images: PIL images in RGB, in order.
+            salt: only prompts with the same salt share pictures that are kept.
 
         Raises:
             RequestError: there is another number of placeholders, or a picture that the model cannot use.
@@ -114,7 +116,7 @@ class PictureEncoder:
         if not images:
             return list(ids), None
         with self._lock:
-            pictures = [self._encoded(image) for image in images]
+            pictures = [self._encoded(image, salt) for image in images]
         rest = iter(pictures)
         whole = [t for token in ids for t in (next(rest).ids if token == self.placeholder else (token,))]
         return whole, self._rows(whole, pictures)
@@ -147,8 +149,9 @@ class PictureEncoder:
             None if of_layers is None else int(of_layers[0, places[0]]),
         )
 
-    def _encoded(self, image: Any) -> _Picture:
-        key = hashlib.blake2b(repr((image.mode, image.size)).encode() + image.tobytes(), digest_size=16).digest()
+    def _encoded(self, image: Any, salt: str) -> _Picture:
+        head = repr((salt, image.mode, image.size)).encode()
+        key = hashlib.blake2b(head + image.tobytes(), digest_size=16).digest()
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
@@ -171,7 +174,8 @@ class PictureEncoder:
             if name in self._forward_arguments and name not in (*_TYPES, *_OF_TEXT) and "pixel" not in name
         }
         self._kept[key] = picture = _Picture(inputs["input_ids"][0].tolist(), others, types, features)
-        while len(self._kept) > 1 and sum(_bytes_of(kept.features) for kept in self._kept.values()) > self.kept_bytes:
+        always = 1 if self.kept_bytes else 0
+        while len(self._kept) > always and sum(_bytes_of(kept.features) for kept in self._kept.values()) > self.kept_bytes:
             self._kept.popitem(last=False)
         return picture
 

@@ -52,12 +52,3 @@ def is_expert_parallel(module: nn.Module) -> bool:
 def is_tied(model: Any, name: str) -> bool:
     """Whether a parameter is tied to another one and therefore not stored in checkpoints."""
     return name in (getattr(model, "_tied_weights_keys", None) or ())
-
-
-def names_kept_in_fp32(model: nn.Module) -> list[str]:
-    """Parts of the names of parameters that stay fp32 when Transformers loads a model in bf16. `_keep_in_fp32_modules` without
-    `_strict` is for fp16 only."""
-    names: set[str] = set()
-    for module in model.modules():
-        names |= set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
-    return sorted(names)

@@ -39,6 +39,7 @@ class ChatSpec:
         skip_special: omit special tokens from the text.
         add_generation_prompt: append the start of an answer to the prompt.
         continue_final: the last message, by the assistant, is the start of the answer; overrides the above.
+        cache_salt: only chats with the same salt, and the same API key, share cached pictures.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -52,6 +53,7 @@ class ChatSpec:
     skip_special: bool = True
     add_generation_prompt: bool = True
     continue_final: bool = False
+    cache_salt: str | None = None
 
     @property
     def callable_tools(self) -> list[Tool]:

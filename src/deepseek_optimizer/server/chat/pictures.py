@@ -9,6 +9,7 @@ from typing import Any
 from ...engine.pictures import PictureRows
 from ..http.caller import Caller
 from ..http.problems import ApiError
+from ..protocol.sampling import whole_salt
 from ..state import ServerState
 from .chat_setup import ChatSpec
 from .prepared import PreparedChat, prepare_chat
@@ -34,8 +35,14 @@ class ChatWithPictures(PreparedChat):
         return self._rows
 
 
-async def prepare_chat_with_pictures(state: ServerState, chat: ChatSpec, caller: Caller) -> PreparedChat:
+async def prepare_chat_with_pictures(state: ServerState, chat: ChatSpec, owner: str, caller: Caller) -> PreparedChat:
     """Renders the prompt of a chat with pictures.
+
+    Args:
+        state: the server's.
+        chat: the chat.
+        owner: salt of the request's API key.
+        caller: who sent the request.
 
     Raises:
         ApiError: 400, the model reads text only, or there are too many pictures, or files too.
@@ -54,20 +61,20 @@ async def prepare_chat_with_pictures(state: ServerState, chat: ChatSpec, caller:
     if len(urls) > state.settings.max_pictures:
         raise ApiError(400, f"messages: at most {state.settings.max_pictures} pictures are accepted", param="messages")
     prepared = await prepare_chat(state, replace(chat, messages=messages), caller)
-    ids, rows = await service.prompt(caller, prepared.ids, urls)
+    ids, rows = await service.prompt(caller, prepared.ids, urls, whole_salt(owner, chat.cache_salt))
     assert rows is not None
     return ChatWithPictures(prepared, ids, rows)
 
 
-async def prepare_chat_for_counting(state: ServerState, chat: ChatSpec, caller: Caller) -> PreparedChat:
-    """Renders the prompt of a chat whose tokens are counted.
+async def prepare_chat_for_counting(state: ServerState, chat: ChatSpec, owner: str, caller: Caller) -> PreparedChat:
+    """Renders the prompt of a chat whose tokens are counted. Arguments as those of `prepare_chat_with_pictures`.
 
     Raises:
         ApiError: 400, the chat has files.
         ApiError, RequestError, WorkerLostError, EngineBusyError: see `prepare_chat` and `prepare_chat_with_pictures`.
     """
     if chat.has_pictures:
-        return await prepare_chat_with_pictures(state, chat, caller)
+        return await prepare_chat_with_pictures(state, chat, owner, caller)
     if chat.has_files:
         raise ApiError(400, "messages: tokens of chats with files cannot be counted; leave the files out", param="messages")
     return await prepare_chat(state, chat, caller)

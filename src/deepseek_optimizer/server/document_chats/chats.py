@@ -83,7 +83,7 @@ async def prepare_any_chat(
             `prepare_chat_with_pictures` and `prepare_chat_with_files`.
     """
     if chat.has_pictures:
-        return await prepare_chat_with_pictures(state, chat, caller)
+        return await prepare_chat_with_pictures(state, chat, owner, caller)
     if chat.has_files:
         return await prepare_chat_with_files(state, chat, max_tokens, owner, places, caller)
     return await prepare_chat(state, chat, caller)

@@ -11,7 +11,7 @@ from .base import Body, ResponseModel
 
 
 class Reports(Body):
-    """vLLM's fields for evaluation, and the salt of the prefix cache."""
+    """vLLM's fields for evaluation, and the salt of the caches."""
 
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(
         None, description="Number of most likely tokens to report for each prompt token. Not available with stream."
@@ -19,7 +19,7 @@ class Reports(Body):
     return_token_ids: bool | None = Field(None, description="Return the token ids of prompt and answer.")
     return_tokens_as_token_ids: bool | None = Field(None, description="In log probabilities, write tokens as token_id:ID.")
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
-        None, description="Only requests with the same salt, and the same API key, share cached prefixes."
+        None, description="Only requests with the same salt, and the same API key, share cached prefixes and pictures."
     )
 
 

@@ -157,6 +157,16 @@ def seeded(params: SamplingParams, index: int) -> SamplingParams:
     return replace(params, seed=(params.seed + index) & _MAX_SEED)
 
 
+def whole_salt(key_salt: str, cache_salt: str | None) -> str:
+    """The salt of the caches for a request.
+
+    Args:
+        key_salt: of the API key.
+        cache_salt: of the request; None: it has none.
+    """
+    return key_salt if cache_salt is None else f"{key_salt}\n{cache_salt}"  # the key's has no line break
+
+
 def requests_for(
     prompts: list[list[int]],
     params: SamplingParams,
@@ -190,7 +200,7 @@ def requests_for(
         cache_salt: of the request, in addition to the key's.
         prompt_logprobs, progress, pictures: see `Request`.
     """
-    salt = salt if cache_salt is None else f"{salt}\n{cache_salt}"  # the key's has no line break
+    salt = whole_salt(salt, cache_salt)
     return [
         Request(
             prompt,

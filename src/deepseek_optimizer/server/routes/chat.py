@@ -188,6 +188,7 @@ def chat_spec(body: ChatRequest, prefill: bool = False) -> ChatSpec:
         skip_special=body.skip_special_tokens is not False,
         add_generation_prompt=body.add_generation_prompt is not False,
         continue_final=_continues(body, prefill),
+        cache_salt=body.cache_salt,
     )
 
 

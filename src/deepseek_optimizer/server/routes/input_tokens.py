@@ -32,7 +32,9 @@ def add(app: FastAPI, state: ServerState) -> None:
         async with admitted_request(state, request, ChatRequest, one=True) as (body, _, caller):
             chat.check(body)
             spec = chat.chat_spec(with_tools(body), state.settings.prefill_assistant)
-            return json_response({"object": "chat.completion.input_tokens", "input_tokens": await counted(spec, caller)})
+            return json_response(
+                {"object": "chat.completion.input_tokens", "input_tokens": await counted(spec, request, caller)}
+            )
 
     @app.post(
         "/v1/responses/input_tokens",
@@ -47,7 +49,7 @@ def add(app: FastAPI, state: ServerState) -> None:
             if body.previous_response_id is not None:
                 body, caller = await responses.with_history(state, body, request.state.salt, caller)
             spec = responses.chat_spec(body)
-            return json_response({"object": "response.input_tokens", "input_tokens": await counted(spec, caller)})
+            return json_response({"object": "response.input_tokens", "input_tokens": await counted(spec, request, caller)})
 
-    async def counted(spec: ChatSpec, caller: Caller) -> int:
-        return len((await prepare_chat_for_counting(state, spec, caller)).ids)
+    async def counted(spec: ChatSpec, request: Request, caller: Caller) -> int:
+        return len((await prepare_chat_for_counting(state, spec, request.state.salt, caller)).ids)

@@ -53,7 +53,8 @@ def add(app: FastAPI, state: ServerState) -> None:
     async def count_tokens(request: Request) -> Response:
         """Counts the tokens of a conversation's prompt."""
         async with admitted_request(state, request, CountTokensRequest, one=True) as (body, _, caller):
-            prepared = await prepare_chat_for_counting(state, chat_spec(await convert(body, caller)), caller)
+            spec = chat_spec(await convert(body, caller))
+            prepared = await prepare_chat_for_counting(state, spec, request.state.salt, caller)
             return json_response({"input_tokens": len(prepared.ids)})
 
     async def convert(body: CountTokensRequest, caller: Caller) -> ChatRequest:
