@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,6 +15,23 @@ from ...errors import CheckpointError
 from ...graph.analysis import stack_shapes, weight_shapes
 from ...models import build_mtp_graph, draft_vocab_size, mtp_layers
 from ..bind.graphs import DRAFT_TOKENS, HEAD, SHARED
+
+
+class DecoderLayers(nn.ModuleList):
+    """A model's layers, of which iteration yields those before its MTP layers only: Transformers' forward of DeepSeek-V4 runs
+    all that it gets, while those of other families stop at `num_hidden_layers`.
+
+    Args:
+        modules: the layers.
+        count: number of those before the MTP layers; None: there are no MTP layers.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module] | None = None, count: int | None = None) -> None:
+        super().__init__(modules)
+        self.count = count
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(list(self._modules.values())[: self.count])
 
 
 def stored_mtp_layers(checkpoint: Checkpoint, config: Any) -> list[list[str]]:
@@ -98,7 +116,7 @@ def same_tensor(checkpoint: Checkpoint, one: str, other: str) -> bool:
 
 def add_mtp_layers(model: Any, own: list[frozenset[str]], dtype: torch.dtype | None = None) -> None:
     """Appends empty MTP layers to a model on the meta device, after its decoder layers, with the names used in checkpoints.
-    Transformers' forward runs only the first `num_hidden_layers` layers and ignores them.
+    Transformers' forward does not run them.
 
     Args:
         model: the model, on the meta device.
@@ -116,6 +134,7 @@ def add_mtp_layers(model: Any, own: list[frozenset[str]], dtype: torch.dtype | N
         extended.first_k_dense_replace = 0
     kind_of = {"mlp_layer_types": "sparse", "layer_types": "full_attention"}
     if streams is not None:
+        layers = model.model.layers = DecoderLayers(layers, count)
         kind_of = {"mlp_layer_types": "moe", "layer_types": "sliding_attention"}
     for name, kind in kind_of.items():
         if (kinds := getattr(config, name, None)) is not None:
