@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.core_model_loading import WeightRenaming
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, WeightRenaming
 
 from ...checkpoint import Checkpoint
 from ...errors import CheckpointError
@@ -171,11 +172,23 @@ def renamings(config: Any) -> list[WeightRenaming]:
     if config.model_type != "deepseek_v4":
         return []
     pairs = [
-        (rf"^mtp\.{depth}\.{stored}", f"layers.{config.num_hidden_layers + depth}.{own}")
+        (rf"mtp\.{depth}\.{stored}", f"layers.{config.num_hidden_layers + depth}.{own}")
         for depth in range(mtp_layers(config))
         for stored, own in ((r"kv_norm\.", "shared_head.norm."), ("hc_head_", "hc_head.hc_"), ("", ""))
     ]
     return [WeightRenaming(source_patterns=pattern, target_patterns=target) for pattern, target in pairs]
+
+
+def save_published_names(model: Any) -> None:
+    """Lets `save_pretrained` give the tensors of a model's MTP layers their published names, where those are not the layers'
+    own. Transformers knows these names, and ignores the tensors."""
+    if not (more := renamings(model.config)):
+        return
+    given = getattr(model, "_weight_conversions", None)
+    if given is None:  # not loaded: as in Transformers' `revert_weight_conversion`
+        default = get_model_conversion_mapping(model, add_legacy=False)
+        given = [conversion for conversion in default if not isinstance(conversion, PrefixChange)]
+    model._weight_conversions = [*given, *reversed(more)]  # saving goes through them from the end, and the last matches all
 
 
 def ignored_keys(config: Any) -> set[str]:
