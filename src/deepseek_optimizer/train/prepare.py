@@ -35,12 +35,13 @@ from .modules.mla import TrainedLatentAttention
 from .modules.mlp import TrainedMlp
 from .modules.mtp_loss import MtpObjective
 from .modules.norm import TrainedNorm
+from .modules.streams import TrainedHyperConnection, TrainedHyperHead, TrainedStreamLayer
 from .saved_activations import SavedActivations
 
 # Each has `fits(module)`, which recognizes a module by its attributes; the first that fits is used.
 FORWARDS: Final[tuple[Any, ...]] = (
-    TrainedCausalLM, TrainedLayer, TrainedAttention, TrainedLatentAttention, TrainedExperts, TrainedMlp, TrainedNorm,
-    TrainedEmbedding, TrainedLinear,
+    TrainedCausalLM, TrainedLayer, TrainedStreamLayer, TrainedAttention, TrainedLatentAttention, TrainedExperts, TrainedMlp,
+    TrainedNorm, TrainedHyperConnection, TrainedHyperHead, TrainedEmbedding, TrainedLinear,
 )  # fmt: skip
 _ATTENTIONS: Final = (TrainedAttention, TrainedLatentAttention)
 
