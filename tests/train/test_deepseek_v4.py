@@ -60,6 +60,52 @@ def test_fp32_equals_transformers_trainer(tmp_path):
     torch.testing.assert_close(torch.tensor(losses(ours)), torch.tensor(losses(theirs)), rtol=1e-4, atol=0)
 
 
+FIELDS = {"heads": {"num_attention_heads": 9, "sliding_window": 5}, "two streams": {"hc_mult": 2, "index_topk": 2}}
+
+
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+@pytest.mark.parametrize("name", FIELDS)
+def test_gradients_equal_those_of_transformers(name, side):
+    """For texts with padding too."""
+    model = random_model(deepseek_v4(**FIELDS[name])).train()
+    inputs = {name: torch.stack([Rows(3, 53)[i][name] for i in range(3)]) for name in ("input_ids", "labels")}
+    padding = torch.arange(53) < torch.tensor([[0], [9], [25]])
+    if side != "none":
+        padding = padding.flip(1) if side == "right" else padding
+        inputs |= {"attention_mask": (~padding).long(), "labels": inputs["labels"].masked_fill(padding, -100)}
+
+    def run():
+        model.zero_grad()
+        loss = model(**inputs, use_cache=False).loss
+        loss.backward()
+        return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    expected, theirs = run()
+    prepared = prepare(model)
+    native = ("Attention", "DecoderLayer", "HyperConnection", "HyperHead", "RMSNorm", "Experts", "MLP", "GroupedLinear")
+    assert all(prepared.native[f"DeepseekV4{part}"] for part in native) and not prepared.notes
+    with prepared.saved:
+        loss, ours = run()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        assert (ours[name] - gradient).norm() <= 1e-4 * gradient.norm().clamp(min=1e-3), name
+
+
+def test_caches_and_attention_weights_are_transformers_own():
+    model = fresh().eval()
+    ids = Rows(1, 30)[0]["input_ids"][None]
+    expected = model(ids, output_attentions=True, output_hidden_states=True)
+    made = model.generate(ids, max_new_tokens=5, do_sample=False)
+    prepare(model)
+    outputs = model(ids, output_attentions=True, output_hidden_states=True)
+    for ours, theirs in zip(
+        (*outputs.attentions, *outputs.hidden_states), (*expected.attentions, *expected.hidden_states), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), made)
+
+
 @pytest.mark.parametrize("memory", ["full", "selective", "recompute"])
 def test_gradients_in_bf16_are_as_exact_as_transformers(tmp_path, memory):
     """Those of fp32 equal Transformers' (above); in bf16, each rounds in another order."""

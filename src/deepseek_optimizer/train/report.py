@@ -11,6 +11,7 @@ import torch
 from ..errors import NotEnoughMemoryError
 from ..system.memory import free_memory
 from .modules.attention import TrainedAttention
+from .modules.compressed_attention import TrainedCompressedAttention
 from .modules.head import TrainedCausalLM
 from .modules.mlp import TrainedMlp
 from .modules.norm import TrainedNorm
@@ -165,6 +166,8 @@ def _width(module: Any, memory: str) -> int:
         return _columns(module.gate_proj) * (3 if more else 2)
     if isinstance(module, TrainedAttention):
         return 2 * _columns(module.q_proj) + _columns(module.k_proj) + _columns(module.v_proj)  # the output is as wide as q
+    if isinstance(module, TrainedCompressedAttention):
+        return 3 * _columns(module.q_b_proj) + 2 * module.head_dim  # queries, and outputs before and after they are turned back
     if isinstance(module, TrainedHyperConnection):
         return module.fn.shape[1]
     if isinstance(module, TrainedCausalLM):
