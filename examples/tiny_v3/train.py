@@ -38,14 +38,12 @@ class Kind:
 
     Attributes:
         name: of the folder that it goes to, unless another is given.
-        make_model: (size, tokenizer) -> a random model.
-        drafts: the model has a layer for multi-token prediction, which is trained too, and drafts.
+        make_model: (size, tokenizer) -> a random model with a layer for multi-token prediction, which drafts.
         separates: documents of a row do not attend to each other; otherwise each row is one text.
     """
 
     name: str
     make_model: Callable[[Size, Any], Any]
-    drafts: bool = True
     separates: bool = True
 
 
@@ -77,9 +75,8 @@ def main(arguments: list[str] | None = None, kind: Kind = V3) -> dict[str, Any]:
     tokenizer.save_pretrained(output / "model")
 
     fast = pack(output, tokenizer)
-    if kind.drafts:
-        results["mtp_acceptance"] = measure_drafts(fast, held_out)
-        say(f"drafts of the packed model hold at {results['mtp_acceptance']:.0%} of places")
+    results["mtp_acceptance"] = measure_drafts(fast, held_out)
+    say(f"drafts of the packed model hold at {results['mtp_acceptance']:.0%} of places")
     results["minutes"] = round((time.monotonic() - started) / 60, 2)
     (output / "results.json").write_text(json.dumps(results, indent=1))
     say(f"done: dso chat {output / 'int4'}")
@@ -155,17 +152,16 @@ def make_trainer(
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if logs and "loss" in logs:
-                named = {"loss": logs["loss"] - (trainer.mtp.weight * logs["mtp_loss"] if kind.drafts else 0.0)}
+                named = {"loss": logs["loss"] - trainer.mtp.weight * logs["mtp_loss"]}
                 named |= {name: logs[name] for name in ("mtp_loss", "expert_load", "learning_rate") if name in logs}
                 say(f"step {state.global_step}: " + ", ".join(f"{name} {value:.4g}" for name, value in named.items()))
-                if kind.drafts:
-                    trainer.mtp.weight = _MTP_WEIGHT if progress() < _LATE else _LATE_MTP_WEIGHT
+                trainer.mtp.weight = _MTP_WEIGHT if progress() < _LATE else _LATE_MTP_WEIGHT
 
     set_seed(0)
     arguments = DeepSeekTrainingArguments(
         output_dir=str(output), max_steps=1_000_000, per_device_train_batch_size=size.batch, per_device_eval_batch_size=8,
         learning_rate=size.rate, weight_decay=0.1, adam_beta2=0.95, moe_balance_rate=_BALANCE_RATE,
-        mtp_loss_weight=_MTP_WEIGHT if kind.drafts else None, logging_steps=25, save_strategy="no", report_to="none",
+        mtp_loss_weight=_MTP_WEIGHT, logging_steps=25, save_strategy="no", report_to="none",
         disable_tqdm=True, seed=0, use_cpu=True, dataloader_drop_last=True, prediction_loss_only=True,
     )  # fmt: skip
     trainer = Timed(kind.make_model(size, tokenizer), arguments, train_dataset=train, eval_dataset=held_out)

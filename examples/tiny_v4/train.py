@@ -32,7 +32,7 @@ def make_model(size: Any, tokenizer: Any) -> Any:
         num_attention_heads=size.heads, head_dim=48, qk_rope_head_dim=16, q_lora_rank=size.hidden // 2, o_groups=2,
         o_lora_rank=size.hidden // 2, n_routed_experts=size.experts, num_experts_per_tok=2, n_shared_experts=1,
         routed_scaling_factor=1.0, hc_mult=2, hc_sinkhorn_iters=5, sliding_window=size.length // 4, index_n_heads=4,
-        index_head_dim=32, index_topk=size.length // 8, num_nextn_predict_layers=0,
+        index_head_dim=32, index_topk=size.length // 8, num_nextn_predict_layers=1,
         layer_types=[f"{kinds[layer % 4]}_attention" for layer in range(size.layers)],
         mlp_layer_types=["hash_moe", *["moe"] * (size.layers - 1)],
         compress_rates={"compressed_sparse_attention": 4, "heavily_compressed_attention": 16},
@@ -47,4 +47,4 @@ def make_model(size: Any, tokenizer: Any) -> Any:
 
 
 if __name__ == "__main__":
-    tiny_v3.main(kind=tiny_v3.Kind("tiny-v4", make_model, drafts=False, separates=False))
+    tiny_v3.main(kind=tiny_v3.Kind("tiny-v4", make_model, separates=False))

@@ -60,10 +60,13 @@ def test_layers_are_loaded_under_their_published_names(folder, load):
 
 
 def test_the_models_own_logits_do_not_change(folder, model):
+    """Nor do hidden states that Transformers' forward computes, as in the training of an adapter."""
     plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", experts_implementation="eager")
     ids = torch.tensor([random_ids(plain.config, 40)])
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, plain(ids, use_cache=False).logits, atol=1e-3, rtol=1e-3)
+        hidden, expected = (of.model(ids, use_cache=False).last_hidden_state for of in (model, plain))
+        torch.testing.assert_close(hidden, expected, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("precision", ["auto", "int4"])

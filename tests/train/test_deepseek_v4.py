@@ -17,8 +17,10 @@ from support.training import Rows, arguments, losses, make_trainer
 EXACT = ("attn_hc", "ffn_hc", "hc_head", "sinks", "position_bias", "norm")  # parameters that Transformers keeps in fp32
 
 
-def fresh(seed: int = 0):
-    return random_model(deepseek_v4(moe_intermediate_size=48), seed=seed)  # Transformers' grouped products need multiples of 8
+def fresh(seed: int = 0, mtp_layers: int = 0):
+    config = deepseek_v4(moe_intermediate_size=48, num_nextn_predict_layers=mtp_layers)
+    torch.manual_seed(seed)  # MTP layers are initialized at random
+    return random_model(config, seed=seed)  # Transformers' grouped products need multiples of 8
 
 
 def loaded_in_bf16(folder):
@@ -56,6 +58,52 @@ def test_fp32_equals_transformers_trainer(tmp_path):
     )
     ours.train()
     torch.testing.assert_close(torch.tensor(losses(ours)), torch.tensor(losses(theirs)), rtol=1e-4, atol=0)
+
+
+FIELDS = {"heads": {"num_attention_heads": 9, "sliding_window": 5}, "two streams": {"hc_mult": 2, "index_topk": 2}}
+
+
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+@pytest.mark.parametrize("name", FIELDS)
+def test_gradients_equal_those_of_transformers(name, side):
+    """For texts with padding too."""
+    model = random_model(deepseek_v4(**FIELDS[name])).train()
+    inputs = {name: torch.stack([Rows(3, 53)[i][name] for i in range(3)]) for name in ("input_ids", "labels")}
+    padding = torch.arange(53) < torch.tensor([[0], [9], [25]])
+    if side != "none":
+        padding = padding.flip(1) if side == "right" else padding
+        inputs |= {"attention_mask": (~padding).long(), "labels": inputs["labels"].masked_fill(padding, -100)}
+
+    def run():
+        model.zero_grad()
+        loss = model(**inputs, use_cache=False).loss
+        loss.backward()
+        return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    expected, theirs = run()
+    prepared = prepare(model)
+    native = ("Attention", "DecoderLayer", "HyperConnection", "HyperHead", "RMSNorm", "Experts", "MLP", "GroupedLinear")
+    assert all(prepared.native[f"DeepseekV4{part}"] for part in native) and not prepared.notes
+    with prepared.saved:
+        loss, ours = run()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        assert (ours[name] - gradient).norm() <= 1e-4 * gradient.norm().clamp(min=1e-3), name
+
+
+def test_caches_and_attention_weights_are_transformers_own():
+    model = fresh().eval()
+    ids = Rows(1, 30)[0]["input_ids"][None]
+    expected = model(ids, output_attentions=True, output_hidden_states=True)
+    made = model.generate(ids, max_new_tokens=5, do_sample=False)
+    prepare(model)
+    outputs = model(ids, output_attentions=True, output_hidden_states=True)
+    for ours, theirs in zip(
+        (*outputs.attentions, *outputs.hidden_states), (*expected.attentions, *expected.hidden_states), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), made)
 
 
 @pytest.mark.parametrize("memory", ["full", "selective", "recompute"])
@@ -101,19 +149,53 @@ def test_training_to_a_packed_model(tmp_path):
     assert right > 0.5  # it has learned the two rows by heart
 
 
-def test_resumed_equals_uninterrupted(tmp_path):
-    fields = {"moe_balance_rate": 0.05, "learning_rate": 1e-3, "max_steps": 4}
+def test_mtp_layers_are_trained_and_draft(tmp_path):
+    model = fresh(mtp_layers=1)
+    trainer = make_trainer(
+        model, tmp_path / "run", max_steps=40, learning_rate=1e-2, mtp_loss_weight=0.5, train_dataset=Rows(2)
+    )
+    report = trainer.report()
+    assert [note for note in report.notes if "MTP layer 0: initialized at random" in note]
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "mtp_loss" in entry]
+    assert logs[-1]["mtp_loss"] < 0.2 * logs[0]["mtp_loss"]
+    trainer.save_model(str(tmp_path / "model"))
+    fast = load_model(tmp_path / "model", precision="fp32")
+    ids = Rows(2)[0]["input_ids"][None, :8]
+    options = {"max_new_tokens": 16, "do_sample": False}
+    made = fast.generate(ids, **options)
+    always = {"use_mtp": True, "num_assistant_tokens": 1, "num_assistant_tokens_schedule": "constant"}
+    assert torch.equal(made, fast.generate(ids, **options, **always))
+    assert fast.dso.speculation.acceptance[0] > 0.5
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    assert len(plain.model.layers) == 4
+
+
+def test_the_mtp_loss_is_added_with_its_weight(tmp_path):
+    logged = {}
+    for weight in (None, 0.5):
+        trainer = make_trainer(fresh(mtp_layers=1), tmp_path, bf16=False, mtp_loss_weight=weight, max_steps=1)
+        trainer.train()
+        logged[weight] = trainer.state.log_history[0]
+    assert logged[0.5]["loss"] == pytest.approx(logged[None]["loss"] + 0.5 * logged[0.5]["mtp_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("mtp", [{}, {"mtp_loss_weight": 0.3, "activation_memory": "recompute"}], ids=["plain", "mtp"])
+def test_resumed_equals_uninterrupted(tmp_path, mtp, caplog):
+    fields = {"moe_balance_rate": 0.05, "learning_rate": 1e-3, "max_steps": 4, **mtp}
+    layers = 1 if mtp else 0
 
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             control.should_training_stop = state.global_step == 2
 
-    whole = make_trainer(fresh(), tmp_path / "a", **fields)
+    whole = make_trainer(fresh(mtp_layers=layers), tmp_path / "a", **fields)
     whole.train()
     saving = {"save_strategy": "steps", "save_steps": 2}
-    make_trainer(fresh(), tmp_path / "b", callbacks=[Stop()], **saving, **fields).train()
-    rest = make_trainer(fresh(1), tmp_path / "b", **saving, **fields)
+    make_trainer(fresh(mtp_layers=layers), tmp_path / "b", callbacks=[Stop()], **saving, **fields).train()
+    rest = make_trainer(fresh(1, layers), tmp_path / "b", **saving, **fields)
     rest.train(resume_from_checkpoint=True)
+    assert "keys" not in caplog.text  # missing or unexpected ones
     a, b = whole.model.state_dict(), rest.model.state_dict()
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 

@@ -73,10 +73,14 @@ def test_the_script_runs_end_to_end(tmp_path):
 def test_the_script_trains_a_deepseek_v4(tmp_path):
     options = ("--size", "smallest", "--steps", "60", "--characters", "150000")
     figures = run(tmp_path, *options, example="tiny_v4")
-    assert figures["eval_loss"] < 5.8 and figures["expert_load"] >= 1.0 and "mtp_acceptance" not in figures
+    assert figures["eval_loss"] < 5.8 and figures["expert_load"] >= 1.0 and 0.0 < figures["mtp_acceptance"] <= 1.0
     talk(tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "tiny" / "model", dtype=torch.float32)
-    assert type(plain).__name__ == "DeepseekV4ForCausalLM" and plain(torch.arange(40)[None]).logits.isfinite().all()
+    assert (
+        type(plain).__name__ == "DeepseekV4ForCausalLM"
+        and len(plain.model.layers) == 2
+        and plain(torch.arange(40)[None]).logits.isfinite().all()
+    )
 
 
 def test_the_script_trains_an_ocr_model(tmp_path):

@@ -26,7 +26,8 @@ class Family:
             does; other families with latent attention move the pairs into halves first.
         alone: Transformers has a causal language model of this family; otherwise it occurs only within multimodal models.
         separates_documents: without a mask and a cache, tokens do not attend across a place where `position_ids` start again.
-        trains_mtp: MTP layers can be trained: they take one hidden state per token (`train.modules.mtp`).
+        trains_drafts: a layer that drafts can be trained for a frozen model (`dso draft`): MTP layers take one hidden state per
+            token.
         packs: documents can be trained in one row without an effect on each other. Not so where Transformers does not separate
             them, passes recurrent states from one to the next, or counts positions from the start of the row.
     """
@@ -39,7 +40,7 @@ class Family:
     window_from_config: bool = False
     interleaved_latents: bool = False
     separates_documents: bool = True
-    trains_mtp: bool = True
+    trains_drafts: bool = True
     packs: bool = True
 
 
@@ -55,7 +56,7 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType({
     "deepseek_v2": Family(rotates_halves=False, interleaved_latents=True),
     "deepseek_v3": Family(rotates_halves=False),
     "deepseek_v32": Family(rotates_halves=False, plain_residuals=False),
-    "deepseek_v4": replace(_ONE_TEXT, trains_mtp=False),
+    "deepseek_v4": replace(_ONE_TEXT, trains_drafts=False),
     "youtu": Family(rotates_halves=False, plain_residuals=False),
     "mistral": Family(window_from_config=True),
     "ministral": _PLAN_ONLY,

@@ -30,7 +30,7 @@ from ..integration.configs import check_config
 from ..integration.load.loader import sketch
 from ..integration.load.mtp_layers import stored_mtp_layers
 from ..integration.load.resolve import resolve
-from ..models.families import FAMILIES, traits
+from ..models.families import FAMILIES
 from ..quant import WEIGHED
 from ..system.memory import free_memory
 from . import lora
@@ -239,10 +239,9 @@ class TrainingJob:
         trained = self.args.mtp_loss_weight is not None or self.args.draft_steps
         if not whole or trained or not stored_mtp_layers(checkpoint, model.config):
             return []
-        able = not self.config.lora and traits(model.config).trains_mtp
         return [
             "the result has no MTP layers, since they are not trained"
-            + ("; the argument mtp_loss_weight=0.3 trains and saves them" if able else "")
+            + ("" if self.config.lora else "; the argument mtp_loss_weight=0.3 trains and saves them")
         ]
 
     def _sketch(self, checkpoint: Checkpoint) -> Any:

@@ -22,6 +22,7 @@ from ..integration.training.modules import attention_name, set_attention_name
 from .attention_function import DSO_TRAIN, register_train_attention
 from .fp8.backend import Fp8Products
 from .modules.attention import TrainedAttention
+from .modules.compressed_attention import TrainedCompressedAttention, TrainedGroupedLinear
 from .modules.distillation import Distillation
 from .modules.draft_loss import DraftObjective
 from .modules.embedding import TrainedEmbedding
@@ -35,12 +36,14 @@ from .modules.mla import TrainedLatentAttention
 from .modules.mlp import TrainedMlp
 from .modules.mtp_loss import MtpObjective
 from .modules.norm import TrainedNorm
+from .modules.streams import TrainedHyperConnection, TrainedHyperHead, TrainedStreamLayer
 from .saved_activations import SavedActivations
 
 # Each has `fits(module)`, which recognizes a module by its attributes; the first that fits is used.
 FORWARDS: Final[tuple[Any, ...]] = (
-    TrainedCausalLM, TrainedLayer, TrainedAttention, TrainedLatentAttention, TrainedExperts, TrainedMlp, TrainedNorm,
-    TrainedEmbedding, TrainedLinear,
+    TrainedCausalLM, TrainedLayer, TrainedStreamLayer, TrainedAttention, TrainedLatentAttention, TrainedCompressedAttention,
+    TrainedExperts, TrainedMlp, TrainedNorm, TrainedHyperConnection, TrainedHyperHead, TrainedEmbedding, TrainedGroupedLinear,
+    TrainedLinear,
 )  # fmt: skip
 _ATTENTIONS: Final = (TrainedAttention, TrainedLatentAttention)
 
@@ -178,12 +181,15 @@ def _check_head(model: nn.Module, prepared: Prepared) -> None:
 def _set_attention(model: nn.Module, prepared: Prepared) -> None:
     """Selects the native attention in the config of every attention module, unless the model needs an unsupported feature."""
     attentions = [m for m in model.modules() if isinstance(m, _ATTENTIONS)]
-    configs: list[Any] = list({id(m.config): m.config for m in attentions}.values())
-    reason = _why_not_native(attentions)
+    compressed = [m for m in model.modules() if isinstance(m, TrainedCompressedAttention)]
+    configs: list[Any] = list({id(m.config): m.config for m in (*attentions, *compressed)}.values())
+    reason = _why_not_native([*attentions, *compressed])
     prepared.attention = ", ".join(sorted({attention_name(c) or "eager" for c in configs})) or "unchanged"
     if reason is not None:
         prepared.notes.append(f"attention is {prepared.attention}: {reason}")
         return
+    if compressed:
+        return  # it takes Transformers' masks, so the name stays
     for config in configs:
         prepared._attentions.append((config, attention_name(config)))
         set_attention_name(config, DSO_TRAIN)

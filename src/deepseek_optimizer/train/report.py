@@ -11,9 +11,11 @@ import torch
 from ..errors import NotEnoughMemoryError
 from ..system.memory import free_memory
 from .modules.attention import TrainedAttention
+from .modules.compressed_attention import TrainedCompressedAttention
 from .modules.head import TrainedCausalLM
 from .modules.mlp import TrainedMlp
 from .modules.norm import TrainedNorm
+from .modules.streams import TrainedHyperConnection
 from .prepare import Prepared, trainable
 
 _MOMENTS: Final = {"bf16": 4.0, "int8": 2.0 + 8 / 256, "fp32": 8.0}  # bytes per weight, both moments; int8: a scale per block
@@ -164,6 +166,10 @@ def _width(module: Any, memory: str) -> int:
         return _columns(module.gate_proj) * (3 if more else 2)
     if isinstance(module, TrainedAttention):
         return 2 * _columns(module.q_proj) + _columns(module.k_proj) + _columns(module.v_proj)  # the output is as wide as q
+    if isinstance(module, TrainedCompressedAttention):
+        return 3 * _columns(module.q_b_proj) + 2 * module.head_dim  # queries, and outputs before and after they are turned back
+    if isinstance(module, TrainedHyperConnection):
+        return module.fn.shape[1]
     if isinstance(module, TrainedCausalLM):
         return 2 * getattr(module.config, "hidden_size", 0)  # the last hidden states and their gradient
     return 0

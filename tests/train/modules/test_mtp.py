@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from deepseek_optimizer import ConfigError, load_model
 from deepseek_optimizer.backends.reference import ReferenceBackend
-from deepseek_optimizer.integration.load.mtp_layers import add_mtp_layers
 from deepseek_optimizer.models import build_graph, build_mtp_graph
 from deepseek_optimizer.train.modules.draft_layer import add_draft_layer
 from deepseek_optimizer.train.modules.mtp import add_trained_layers, head_of, mtp_states
+from deepseek_optimizer.train.modules.mtp_streams import DraftStates
 from support.family_configs import deepseek_v3, deepseek_v4, deepseek_v32, gemma2, llama, qwen2, qwen3
 from support.models import assert_close_rows, random_ids, random_model, randomize, weights_of
 from support.mtp_files import save_with_mtp
@@ -27,6 +27,7 @@ CONFIGS = {
     "two": lambda: deepseek_v3(num_nextn_predict_layers=2),
     "dense main": lambda: deepseek_v3(first_k_dense_replace=3, num_nextn_predict_layers=1),
     "v32": lambda: deepseek_v32(num_nextn_predict_layers=1),
+    "v4": lambda: deepseek_v4(num_nextn_predict_layers=2),
     "llama": lambda: llama(num_nextn_predict_layers=2),
     "qwen2": lambda: qwen2(num_nextn_predict_layers=1),
     "qwen3": lambda: qwen3(num_nextn_predict_layers=1),
@@ -46,13 +47,15 @@ def test_states_equal_the_graphs(name):
     model = with_layers(CONFIGS[name]())
     randomize(model.model.layers[model.config.num_hidden_layers :], seed=5)
     config, count, ids = model.config, model.config.num_nextn_predict_layers, random_ids(model.config, 40)
-    with torch.no_grad():
-        hidden = model.model(torch.tensor([ids]), use_cache=False).last_hidden_state
-        made = [state[0] for _, _, state in mtp_states(model, hidden, torch.tensor([ids]))]
+    plain = random_model(config)
+    assert torch.equal(model(torch.tensor([ids])).logits, plain(torch.tensor([ids])).logits)  # Transformers ignores them
+    with torch.no_grad(), DraftStates(model.model) as recorded:
+        taken = recorded.of(model.model(torch.tensor([ids]), use_cache=False).last_hidden_state)
+        made = [state[0] for _, _, state in mtp_states(model, taken, torch.tensor([ids]))]
     assert len(made) == count
     weights = weights_of(model)
     main = runner(ReferenceBackend(), build_graph(config, mtp_layers=count), weights)
-    blocks, states = main.sequence(), hidden[0]
+    blocks, states = main.sequence(), taken[0].flatten(1)
     for depth in range(count):
         prefix = f"model.layers.{config.num_hidden_layers + depth}"
         own = weights | {
@@ -62,9 +65,10 @@ def test_states_equal_the_graphs(name):
         plan = ReferenceBackend().compile(build_mtp_graph(config, depth, count), own)
         blocks.crop(0)
         rows = len(ids) - 1 - depth
-        step = run_step(plan, main.store, [Part(blocks, ids[depth + 1 :])], states=states[:rows], last_hidden=True)
+        wanted = {"last_hidden": True, "draft_states": True}
+        step = run_step(plan, main.store, [Part(blocks, ids[depth + 1 :])], states=states[:rows], **wanted)
         assert_close_rows(made[depth][:rows], step.last_hidden)
-        states = step.last_hidden
+        states = step.draft_states
 
 
 def test_a_trained_checkpoint_is_loaded():
@@ -104,8 +108,8 @@ def test_saved_layers_load_as_drafts_and_plain_transformers_loads_the_model(name
     model.save_pretrained(tmp_path / "m")
     fast = load_model(tmp_path / "m", precision="fp32", backend="reference")
     assert len(fast.dso.mtp_plans) == model.config.num_nextn_predict_layers
-    prefix = f"model.layers.{model.config.num_hidden_layers}"
-    assert torch.equal(model.get_parameter(f"{prefix}.eh_proj.weight"), fast.get_submodule(f"{prefix}.eh_proj").dequantized())
+    path = f"model.layers.{model.config.num_hidden_layers}.{'e_proj' if name == 'v4' else 'eh_proj'}"
+    assert torch.equal(model.get_parameter(f"{path}.weight"), fast.get_submodule(path).dequantized())
     with caplog.at_level(logging.ERROR):
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
     assert not caplog.records
@@ -123,13 +127,8 @@ def test_layers_have_the_models_dtype_except_routers():
     assert 0.01 < layer.eh_proj.weight.float().std() < 0.03
 
 
-@pytest.mark.parametrize("loaded", [False, True], ids=["not loaded", "loaded"])
-def test_layers_of_several_streams_are_refused(loaded):
+def test_a_layer_of_several_streams_cannot_be_trained_alone():
     model = random_model(deepseek_v4(num_nextn_predict_layers=1))
-    if loaded:
-        add_mtp_layers(model, [frozenset()])
-    with pytest.raises(ConfigError, match="MTP layers of deepseek_v4 models, which take several residual streams"):
-        add_trained_layers(model)
     with pytest.raises(ConfigError, match="a deepseek_v4 model can have no layer that drafts"):
         add_draft_layer(model)
 

@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from deepseek_optimizer.train.ops import native
-from deepseek_optimizer.train.ops.rms_norm import rms_norm, rms_norm_reference, rms_norm_with_residual
+from deepseek_optimizer.train.ops.rms_norm import (
+    rms_norm,
+    rms_norm_of_dtype,
+    rms_norm_reference,
+    rms_norm_with_residual,
+)
 from support.op_checks import against_fp64, contiguous_and_not
 
 needs_native = pytest.mark.skipif(not native.built(), reason="no native library on this machine")
@@ -49,6 +54,24 @@ def test_non_finite_values_stay_in_their_row():
 
 def test_a_weight_of_another_dtype_uses_the_reference():
     assert rms_norm(torch.randn(3, 8).bfloat16(), torch.ones(8), EPS).dtype == torch.float32
+
+
+@pytest.mark.parametrize("native_form", [pytest.param(True, marks=needs_native), False])
+def test_a_result_of_the_dtype_of_x(native_form, monkeypatch):
+    """The weight and its gradient are fp32."""
+    monkeypatch.setattr(native, "usable", native.usable if native_form else lambda *_: False)
+    torch.manual_seed(2)
+    for rows, n in ((1, 2), (33, 40), (19, 577)):
+        x, weight = torch.randn(rows, n).bfloat16().requires_grad_(), torch.randn(n).requires_grad_()
+        upstream = torch.randn(rows, n).bfloat16()
+        y = rms_norm_of_dtype(x, weight, EPS)
+        made = (y, *torch.autograd.grad(y, (x, weight), upstream))
+        leaves = [t.detach().double().requires_grad_() for t in (x, weight)]
+        y = rms_norm_reference(*leaves, EPS)
+        for actual, expected in zip(made, (y, *torch.autograd.grad(y, leaves, upstream.double())), strict=True):
+            bound = 1e-5 if actual.dtype == torch.float32 else 5e-3
+            assert (actual.double() - expected).norm() <= bound * expected.norm()
+        assert made[0].dtype == torch.bfloat16 and made[2].dtype == torch.float32
 
 
 def test_mismatched_shapes_are_named():

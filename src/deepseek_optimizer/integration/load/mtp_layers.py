@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.core_model_loading import WeightRenaming
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, WeightRenaming
 
 from ...checkpoint import Checkpoint
 from ...errors import CheckpointError
 from ...graph.analysis import stack_shapes, weight_shapes
 from ...models import build_mtp_graph, draft_vocab_size, mtp_layers
 from ..bind.graphs import DRAFT_TOKENS, HEAD, SHARED
+
+
+class DecoderLayers(nn.ModuleList):
+    """A model's layers, of which iteration yields those before its MTP layers only: Transformers' forward of DeepSeek-V4 runs
+    all that it gets, while those of other families stop at `num_hidden_layers`.
+
+    Args:
+        modules: the layers.
+        count: number of those before the MTP layers; None: there are no MTP layers.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module] | None = None, count: int | None = None) -> None:
+        super().__init__(modules)
+        self.count = count
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(list(self._modules.values())[: self.count])
 
 
 def stored_mtp_layers(checkpoint: Checkpoint, config: Any) -> list[list[str]]:
@@ -98,7 +117,7 @@ def same_tensor(checkpoint: Checkpoint, one: str, other: str) -> bool:
 
 def add_mtp_layers(model: Any, own: list[frozenset[str]], dtype: torch.dtype | None = None) -> None:
     """Appends empty MTP layers to a model on the meta device, after its decoder layers, with the names used in checkpoints.
-    Transformers' forward runs only the first `num_hidden_layers` layers and ignores them.
+    Transformers' forward does not run them.
 
     Args:
         model: the model, on the meta device.
@@ -116,6 +135,7 @@ def add_mtp_layers(model: Any, own: list[frozenset[str]], dtype: torch.dtype | N
         extended.first_k_dense_replace = 0
     kind_of = {"mlp_layer_types": "sparse", "layer_types": "full_attention"}
     if streams is not None:
+        layers = model.model.layers = DecoderLayers(layers, count)
         kind_of = {"mlp_layer_types": "moe", "layer_types": "sliding_attention"}
     for name, kind in kind_of.items():
         if (kinds := getattr(config, name, None)) is not None:
@@ -152,11 +172,23 @@ def renamings(config: Any) -> list[WeightRenaming]:
     if config.model_type != "deepseek_v4":
         return []
     pairs = [
-        (rf"^mtp\.{depth}\.{stored}", f"layers.{config.num_hidden_layers + depth}.{own}")
+        (rf"mtp\.{depth}\.{stored}", f"layers.{config.num_hidden_layers + depth}.{own}")
         for depth in range(mtp_layers(config))
         for stored, own in ((r"kv_norm\.", "shared_head.norm."), ("hc_head_", "hc_head.hc_"), ("", ""))
     ]
     return [WeightRenaming(source_patterns=pattern, target_patterns=target) for pattern, target in pairs]
+
+
+def save_published_names(model: Any) -> None:
+    """Lets `save_pretrained` give the tensors of a model's MTP layers their published names, where those are not the layers'
+    own. Transformers knows these names, and ignores the tensors."""
+    if not (more := renamings(model.config)):
+        return
+    given = getattr(model, "_weight_conversions", None)
+    if given is None:  # not loaded: as in Transformers' `revert_weight_conversion`
+        default = get_model_conversion_mapping(model, add_legacy=False)
+        given = [conversion for conversion in default if not isinstance(conversion, PrefixChange)]
+    model._weight_conversions = [*given, *reversed(more)]  # saving goes through them from the end, and the last matches all
 
 
 def ignored_keys(config: Any) -> set[str]:

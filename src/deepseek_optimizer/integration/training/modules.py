@@ -38,10 +38,19 @@ def uses_silu(module: nn.Module) -> bool:
 def silu_limit(module: nn.Module) -> float | None:
     """The limit c in silu(min(gate, c)) * clamp(up, -c, c), as in DeepSeek-V4; None: there is none. Modules of other families
     with a `limit` have other formulas."""
-    if not any(own.__name__.startswith("DeepseekV4") for own in type(module).__mro__):
+    if not _is_v4(module):
         return None
     limit: float | None = getattr(module, "limit", None)
     return limit
+
+
+def norm_keeps_dtype(module: nn.Module) -> bool:
+    """Whether a norm's result has the dtype of its input, whatever its weight's. It is computed in fp32 and rounded once."""
+    return _is_v4(module)
+
+
+def _is_v4(module: nn.Module) -> bool:
+    return any(own.__name__.startswith("DeepseekV4") for own in type(module).__mro__)
 
 
 def is_expert_parallel(module: nn.Module) -> bool:

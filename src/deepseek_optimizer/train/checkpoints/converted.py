@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from ...checkpoint import Checkpoint, open_checkpoint
-from ...checkpoint.published_names import parameter_name
+from ...checkpoint.published_names import mtp_as_layer, parameter_name
 from ...checkpoint.stacks import is_stack, matrices_per_expert
 
 
@@ -77,10 +77,11 @@ class ConvertedWeights:
 
     def warn_of_other_weights(self, load_result: Any) -> None:
         """Like Trainer's, but ignores what `load_converted` loads."""
-        merged, family = merged_experts(self.model), self.model.config.model_type
+        merged, config = merged_experts(self.model), self.model.config.to_dict()
+        family = config.get("model_type")
         stacks = tuple(f"{name.rpartition('.')[0]}." for name in merged)
-        renamed = {name: parameter_name(name, family) for name in load_result.unexpected_keys}
-        found = {name for name in renamed.values() if name in load_result.missing_keys}
+        renamed = {name: parameter_name(mtp_as_layer(name, config), family) for name in load_result.unexpected_keys}
+        found = self.model.state_dict().keys() & renamed.values()
         load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in merged and name not in found]
         load_result.unexpected_keys[:] = [
             name for name, own in renamed.items() if own not in found and not own.startswith(stacks or "\0")

@@ -64,7 +64,7 @@ def _freeze(model: Any) -> None:
     family = str(getattr(model.config, "model_type", ""))
     if hasattr(model, "get_base_model"):
         raise ConfigError("draft_steps: the model has an adapter; train the layer for the model without it, or merge it first")
-    able_to = [name for name in SUPPORTED if has_mtp(name) and FAMILIES[name].trains_mtp]
+    able_to = [name for name in SUPPORTED if has_mtp(name) and FAMILIES[name].trains_drafts]
     if family not in able_to:
         able = ", ".join(able_to)
         raise ConfigError(f"draft_steps: a {family} model can have no layer that drafts; families that can: {able}")

@@ -14,6 +14,7 @@ from .distillation import Distillation
 from .draft_loss import DraftObjective
 from .head_loss import head_is_fused, head_loss
 from .mtp_loss import MtpObjective
+from .mtp_streams import DraftStates
 
 
 class TrainedCausalLM(nn.Module):
@@ -57,7 +58,8 @@ class TrainedCausalLM(nn.Module):
             loss = self.mtp.of_text(self, run, ids, labels, options["num_items_in_batch"], kwargs)
             result = causal_output(cache=None, loss=loss, hidden_states=None, attentions=None)
             return result.to_tuple() if as_tuple else result
-        outputs = self.model(*args, **{"use_cache": False, **kwargs}, return_dict=True)
+        with DraftStates(self.model) as states:
+            outputs = self.model(*args, **{"use_cache": False, **kwargs}, return_dict=True)
         hidden = outputs.last_hidden_state
         if self.distillation is None:
             loss = self._loss(hidden, labels, **options)
@@ -66,7 +68,7 @@ class TrainedCausalLM(nn.Module):
             loss = self.distillation(self, hidden, labels, inputs, lambda: self._loss(hidden, labels, **options))
         if self.mtp is not None and self.training:
             ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-            loss = loss + self.mtp(self, hidden, ids, labels, options["num_items_in_batch"], kwargs)
+            loss = loss + self.mtp(self, states.of(hidden), ids, labels, options["num_items_in_batch"], kwargs)
         result = causal_output(cache=None, loss=loss, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
         return result.to_tuple() if as_tuple else result
 

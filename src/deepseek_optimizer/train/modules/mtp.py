@@ -3,12 +3,13 @@ whole texts.
 
 The input of layer k (from 0) at row i is the normed state of the previous layer at row i (for layer 0, that of the model) and
 the embedding of token i + k + 1; it predicts token i + k + 2. Embedding and head are the model's (DeepSeek-V3 report, section
-2.2). Transformers' forward runs `num_hidden_layers` layers and ignores these; `save_pretrained` saves them, and `load_model`
-uses them for drafts.
+2.2). Those of DeepSeek-V4 take all residual streams of a row (`mtp_streams`). Transformers' forward does not run these layers;
+`save_pretrained` saves them, and `load_model` uses them for drafts.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,16 @@ from ...errors import ConfigError
 from ...integration.attention.transformers_sdpa import create_causal_mask
 from ...integration.bind.graphs import loaded_mtp_layers
 from ...integration.compat import cache_name
-from ...integration.load.mtp_layers import add_mtp_layers, own_tensors
+from ...integration.load.mtp_layers import add_mtp_layers, own_tensors, save_published_names
 from ...integration.load.resolve import resolve
-from ...integration.training.modules import attention_name
-from ...models import draft_vocab_size, has_mtp, mtp_layers, traits
+from ...integration.training.modules import attention_name, names_kept_in_fp32
+from ...models import draft_vocab_size, has_mtp, mtp_layers
 from ..attention_function import DSO_TRAIN
 from ..checkpoints.converted import read_stack
+from .mtp_streams import has_streams, stream_states
 
 RANDOM = "initialized at random, since no checkpoint contains it"  # source of a layer's weights
-_EXACT = (".mlp.gate.weight", ".e_score_correction_bias")  # always fp32: they make discrete choices
+_ZERO = ("bias", ".base", "_base", ".sinks")  # ends of the names of vectors that are zero at first; others are one
 
 
 def add_trained_layers(model: Any) -> list[str]:
@@ -40,18 +42,13 @@ def add_trained_layers(model: Any) -> list[str]:
     Returns: for each added layer, a sentence about the source of its weights; empty if the model has MTP layers already.
 
     Raises:
-        ConfigError: the config declares no MTP layers, or more than the checkpoint has with a draft vocabulary; MTP layers of
-            the family cannot be trained; or the model has adapters.
+        ConfigError: the config declares no MTP layers, or more than the checkpoint has with a draft vocabulary; or the model
+            has adapters.
         CheckpointError: MTP layers in the checkpoint are incomplete or of another shape; see `stored_mtp_layers`.
     """
     unwrap = getattr(model, "get_base_model", None)
     base = model if unwrap is None else unwrap()
     config = base.config
-    if not traits(config).trains_mtp:
-        raise ConfigError(
-            f"mtp_loss_weight is set, but MTP layers of {config.model_type} models, which take several residual streams, "
-            "cannot be trained; set mtp_loss_weight=None"
-        )
     if loaded_mtp_layers(base):
         return []
     if base is not model:
@@ -87,34 +84,42 @@ def _is_checkpoint(source: str) -> bool:
 
 
 def _attach(model: Any, own: list[Any], checkpoint: Checkpoint | None, stored: int = 0) -> list[str]:
-    first = model.model.layers[0].input_layernorm.weight
-    add_mtp_layers(model, own, first.dtype)
+    first, exact = model.model.layers[0].input_layernorm.weight, _exact(model)
+    add_mtp_layers(model, own, model.dtype if exact.search(".input_layernorm.weight") else first.dtype)
+    save_published_names(model)
     sources = []
     for depth, layer in enumerate(model.model.layers[model.config.num_hidden_layers :]):
         layer.to_empty(device=first.device).train(model.training)
         if checkpoint is not None and depth < stored:
-            _read(layer, checkpoint, model.config, depth)
+            _read(layer, checkpoint, model.config, depth, exact)
             sources.append(f"MTP layer {depth}: read from {checkpoint.path}")
         else:
-            _initialize(layer, model.config.initializer_range)
+            _initialize(layer, model.config.initializer_range, exact)
             sources.append(f"MTP layer {depth}: {RANDOM}")
     return sources
 
 
+def _exact(model: Any) -> re.Pattern[str]:
+    """Matches the names of tensors that are always fp32: those that the model's class lists, and what makes discrete choices.
+    With residual streams, Transformers' routers compute in the dtype of their input."""
+    choices = ["e_score_correction_bias", *([] if has_streams(model) else [".mlp.gate.weight"])]
+    return re.compile("|".join(map(re.escape, [*names_kept_in_fp32(model), *choices])))
+
+
 @torch.no_grad()
-def _initialize(layer: nn.Module, deviation: float) -> None:
+def _initialize(layer: nn.Module, deviation: float, exact: re.Pattern[str]) -> None:
     """Initializes a layer as Transformers does."""
-    for name, tensor in _tensors(layer):
+    for name, tensor in _tensors(layer, exact):
         if tensor.ndim > 1:
             tensor.normal_(0.0, deviation)
         else:
-            tensor.fill_(0.0 if name.endswith("bias") else 1.0)
+            tensor.fill_(0.0 if name.endswith(_ZERO) else 1.0)
 
 
 @torch.no_grad()
-def _read(layer: nn.Module, checkpoint: Checkpoint, config: Any, depth: int) -> None:
+def _read(layer: nn.Module, checkpoint: Checkpoint, config: Any, depth: int, exact: re.Pattern[str]) -> None:
     prefix = f"model.layers.{config.num_hidden_layers + depth}."
-    for name, tensor in _tensors(layer):
+    for name, tensor in _tensors(layer, exact):
         if is_stack(prefix + name) and prefix + name not in checkpoint.tensors:
             read_stack(checkpoint, prefix + name, tensor)
         else:
@@ -123,10 +128,10 @@ def _read(layer: nn.Module, checkpoint: Checkpoint, config: Any, depth: int) -> 
             tensor.copy_(read)
 
 
-def _tensors(layer: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and buffers; converts those in `_EXACT` to fp32."""
+def _tensors(layer: nn.Module, exact: re.Pattern[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers; converts those whose names match `exact` to fp32."""
     for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
-        if f".{name}".endswith(_EXACT):
+        if tensor.is_floating_point() and exact.search(f".{name}"):
             tensor.data = tensor.data.float()
         yield name, tensor.data
 
@@ -144,16 +149,20 @@ def mtp_states(
     States at rows whose token lies after the end of the row or text are meaningless; no earlier row attends to them.
 
     Args:
-        hidden: [B, S, H], the model's last hidden state, normed.
+        hidden: [B, S, H], the model's last hidden state, normed; or its streams [B, S, n, H], see `mtp_streams.DraftStates`.
         input_ids: int64 [B, S].
         attention_mask, position_ids: as passed to the model.
         steps: number of states; if there are fewer layers, the last one is applied again to its own states, each row to that of
             the row before, as in `engine.speculative.mtp`: it attends to what it computed from the model's states, and after
-            these to what it computed from its own. None: one for each layer.
+            these to what it computed from its own. None, as always with streams: one for each layer.
     """
     decoder, config = model.get_decoder(), model.config
     if position_ids is None:
         position_ids = torch.arange(hidden.shape[1], device=hidden.device, dtype=torch.int64)[None]
+    if has_streams(model):
+        assert steps is None  # `dso draft` refuses these families
+        yield from stream_states(model, hidden, input_ids, attention_mask, position_ids)
+        return
     where = {"config": config, "inputs_embeds": hidden, "attention_mask": attention_mask, "position_ids": position_ids}
     indexed = {"allow_is_causal_skip": False} if hasattr(config, "index_topk") else {}  # indexers need the mask itself
     mask = create_causal_mask(**where, **indexed, **{cache_name(): None})

@@ -27,7 +27,7 @@ def mtp_loss(
 
     Args:
         model: a model with MTP layers (see `modules.mtp.add_trained_layers`).
-        hidden: [B, S, H], the model's last hidden state, normed; differentiable.
+        hidden: [B, S, H], the model's last hidden state, normed, or its streams, as in `mtp.mtp_states`; differentiable.
         input_ids: int64 [B, S].
         labels: int64 [B, S], the label of each token itself (not of the next one); -100: ignored.
         attention_mask, position_ids: as passed to the model.

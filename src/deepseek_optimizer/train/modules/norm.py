@@ -8,7 +8,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from ..ops.rms_norm import rms_norm, rms_norm_with_residual
+from ...integration.training.modules import norm_keeps_dtype
+from ..ops.rms_norm import rms_norm, rms_norm_of_dtype, rms_norm_with_residual
 from ..saved_activations import SavedActivations
 
 
@@ -33,10 +34,11 @@ class TrainedNorm(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[..., H] -> [..., H]."""
         x, weight, epsilon = hidden_states, self.weight, self.variance_epsilon
-        if x.dtype != weight.dtype:  # some classes return the input's dtype, others that of the product
+        norm = rms_norm_of_dtype if norm_keeps_dtype(self) else rms_norm
+        if x.dtype != weight.dtype and norm is rms_norm:  # some classes return the input's dtype, others that of the product
             result: torch.Tensor = super().forward(x)
             return result
-        return self.saved.recomputable(rms_norm(x, weight, epsilon), partial(rms_norm, x.detach(), weight.detach(), epsilon))
+        return self.saved.recomputable(norm(x, weight, epsilon), partial(norm, x.detach(), weight.detach(), epsilon))
 
     def with_residual(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(forward(x), x), for a block with a residual connection: the gradients of x are summed in the norm's backward."""

@@ -28,6 +28,16 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return _rms_norm(x, weight, eps)[0]
 
 
+def rms_norm_of_dtype(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """`rms_norm`, of x's dtype also if that is bf16 and the weight is fp32; rounded once."""
+    _check(x, weight)
+    wide = torch.promote_types(x.dtype, weight.dtype)
+    if x.dtype == wide or weight.dtype != wide or not native.usable(x, weight):
+        return rms_norm(x, weight, eps).to(x.dtype)
+    result: torch.Tensor = _OfDtype.apply(x, weight, eps)
+    return result
+
+
 def rms_norm_with_residual(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(rms_norm(x), x), for residual connections: the two gradients of x are summed in the norm's backward pass."""
     _check(x, weight)
@@ -105,6 +115,24 @@ def _gradients(ctx: Any, dy: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
 
 
 _rms_norm.register_autograd(_gradients, setup_context=_save)
+
+
+class _OfDtype(torch.autograd.Function):
+    """Saves x in its own dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        y, rstd = _rms_norm(x.to(weight.dtype), weight, eps)
+        ctx.save_for_backward(x, weight, rstd)
+        return y.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        x, weight, rstd = ctx.saved_tensors
+        needs_weight = ctx.needs_input_grad[1]
+        dx, dw = _backward(grads[0].to(weight.dtype), x.to(weight.dtype), weight, rstd, needs_weight)
+        return dx.to(x.dtype), dw if needs_weight else None, None
 
 
 class _WithResidual(torch.autograd.Function):
