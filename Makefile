@@ -1,4 +1,4 @@
-# make test | test-all | test-interop | test-peers | test-conformance | demo | docs | lint | bench | bench-train | bench-commits | bench-serving | soak | quality | test-lowest | test-native | test-native-tsan | native | fuzz | wheel | page-assets | clean: each works alone, from a fresh clone.
+# make test | test-all | test-interop | test-peers | test-conformance | demo | docs | lint | bench | bench-train | bench-commits | bench-serving | soak | quality | test-lowest | test-native | test-native-tsan | test-cuda-interpreter | native | fuzz | wheel | page-assets | clean: each works alone, from a fresh clone.
 # Everything goes into .venv* and build/. PYTHON is the interpreter with which .venv is created.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
@@ -16,7 +16,7 @@ WORKERS ?= 2
 SOURCES := pyproject.toml README.md LICENSE $(wildcard CMakeLists.txt) \
   $(shell find native src build_tools -type f -not -name '*.pyc' -not -path '*/_native/*')
 
-.PHONY: help env test test-all test-wide test-lowest test-interop test-peers test-conformance demo docs docs-reference format lint bench bench-train bench-commits bench-serving soak quality wheel page-assets fuzz clean
+.PHONY: help env test test-all test-wide test-lowest test-interop test-cuda-interpreter test-peers test-conformance demo docs docs-reference format lint bench bench-train bench-commits bench-serving soak quality wheel page-assets fuzz clean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -118,6 +118,21 @@ $(INTEROP)/.installed: $(WHEELS)/.built
 test-interop: $(INTEROP)/.installed
 	$(ONE_THREAD) DSO_INTEROP=1 $(INTEROP)/bin/python -m pytest -q tests/interop $(PYTEST_ARGS)
 
+# The kernels of backend `cuda` in Triton's interpreter, and compiled for three generations of cards. Needs no card. Triton is not
+# installed for the other tests, and it decides when it is imported whether it interprets.
+CUDA := .venv-cuda
+CUDA_TESTS ?= tests/backends/cuda
+
+$(CUDA)/.installed: $(WHEELS)/.built
+	test -x $(CUDA)/bin/python || $(PYTHON) -m venv $(CUDA)
+	$(CUDA)/bin/python -m pip install --quiet --upgrade pip
+	$(CUDA)/bin/python -m pip install --quiet "$$(ls $(WHEELS)/*.whl)[dev,cuda]"
+	$(CUDA)/bin/python -m pip install --quiet --no-deps --force-reinstall $(WHEELS)/*.whl
+	touch $@
+
+test-cuda-interpreter: $(CUDA)/.installed
+	$(ONE_THREAD) TRITON_INTERPRET=1 $(CUDA)/bin/python -m pytest -q -n $(WORKERS) -m "" $(CUDA_TESTS) $(PYTEST_ARGS)
+
 # The server tests of vLLM and llama.cpp against `dso serve`. PEERS: suites and options, such as PEERS="vllm --file test_chat".
 PEERS ?=
 test-peers: $(INTEROP)/.installed
@@ -193,4 +208,4 @@ fuzz: env
 	DSO_SCHEMA_EXAMPLES=$(FUZZ_REQUESTS) $(BIN)/python -m pytest -m "" tests/server/test_schema_fuzz.py
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(INTEROP) $(DOCS) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) $(INTEROP) $(CUDA) $(DOCS) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -167,8 +167,9 @@ class DeepSeekConfig(QuantizationConfigMixin):
             CPU affinity and cgroup limits allow.
         isa: instruction set to use: "avx2", "avx512" or "amx"; None: the environment variable DSO_ISA, or else the best one
             that this machine supports.
-        backend: "cpu" (native), "reference" (plain torch), the name of a backend registered by another package (see
-            `backends/registry.py`), or "auto": the best one that can run on the model's device.
+        backend: "cpu" (native), "cuda" (Triton, not tested on a card yet), "reference" (plain torch), the name of a backend
+            registered by another package (see `backends/registry.py`), or "auto": the best one that can run on the model's
+            device.
         activation: format of activations in integer products: "int8", "int16", or "auto": the one that the weight format needs.
             With "int8", attention of models without a plan multiplies in bf16.
         batch_invariant: use one kernel family for prefill and decode, so that results do not depend, bit for bit, on chunking

@@ -52,7 +52,7 @@ def wanted(backend="auto", isa=None, threads=None):
 
 def test_built_in_without_metadata(registered):
     registered()
-    assert backend_entries.names() == ("cpu", "reference")
+    assert backend_entries.names() == ("cpu", "cuda", "reference")
     for name in backend_entries.names():
         assert find(name).name == name
 
@@ -67,7 +67,9 @@ def test_entry_points_match_the_built_in_backends():
 
 
 def test_another_package_adds_a_backend(registered, tiny_model):
-    with pytest.raises(ConfigError, match="backend must be one of 'auto', 'cpu', 'reference', got 'toy'.*install that package"):
+    with pytest.raises(
+        ConfigError, match="backend must be one of 'auto', 'cpu', 'cuda', 'reference', got 'toy'.*install that package"
+    ):
         DeepSeekConfig(backend="toy")
     registered(toy=f"{__name__}:TOY")
     backend: Backend

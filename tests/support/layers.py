@@ -73,8 +73,8 @@ LAYERS = (
     ),
     Layer(
         "backends",
-        "run a graph: `reference` (torch) defines the results, `cpu` (native) is fast; `registry.py` also finds backends "
-        "of other packages",
+        "run a graph: `reference` (torch) defines the results, `cpu` (native) is fast, `cuda` (Triton) has not run on a card "
+        "yet; `registry.py` also finds backends of other packages",
         may=("cache", "graph", "quant", "system"),
         levels=(
             ("sampling",),
@@ -82,6 +82,7 @@ LAYERS = (
             ("base",),
             ("registry", "decode_one", "drafted_round"),
             ("reference", "cpu"),
+            ("cuda",),
             (REST,),
         ),
     ),

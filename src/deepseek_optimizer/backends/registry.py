@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 FALLBACK = 0  # priority of a backend that is used only if no other can run
+BY_NAME = -1  # priority of a backend that "auto" never chooses
 
 
 class BackendSettings(Protocol):
@@ -51,7 +52,7 @@ class BackendSpec:
         unavailable_reason: why "auto" must not choose it on this machine, with the remedy; None: it can run.
         device_types: torch's device types that it runs on; None: all of them.
         priority: "auto" chooses the highest among the available ones that run on the device. The native CPU backend has 100,
-            the reference backend FALLBACK.
+            the reference backend FALLBACK; one with BY_NAME must be named.
     """
 
     name: str
@@ -118,7 +119,7 @@ def choose_spec(settings: BackendSettings, device: torch.device) -> tuple[Backen
         except BackendError as error:
             notes.append(f"not considered: {error}")
     for spec in sorted(candidates, key=lambda spec: -spec.priority):
-        if not spec.runs_on(device.type):
+        if spec.priority == BY_NAME or not spec.runs_on(device.type):
             continue
         reason = spec.unavailable_reason(settings)
         if reason is not None:

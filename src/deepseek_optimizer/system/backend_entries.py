@@ -17,6 +17,7 @@ GROUP = "deepseek_optimizer.backends"
 AUTO = "auto"  # instead of a name: the best backend that can run on the model's device
 BUILT_IN = {
     "cpu": "deepseek_optimizer.backends.cpu:SPEC",
+    "cuda": "deepseek_optimizer.backends.cuda:SPEC",
     "reference": "deepseek_optimizer.backends.reference:SPEC",
 }
 

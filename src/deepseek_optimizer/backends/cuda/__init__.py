@@ -1,0 +1,50 @@
+"""The CUDA backend: graphs of dense decoders by Triton's kernels, on packed weights and a paged cache.
+
+Importing this package loads neither Triton nor the kernels. Its kernels have not run on a card yet (docs/gpu.md), so
+backend="auto" does not choose it.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+
+from ...errors import BackendError
+from ..base import Backend, Sizes
+from ..registry import BY_NAME, BackendSettings, BackendSpec
+
+__all__ = ["SPEC", "unavailable_reason"]
+
+_OLDEST = (8, 0)  # compute capability: tensor cores that multiply bf16
+
+
+def unavailable_reason(device: torch.device) -> str | None:
+    """Why the backend cannot run on a device, with the remedy; None: it can."""
+    if find_spec("triton") is None:
+        return 'Triton is not installed: pip install "deepseek-optimizer[cuda]"'
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device: install NVIDIA's driver and a build of torch for CUDA, or keep the model on the CPU"
+    found = torch.cuda.get_device_capability(device)
+    if found < _OLDEST:
+        name = torch.cuda.get_device_name(device)
+        return f'{name} has compute capability {found[0]}.{found[1]}, but 8.0 (Ampere) is needed: use backend="reference"'
+    return None
+
+
+def _create(device: torch.device, settings: BackendSettings) -> Backend:
+    reason = unavailable_reason(device)
+    if reason is not None:
+        raise BackendError(f"the cuda backend cannot run: {reason}")
+    from .backend import CudaBackend  # imports Triton
+
+    return CudaBackend(device)
+
+
+def _sizes() -> Sizes:
+    from .sizes import CudaSizes
+
+    return CudaSizes()
+
+
+SPEC = BackendSpec("cuda", _create, _sizes, device_types=("cuda",), priority=BY_NAME)

@@ -1,0 +1,186 @@
+"""The backend: compiles graphs for a device, and runs single operations there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+
+from ...errors import BackendError
+from ...graph.ir import CacheSpec, Graph
+from ...graph.validate import check_graph
+from ...quant import products, reference_packer
+from ...quant.packed import PackedMatrix, PackedWeight
+from ...system.memory import FreeMemory, device_memory
+from ..base import DEFAULTS, PHASES, AdapterStore, Capabilities, CompileOptions, FileMapping, Norm
+from .device import launching_on
+from .kernels import elementwise, linear, norm
+from .kernels.precision import EMULATED
+from .matrices import LAYOUTS, DeviceMatrix
+from .plan import CudaPlan
+from .sizes import CudaSizes
+from .store import KV_DTYPES, CudaStore
+from .supported import check_cache, check_matrix
+
+
+class CudaBackend(CudaSizes):
+    """Implements `Backend` with Triton's kernels.
+
+    Args:
+        device: a CUDA device; in Triton's interpreter (TRITON_INTERPRET=1) the CPU too.
+
+    Raises:
+        BackendError: another device.
+    """
+
+    name = "cuda"
+    isa = threads = note = None
+    maps_files = False
+
+    def __init__(self, device: torch.device) -> None:
+        if device.type != "cuda" and not EMULATED:
+            raise BackendError(f"the cuda backend cannot run on {device}; move the model with model.to('cuda')")
+        self.device = device
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(
+            name=self.name,
+            device_type=self.device.type,
+            phases=PHASES,
+            weight_formats=tuple(LAYOUTS),
+            kv_dtypes=tuple(KV_DTYPES),
+            attention_modes=("flash", "eager", "sliding"),
+        )
+
+    @property
+    def detail(self) -> str:
+        if self.device.type != "cuda":
+            return f"Triton's interpreter on {self.device}"
+        return f"Triton on {torch.cuda.get_device_name(self.device)}"
+
+    def compile(
+        self, graph: Graph, weights: Mapping[str, PackedWeight | torch.Tensor], options: CompileOptions = DEFAULTS
+    ) -> CudaPlan:
+        """Binds a graph to weights, which are copied to the device as they are packed.
+
+        Raises:
+            BackendError: a weight is missing or does not fit, or the graph has an op that this backend does not have yet.
+            GraphError: the graph is invalid.
+        """
+        check_graph(graph)
+        return CudaPlan(graph, weights, self.device)
+
+    def new_store(self, graph: Graph, kv_dtype: str, num_blocks: int, num_states: int = 0) -> CudaStore:
+        check_cache(graph)
+        assert isinstance(graph.cache, CacheSpec)
+        if kv_dtype not in KV_DTYPES:
+            raise BackendError(
+                f"the cuda backend does not support KV cache dtype {kv_dtype!r}; choose kv_cache among {', '.join(KV_DTYPES)}"
+            )
+        return CudaStore(graph.cache, kv_dtype, num_blocks, self.device)
+
+    def new_adapters(self, graph: Graph, slots: int, rank: int, dtype: str) -> AdapterStore:
+        raise self._missing("adapters")
+
+    def free_memory(self) -> FreeMemory:
+        return device_memory(self.device)
+
+    def thread_context(self) -> AbstractContextManager[None]:
+        """Does nothing: steps run on the device."""
+        return nullcontext()
+
+    def pack(
+        self,
+        weight: torch.Tensor,
+        name: str,
+        out: torch.Tensor | None = None,
+        importance: torch.Tensor | None = None,
+        scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return reference_packer(weight, name, out, importance, scale)
+
+    def unpack(self, matrix: PackedMatrix, begin: int = 0, end: int | None = None) -> torch.Tensor:
+        return products.unpack_rows(matrix, begin, end)
+
+    def linear(
+        self, x: torch.Tensor, matrix: PackedMatrix, bias: torch.Tensor | None = None, options: CompileOptions = DEFAULTS
+    ) -> torch.Tensor:
+        rows = self._rows(x)
+        out = rows.new_empty(len(rows), matrix.rows)
+        with launching_on(self.device):
+            linear.linear(rows, self._matrix(matrix), self._vector(bias), out)
+        return out.view(*x.shape[:-1], matrix.rows)
+
+    def linear_gradient(self, grad: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
+        raise self._missing("gradients")
+
+    def feed_forward(
+        self,
+        x: torch.Tensor,
+        first: Sequence[tuple[PackedMatrix, torch.Tensor | None]],
+        op: str,
+        down: tuple[PackedMatrix, torch.Tensor | None],
+        options: CompileOptions = DEFAULTS,
+        *,
+        norm: Norm | None = None,
+        residual: bool = False,
+    ) -> torch.Tensor:
+        if op != "swiglu":
+            raise self._missing(f"feed-forward blocks with op {op!r}")
+        rows = self._rows(x if norm is None else self.norm(x, *norm))
+        (gate, gate_bias), (up, up_bias) = first
+        hidden = rows.new_empty(len(rows), gate.rows)
+        biases = self._vector(gate_bias), self._vector(up_bias)
+        with launching_on(self.device):
+            linear.gate_up(rows, self._matrix(gate), self._matrix(up), biases, hidden)
+        result = self.linear(hidden, *down, options).view(*x.shape[:-1], down[0].rows)
+        if residual:
+            with launching_on(self.device):
+                elementwise.apply("add", self._rows(x), self._rows(result), result)
+        return result
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+        if bias is not None:
+            raise self._missing("layer norms")
+        rows = self._rows(x)
+        out = torch.empty_like(rows)
+        with launching_on(self.device):
+            norm.rms_norm(rows, self._vector(weight), eps, out)
+        return out.view(x.shape)
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        mask: torch.Tensor | None = None,
+        *,
+        causal: bool = False,
+        options: CompileOptions = DEFAULTS,
+    ) -> torch.Tensor:
+        raise self._missing("attention without a cache")
+
+    def map_file(self, fd: int, size: int, modified_ns: int, path: Path) -> FileMapping:
+        raise BackendError(f"the cuda backend cannot map {path}: weights are copied to the device; read it into memory")
+
+    def check_tensor(self, tensor: torch.Tensor) -> None:
+        """Does nothing: no tensor is in a mapped file."""
+
+    def _rows(self, x: torch.Tensor) -> torch.Tensor:
+        return x.detach().reshape(-1, x.shape[-1]).to(self.device, torch.float32).contiguous()
+
+    def _vector(self, vector: torch.Tensor | None) -> torch.Tensor | None:
+        return None if vector is None else vector.detach().to(self.device, torch.float32).contiguous()
+
+    def _matrix(self, matrix: PackedMatrix) -> DeviceMatrix:
+        return DeviceMatrix(check_matrix("matrix", matrix, "of a single product"), self.device)
+
+    def _missing(self, what: str) -> BackendError:
+        return BackendError(f'the cuda backend does not have {what} yet; load the model with backend="reference"')
+
+    def __repr__(self) -> str:
+        return f"CudaBackend({self.detail})"

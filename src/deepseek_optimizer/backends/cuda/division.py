@@ -1,0 +1,77 @@
+"""How work is divided among programs, and the scratch memory that this takes. No Triton is imported here.
+
+Nothing is measured yet: these are counts that fill a card of about a hundred processors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+PROGRAMS = 512  # about four for each processor of a card
+MOST_ROWS = 4  # of x in `vector_product`; more are multiplied on tensor cores
+BLOCK = 64  # words of 16 rows that a program of `vector_product` reads at a time, at most: 4 KiB
+MOST_SPLITS = 8
+MOST_CHUNKS = 64
+TILE_FIELDS = 5
+_CHUNK_BLOCKS = 8  # of the cache in a chunk, at least: 256 tokens
+
+
+def splits_of(tile_rows: int, row_words: int) -> int:
+    """The number of parts that a matrix's columns are divided into in `vector_product`: a power of two. Every part has at least
+    two blocks.
+
+    Args:
+        tile_rows: rows of tiles.
+        row_words: words of a row of the matrix.
+    """
+    splits = 1
+    while splits < MOST_SPLITS and tile_rows * splits < PROGRAMS and row_words >= 4 * splits * BLOCK:
+        splits *= 2
+    return splits
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The rows of a step in one phase, divided into tiles of consecutive rows of a sequence.
+
+    Attributes:
+        fields: int32 [tiles, TILE_FIELDS]: sequence, first row of the step, number of rows, token of the first row in its
+            sequence, and one past the last token that the last row sees.
+        block_q: at most this many rows in a tile, a power of two.
+        blocks: blocks that the longest sequence has; 0: tiles are not divided into chunks.
+    """
+
+    fields: torch.Tensor
+    block_q: int
+    blocks: int
+
+
+def chunks_of(tiles: int, blocks: int, kv_heads: int) -> int:
+    """The number of parts that the blocks of each of `tiles` tiles are divided into: 1 where there are enough programs."""
+    wanted = min(-(-blocks // _CHUNK_BLOCKS), MOST_CHUNKS, PROGRAMS // (tiles * kv_heads))
+    return max(1, wanted)
+
+
+def query_rows(group: int) -> int:
+    """Rows of a tile in prefill, for `group` query heads per key head: products of 64 rows."""
+    return max(1, 64 // (1 << (group - 1).bit_length()))
+
+
+def attention_scratch_bytes(heads: int, kv_heads: int, head_dim: int) -> int:
+    """The most bytes that unfinished results of chunks take."""
+    return 4 * PROGRAMS * (heads // kv_heads) * (head_dim + 2)
+
+
+def product_scratch_bytes(rows: int, outputs: int, columns: int, tile_rows: int, row_words: int, products: int) -> int:
+    """The most bytes that a product of up to `rows` rows takes: sums of splits, or rows in the order of words.
+
+    Args:
+        outputs, columns: size of the matrix.
+        tile_rows, row_words: as in `splits_of`.
+        products: 2 for gate and up, otherwise 1.
+    """
+    splits = splits_of(tile_rows, row_words)
+    partial = 0 if splits == 1 else 4 * products * splits * min(rows, MOST_ROWS) * outputs
+    return max(partial, 4 * rows * (columns + 31) // 32 * 32)

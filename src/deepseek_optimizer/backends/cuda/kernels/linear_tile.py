@@ -1,0 +1,130 @@
+"""Products of many rows with a packed matrix, x W^T, on tensor cores: prefill, and decoding of many sequences.
+
+A program computes BLOCK_M x BLOCK_N outputs. It reads BLOCK_J words of BLOCK_N rows of weights once, and multiplies each of
+their parts with the columns of x that belong to it: `per_word` products of BLOCK_J columns. So that these columns are
+consecutive, `order_rows` first writes x as [M, per_word, words of a row]: all columns of part 0, then those of part 1, and so
+on. It also rounds x to bf16, once and not in every program. Weights are decoded and scaled in fp32, then rounded to bf16.
+Matrices in fp32 are multiplied in fp32, without tensor cores.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..matrices import DeviceMatrix
+from .epilogue import finished
+from .precision import add_product, nearest_bf16
+from .tiles import decode, scale_place, word_place
+
+BLOCK_N, BLOCK_J = 64, 32
+_EXACT = 32  # BLOCK_M and BLOCK_N of fp32 products, whose operands do not fit into registers otherwise
+_ORDERED_ROWS, _ORDERED = 16, 64  # rows and words of a program of `order_rows`
+
+
+@triton.jit
+def order_rows(
+    x, x_stride, out, rows, columns, row_words, PER_WORD: tl.constexpr, NARROW: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out[m, part, j] = x[m, j * PER_WORD + part], zeros beyond the last column. Grid (blocks of rows, PER_WORD, blocks of j).
+
+    Args:
+        x: float32 [rows, columns], rows `x_stride` apart.
+        out: bf16 if NARROW, otherwise float32, [rows, PER_WORD, row_words].
+    """
+    m, part = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None], tl.program_id(1)
+    j = (tl.program_id(2) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    column = j * PER_WORD + part
+    value = tl.load(x + m * x_stride + column, mask=(m < rows) & (column < columns), other=0.0)
+    if NARROW:
+        value = nearest_bf16(value)
+    place = (m * PER_WORD + part) * row_words + j
+    tl.store(out + place, value.to(out.dtype.element_ty), mask=(m < rows) & (j < row_words))
+
+
+@triton.jit
+def weight_block(
+    words, halves, j, n, groups, inside, FORMAT: tl.constexpr, WORDS: tl.constexpr, TILE_WORDS: tl.constexpr,
+    SCALED: tl.constexpr,
+):  # fmt: skip
+    """Words int32 [J, N] and their scales float32 [J, N] of rows n of weights, at words j."""
+    tile_row, row = (n // 16)[None, :], (n % 16)[None, :]
+    word = tl.load(words + word_place(tile_row, j[:, None], row, groups, WORDS, TILE_WORDS), mask=inside, other=0)
+    scale = tl.full([1, 1], 1.0, tl.float32)
+    if SCALED:
+        place = scale_place(tile_row, j[:, None], row, groups, WORDS, TILE_WORDS)
+        scale = tl.load(halves + place, mask=inside, other=0.0).to(tl.float32)
+    return word, scale
+
+
+@triton.jit
+def tile_product(
+    ordered, words, halves, up_words, up_halves, bias, up_bias, out, out_stride, rows, outputs, groups, FORMAT: tl.constexpr,
+    WORDS: tl.constexpr, PER_WORD: tl.constexpr, TILE_WORDS: tl.constexpr, SCALED: tl.constexpr, NARROW: tl.constexpr,
+    GATED: tl.constexpr, BIASED: tl.constexpr, UP_BIASED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """out = x W^T + bias, or with GATED silu(x W^T + bias) * (x U^T + up_bias). Grid (blocks of rows, blocks of outputs):
+    programs next to each other read the same weights, which then come from the L2 cache.
+
+    Args:
+        ordered: x as `order_rows` writes it, [rows, PER_WORD, groups * WORDS].
+        words, halves, up_words, up_halves: the tiles of W and U, see `DeviceMatrix`.
+        bias, up_bias: float32 [outputs], read if BIASED and UP_BIASED.
+        out: float32 [rows, outputs], rows `out_stride` apart.
+    """
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_words = groups * WORDS
+    x_rows = ordered + m[:, None].to(tl.int64) * (PER_WORD * row_words)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    up = total
+    for start in range(0, row_words, BLOCK_J):
+        j = start + tl.arange(0, BLOCK_J)
+        inside = (j < row_words)[:, None] & (n // 16 < (outputs + 15) // 16)[None, :]  # whole tiles, so that loads are wide
+        word, scale = weight_block(words, halves, j, n, groups, inside, FORMAT, WORDS, TILE_WORDS, SCALED)
+        up_word, up_scale = word, scale
+        if GATED:
+            up_word, up_scale = weight_block(up_words, up_halves, j, n, groups, inside, FORMAT, WORDS, TILE_WORDS, SCALED)
+        for part in tl.static_range(PER_WORD):
+            mask = (m < rows)[:, None] & (j < row_words)[None, :]
+            values = tl.load(x_rows + part * row_words + j[None, :], mask=mask, other=0.0)
+            total = add_product(total, values, decode(word, part, FORMAT) * scale, NARROW)
+            if GATED:
+                up = add_product(up, values, decode(up_word, part, FORMAT) * up_scale, NARROW)
+    value = finished(total, up, bias, up_bias, n, outputs, GATED, BIASED, UP_BIASED)
+    tl.store(out + m[:, None].to(tl.int64) * out_stride + n[None, :], value, mask=(m < rows)[:, None] & (n < outputs)[None, :])
+
+
+def block_rows(rows: int) -> int:
+    """BLOCK_M for this number of rows: few rows leave few idle lanes of tensor cores, many read weights less often."""
+    return min(64, max(16, triton.next_power_of_2(rows)))
+
+
+def launch_tile(
+    x: torch.Tensor,
+    matrix: DeviceMatrix,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    up: DeviceMatrix | None = None,
+    up_bias: torch.Tensor | None = None,
+) -> None:
+    """See `tile_product`: x float32 [M, K] with M > 0, out float32 [M, N]."""
+    rows, layout, row_words = len(x), matrix.layout, matrix.row_words
+    ordered = torch.empty(
+        (rows, layout.per_word, row_words), dtype=torch.bfloat16 if layout.narrow else torch.float32, device=x.device
+    )
+    order_rows[(triton.cdiv(rows, _ORDERED_ROWS), layout.per_word, triton.cdiv(row_words, _ORDERED))](
+        x, x.stride(0), ordered, rows, matrix.cols, row_words, PER_WORD=layout.per_word, NARROW=layout.narrow,
+        ROWS=_ORDERED_ROWS, BLOCK=_ORDERED, num_warps=4,
+    )  # fmt: skip
+    limit, second = BLOCK_N if layout.narrow else _EXACT, matrix if up is None else up
+    block_m = min(limit, block_rows(rows))
+    tile_product[(triton.cdiv(rows, block_m), triton.cdiv(matrix.rows, limit))](
+        ordered, matrix.words, matrix.halves, second.words, second.halves, out if bias is None else bias,
+        out if up_bias is None else up_bias, out, out.stride(0), rows, matrix.rows, matrix.groups, **matrix.constants,
+        NARROW=layout.narrow, GATED=up is not None, BIASED=bias is not None, UP_BIASED=up_bias is not None, BLOCK_M=block_m,
+        BLOCK_N=limit, BLOCK_J=BLOCK_J, num_warps=4, num_stages=2,
+    )  # fmt: skip

@@ -1,0 +1,71 @@
+"""RMS norms of rows or heads, with the addition of a residual before them.
+
+One program reads its rows (or heads) into registers, which takes one pass over memory: one long row, or several short ones.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+_ELEMENTS = 2048  # of a program, if rows are shorter
+
+
+@triton.jit
+def rms_norm_rows(
+    x, delta, weight, total, out, rows, width, eps, ADDED: tl.constexpr, WEIGHTED: tl.constexpr, UNIT_OFFSET: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """z = x + delta if ADDED, otherwise x; out = z / sqrt(mean(z^2) + eps) * weight. Grid (blocks of rows).
+
+    Outputs may be inputs, as each program has read its rows before it writes.
+
+    Args:
+        x, delta, total, out: float32 [rows, width], contiguous; z is written to `total` if ADDED.
+        weight: float32 [width], read if WEIGHTED; 1 + weight is used if UNIT_OFFSET.
+        BLOCK: a power of two >= width.
+    """
+    row, column = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    inside = (row < rows)[:, None] & (column < width)[None, :]
+    place = row[:, None] * width + column[None, :]
+    z = tl.load(x + place, mask=inside, other=0.0)
+    if ADDED:
+        z += tl.load(delta + place, mask=inside, other=0.0)
+        tl.store(total + place, z, mask=inside)
+    normed = z / tl.sqrt_rn(tl.sum(z * z, 1) / width + eps)[:, None]
+    if WEIGHTED:
+        factor = tl.load(weight + column, mask=column < width, other=0.0)
+        if UNIT_OFFSET:
+            factor += 1.0
+        normed *= factor[None, :]
+    tl.store(out + place, normed, mask=inside)
+
+
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    out: torch.Tensor,
+    *,
+    heads: int = 1,
+    unit_offset: bool = False,
+    delta: torch.Tensor | None = None,
+    total: torch.Tensor | None = None,
+) -> None:
+    """See `rms_norm_rows`. With `heads`, each of that many equal parts of a row is a row of its own.
+
+    Args:
+        x, out: float32 [T, heads * width], contiguous.
+        weight: float32 [width].
+        delta, total: float32 like x; both or neither.
+    """
+    width = x.shape[1] // heads
+    rows, block = len(x) * heads, triton.next_power_of_2(width)
+    if rows:
+        block_rows = min(triton.next_power_of_2(rows), max(1, _ELEMENTS // block))
+        rms_norm_rows[(triton.cdiv(rows, block_rows),)](
+            x, x if delta is None else delta, x if weight is None else weight, x if total is None else total, out, rows, width,
+            eps, ADDED=delta is not None, WEIGHTED=weight is not None, UNIT_OFFSET=unit_offset, ROWS=block_rows, BLOCK=block,
+            num_warps=min(8, max(1, block_rows * block // 256)),
+        )  # fmt: skip

@@ -1,0 +1,148 @@
+"""Rotary position embedding, and writing keys and values to the paged cache.
+
+`rotate_and_store` does both in one launch, so that keys go to the cache without a copy in between. One program is one head of a
+few tokens. Each element is read by the program that writes it, and not after that, so the result may overwrite the input.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .precision import nearest_bf16
+
+_ROWS = 16  # tokens of a program
+
+
+@triton.jit
+def rope_angles(
+    positions, which, frequencies, out, tokens, scaling, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """cos and sin of position * frequency, times `scaling`. Grid (blocks of tokens).
+
+    The angle is an fp32 product, as in Transformers; its cosine is taken in fp64, since fp32 loses digits of large angles. This
+    runs once a step, not once a layer.
+
+    Args:
+        positions: int32 [tokens].
+        which: int32 [tokens], the row of `frequencies` of each token.
+        frequencies: float32 [F, HALF].
+        out: float32 [tokens, 2 * HALF], cos first.
+        BLOCK: a power of two >= HALF.
+    """
+    token, i = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None], tl.arange(0, BLOCK)[None, :]
+    inside = (token < tokens) & (i < HALF)
+    row = tl.load(which + token, mask=token < tokens, other=0)
+    position = tl.load(positions + token, mask=token < tokens, other=0).to(tl.float32)
+    angle = (position * tl.load(frequencies + row * HALF + i, mask=inside, other=0.0)).to(tl.float64)
+    place = out + token * (2 * HALF) + i
+    tl.store(place, (tl.cos(angle) * scaling).to(tl.float32), mask=inside)
+    tl.store(place + HALF, (tl.sin(angle) * scaling).to(tl.float32), mask=inside)
+
+
+def rope_table(
+    positions: torch.Tensor, which: torch.Tensor, frequencies: torch.Tensor, scaling: float, out: torch.Tensor
+) -> None:
+    """See `rope_angles`."""
+    tokens, half = len(positions), frequencies.shape[1]
+    rope_angles[(triton.cdiv(tokens, _ROWS),)](
+        positions, which, frequencies, out, tokens, scaling, HALF=half, ROWS=_ROWS, BLOCK=triton.next_power_of_2(half),
+        num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def store_as(out, value, mask):
+    """Stores float32 values as the type that `out` points to; to bf16 rounded to nearest."""
+    if out.dtype.element_ty == tl.bfloat16:
+        value = nearest_bf16(value)
+    tl.store(out, value.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def move_heads(
+    x, out, angles, real, HEAD: tl.constexpr, ROT: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """out = x with the first ROT of HEAD elements rotated, for a block of rows.
+
+    Args:
+        x: pointers to float32 [HEAD] of each row, [ROWS, 1]; out: likewise, of any float type, possibly to the same elements.
+        angles: pointers to [ROT] of each row, cos first.
+        real: bool [ROWS, 1], False where there is no row.
+        BLOCK: a power of two >= HEAD.
+    """
+    i = tl.arange(0, BLOCK)[None, :]
+    if ROT > 0:
+        pair = real & (i < ROT // 2)
+        first = i * 2 if INTERLEAVED else i
+        second = first + 1 if INTERLEAVED else first + ROT // 2
+        a, b = tl.load(x + first, mask=pair, other=0.0), tl.load(x + second, mask=pair, other=0.0)
+        cos, sin = tl.load(angles + i, mask=pair, other=0.0), tl.load(angles + ROT // 2 + i, mask=pair, other=0.0)
+        store_as(out + first, a * cos - b * sin, pair)
+        store_as(out + second, b * cos + a * sin, pair)
+    rest = real & (i >= ROT) & (i < HEAD)
+    store_as(out + i, tl.load(x + i, mask=rest, other=0.0), rest)
+
+
+@triton.jit
+def rotate_and_store(
+    q, k, v, table, y, cache, slots, tokens, block_elements, layer_offset, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+    HEAD: tl.constexpr, ROT: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """y = rope(q); the cache's keys = rope(k), its values = v. Grid (blocks of tokens, HEADS + 2 * KV_HEADS).
+
+    Args:
+        q, y: float32 [tokens, HEADS * HEAD]; y may be q. HEADS is 0: there is no q.
+        k, v: float32 [tokens, KV_HEADS * HEAD]. KV_HEADS is 0: nothing is written to the cache.
+        table: float32 [tokens, ROT] of `rope_angles`; ROT is 0: nothing is rotated.
+        cache: float32 or bf16 [blocks, block_elements], see `store.CudaStore`.
+        slots: int32 [tokens], 32 * block + place of each token.
+        layer_offset: where the layer begins in a block, in elements.
+    """
+    token, head = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None], tl.program_id(1)
+    angles, real = table + token * ROT, token < tokens
+    if head < HEADS:
+        at = (token * HEADS + head) * HEAD
+        move_heads(q + at, y + at, angles, real, HEAD, ROT, INTERLEAVED, BLOCK)
+    else:
+        row = head - HEADS  # keys' heads, then values'
+        slot = tl.load(slots + token, mask=real, other=0)
+        place = cache + (slot // 32).to(tl.int64) * block_elements + layer_offset + (row * 32 + slot % 32) * HEAD
+        if row < KV_HEADS:
+            move_heads(k + (token * KV_HEADS + row) * HEAD, place, angles, real, HEAD, ROT, INTERLEAVED, BLOCK)
+        else:
+            move_heads(v + (token * KV_HEADS + row - KV_HEADS) * HEAD, place, angles, real, HEAD, 0, INTERLEAVED, BLOCK)
+
+
+def rope(x: torch.Tensor, table: torch.Tensor, heads: int, interleaved: bool, y: torch.Tensor) -> None:
+    """y = x, float32 [T, heads * head], with the first elements of each head rotated; y may be x."""
+    head = x.shape[1] // heads
+    rotate_and_store[(triton.cdiv(len(x), _ROWS), heads)](
+        x, x, x, table, y, x, x, len(x), 0, 0, HEADS=heads, KV_HEADS=0, HEAD=head, ROT=table.shape[1], INTERLEAVED=interleaved,
+        ROWS=_ROWS, BLOCK=triton.next_power_of_2(head), num_warps=4,
+    )  # fmt: skip
+
+
+def rope_cache(
+    q: torch.Tensor | None,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    table: torch.Tensor | None,
+    y: torch.Tensor | None,
+    cache: torch.Tensor,
+    slots: torch.Tensor,
+    layer_offset: int,
+    *,
+    heads: int,
+    kv_heads: int,
+    interleaved: bool = False,
+) -> None:
+    """See `rotate_and_store`; without q and y, only keys and values are written, without a table as they are."""
+    tokens, head = len(k), k.shape[1] // kv_heads
+    heads = 0 if q is None else heads
+    rotate_and_store[(triton.cdiv(tokens, _ROWS), heads + 2 * kv_heads)](
+        k if q is None else q, k, v, k if table is None else table, k if y is None else y, cache, slots, tokens,
+        cache.stride(0), layer_offset, HEADS=heads, KV_HEADS=kv_heads, HEAD=head, ROT=0 if table is None else table.shape[1],
+        INTERLEAVED=interleaved, ROWS=_ROWS, BLOCK=triton.next_power_of_2(head), num_warps=4,
+    )  # fmt: skip

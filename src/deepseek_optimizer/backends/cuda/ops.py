@@ -1,0 +1,180 @@
+"""One function per op: launches the kernels of a node on its values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...graph.ir import Node
+from ...graph.ops.products import rows_of
+from ..base import StepBatch, reach_of
+from .kernels import attention as attention_kernels
+from .kernels import elementwise, linear, norm, rope, rows
+from .matrices import DeviceMatrix
+from .step import DeviceStep
+from .store import CudaStore
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A plan's weights on its device.
+
+    Attributes:
+        matrices: by name.
+        vectors: float32, by name; also the frequencies of RoPE tables whose frequencies are the same for all sequences,
+            [1, rot/2], by `frequencies_name`.
+    """
+
+    matrices: Mapping[str, DeviceMatrix]
+    vectors: Mapping[str, torch.Tensor]
+
+    def vector(self, name: str | None) -> torch.Tensor | None:
+        return None if name is None else self.vectors[name]
+
+    def products(self, node: Node) -> list[tuple[DeviceMatrix, torch.Tensor | None]]:
+        """Matrix and bias of each product of a node, of the rows that it uses."""
+        biases = node.attrs["biases"] if "biases" in node.attrs else (node.attrs.get("bias"),)
+        made = []
+        for name, bias_name, part in zip(node.weights, biases, rows_of(node), strict=True):
+            matrix, bias = self.matrices[name], self.vector(bias_name)
+            if part is not None:
+                matrix, bias = matrix.part(*part[:2]), None if bias is None else bias[part[0] : part[1]]
+            made.append((matrix, bias))
+        return made
+
+
+@dataclass
+class Run:
+    """What ops read of a step, and what they return besides values.
+
+    Attributes:
+        at: the step's integers on the device.
+        wants_hidden: whether hidden states are returned.
+        hidden: the hidden states so far, by index.
+    """
+
+    batch: StepBatch
+    at: DeviceStep
+    store: CudaStore | None
+    weights: Weights
+    wants_hidden: bool
+    hidden: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def cache(self) -> CudaStore:
+        assert self.store is not None  # graphs that use it have a cache, for which the plan requires a store
+        return self.store
+
+
+Values = list[torch.Tensor]
+
+
+def frequencies_name(spec: Any) -> str:
+    """The key of a `RopeSpec`'s frequencies in `Weights.vectors`."""
+    return f"rope:{id(spec)}"
+
+
+def _embedding(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
+    if run.batch.inputs_embeds is not None:
+        outputs[0].copy_(run.batch.inputs_embeds.detach())
+    else:
+        rows.embedding(run.at.ids, run.weights.matrices[node.weights[0]], node.attrs["scale"], outputs[0])
+
+
+def _rms_norm(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
+    a = node.attrs
+    weight = run.weights.vector(node.weights[0] if node.weights else None)
+    offset = a.get("unit_offset", False)
+    norm.rms_norm(inputs[0], weight, a["eps"], outputs[0], heads=a.get("heads", 1), unit_offset=offset)
+
+
+def _add_rms_norm(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
+    (x, delta), (total, out), a = inputs, outputs, node.attrs
+    weight, offset = run.weights.vector(node.weights[0]), a.get("unit_offset", False)
+    norm.rms_norm(x, weight, a["eps"], out, unit_offset=offset, delta=delta, total=total)
+
+
+def _linear(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
+    for (matrix, bias), out in zip(run.weights.products(node), outputs, strict=True):
+        linear.linear(inputs[0], matrix, bias, out)
+
+
+def _gate_up(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
+    (gate, gate_bias), (up, up_bias) = run.weights.products(node)
+    linear.gate_up(inputs[0], gate, up, (gate_bias, up_bias), outputs[0])
+
+
+def _pairwise(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
+    a, b = inputs
+    elementwise.apply(node.op, a, b, outputs[0])
+
+
+def _rope_table(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
+    """The rows of a sequence share its frequencies, which for dynamic RoPE depend on its reach."""
+    spec, at = node.attrs["rope"], run.at
+    if spec.is_dynamic:
+        by_sequence = np.stack([spec.inv_freq_at(length) for length in reach_of(run.batch)])
+        frequencies, which = torch.from_numpy(by_sequence).to(at.positions.device, torch.float32), at.sequence
+    else:
+        frequencies, which = run.weights.vectors[frequencies_name(spec)], torch.zeros_like(at.sequence)
+    rope.rope_table(at.positions, which, frequencies, spec.scaling, outputs[0])
+
+
+def _rope(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
+    x, table = inputs
+    rope.rope(x, table, node.attrs["heads"], node.attrs["interleaved"], outputs[0])
+
+
+def _cache_write(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
+    """Ops `cache_write`, with inputs k and v, and `rope_cache`, with q, k, v and the table."""
+    a, store = node.attrs, run.cache
+    rotated = node.op == "rope_cache"
+    k, v = inputs[1:3] if rotated else inputs
+    q, table = (inputs[0], inputs[3]) if rotated else (None, None)
+    rope.rope_cache(
+        q, k, v, table, outputs[0] if outputs else None, store.data, run.at.slots[store.spec.group_of(a["layer"])],
+        store.offsets[a["layer"]], heads=a.get("heads", 0), kv_heads=a["kv_heads"], interleaved=a.get("interleaved", False),
+    )  # fmt: skip
+
+
+def _attention(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
+    a, store = node.attrs, run.cache
+    for tiles in run.at.phases:
+        attention_kernels.attention(
+            inputs[0], store.data, store.offsets[a["layer"]], run.at.tables[store.spec.group_of(a["layer"])], tiles,
+            run.at.ends, outputs[0], heads=a["heads"], kv_heads=a["kv_heads"], scale=a["scale"], window=a.get("window", 0),
+            sinks=a.get("sinks", 0),
+        )  # fmt: skip
+
+
+def _select_rows(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
+    rows.select_rows(run.at.logit_rows, inputs[0], outputs[0])
+
+
+def _hidden_out(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
+    if run.wants_hidden:
+        run.hidden[node.attrs["index"]] = inputs[0].clone()
+
+
+OPS: Mapping[str, Callable[[Run, Node, Values, Values], None]] = {
+    "add": _pairwise,
+    "add_rms_norm": _add_rms_norm,
+    "attention": _attention,
+    "cache_write": _cache_write,
+    "embedding": _embedding,
+    "gate_up": _gate_up,
+    "head_norm": _rms_norm,
+    "hidden_out": _hidden_out,
+    "linear": _linear,
+    "lm_head": _linear,
+    "rms_norm": _rms_norm,
+    "rope": _rope,
+    "rope_cache": _cache_write,
+    "rope_table": _rope_table,
+    "select_rows": _select_rows,
+    "swiglu": _pairwise,
+}

@@ -1,0 +1,174 @@
+"""A graph bound to weights on a device: executes the nodes in order, each by one or a few kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ...errors import BackendError
+from ...graph.analysis import hidden_only, weight_shapes
+from ...graph.cache_groups import group_spans
+from ...graph.ir import Graph, Node, Value
+from ...graph.planner import assign_slots
+from ...quant.packed import PackedWeight
+from ..base import KvStore, Plan, StepBatch, StepOutput
+from ..decode_one import decode_one
+from ..decoding import DecodeCall, Decoded, DraftedCall, DraftedRounds
+from ..drafted_round import drafted_round
+from ..reference.checks import check_batch
+from ..reference.plan import choose_on_device
+from ..sampling import TokenChoice, choose_tokens
+from .device import launching_on
+from .division import query_rows
+from .kernels.rows import select_rows
+from .matrices import DeviceMatrix
+from .ops import OPS, Run, Weights, frequencies_name
+from .sizes import plan_bytes
+from .step import DeviceStep
+from .store import CudaStore
+from .supported import check_graph_ops, check_matrix
+
+
+class CudaPlan:
+    """Implements `Plan`. Created by `CudaBackend.compile`.
+
+    Values are float32 rows in buffers that values which are never alive together share (`graph/planner.py`); they grow with the
+    largest step and are kept. Only the integers of a step go to the device, in one copy.
+    """
+
+    def __init__(self, graph: Graph, weights: Mapping[str, PackedWeight | torch.Tensor], device: torch.device) -> None:
+        check_graph_ops(graph)
+        self.graph, self.device = graph, device
+        self._weights = _on_device(graph, weights, device)
+        self._formats = {name: matrix.format for name, matrix in self._weights.matrices.items()}
+        self._spans = group_spans(graph)
+        self._only_hidden = hidden_only(graph)
+        self._only_earlier = hidden_only(graph, wanted=(graph.hidden_states - 1,))
+        planned = assign_slots(graph)
+        self._slots, self._slot_of = planned.slots, planned.slot_of
+        self._buffers = [torch.empty(0, slot.width, dtype=torch.float32, device=device) for slot in planned.slots]
+        self._head = next((node.outputs[0] for node in graph.nodes if node.op == "lm_head"), None)
+        groups = [node.attrs["heads"] // node.attrs["kv_heads"] for node in graph.nodes if node.op == "attention"]
+        self._block_q = query_rows(max(groups, default=1))
+
+    @torch.no_grad()
+    def run(self, batch: StepBatch, store: KvStore | None) -> StepOutput:
+        """Runs one step over a store of this backend."""
+        with launching_on(self.device):
+            output = self._run(batch, store)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return output
+
+    def _run(self, batch: StepBatch, store: KvStore | None) -> StepOutput:
+        check_batch(batch, self.graph, 0 if store is None else store.num_blocks, self._spans)
+        if store is not None:
+            if not isinstance(store, CudaStore):
+                raise BackendError(f"store: a plan of the cuda backend needs a store of it, got a {type(store).__name__}")
+            store.ensure(int(batch.block_table.max()) + 1)
+        asks = batch.last_hidden or batch.draft_states
+        at = DeviceStep.of(batch, len(self._spans), self._block_q, self.device)
+        run = Run(batch, at, store, self._weights, batch.hidden or asks)
+        logits = self._logits_buffer(batch)
+        unwanted = self._only_earlier if asks else self._only_hidden
+        for i, node in enumerate(self.graph.nodes):
+            if batch.hidden or i not in unwanted:
+                self._execute(run, node, logits)
+        if self._head is not None and not self._head.selected:
+            select_rows(at.logit_rows, self._rows(self._head, batch), logits)
+        hidden = torch.stack([run.hidden[i] for i in range(self.graph.hidden_states)]) if batch.hidden else None
+        last = run.hidden[self.graph.hidden_states - 1] if asks else None
+        return StepOutput(logits, hidden, last if batch.last_hidden else None, last if batch.draft_states else None)
+
+    def _execute(self, run: Run, node: Node, logits: torch.Tensor) -> None:
+        inputs = [self._rows(value, run.batch) for value in node.inputs]
+        direct = node.op == "lm_head" and node.outputs[0].selected
+        outputs = [logits if direct else self._rows(value, run.batch) for value in node.outputs]
+        OPS[node.op](run, node, inputs, outputs)
+
+    def _rows(self, value: Value, batch: StepBatch) -> torch.Tensor:
+        """The buffer of a value, float32 [T or R, width]."""
+        index, rows = self._slot_of[value], len(batch.logit_rows if value.selected else batch.positions)
+        self._grow(index, rows)
+        return self._buffers[index][:rows]
+
+    def _grow(self, index: int, rows: int) -> None:
+        if rows > len(self._buffers[index]):
+            width = self._slots[index].width
+            self._buffers[index] = torch.empty(rows, width, dtype=torch.float32, device=self.device)
+
+    def _logits_buffer(self, batch: StepBatch) -> torch.Tensor:
+        """The tensor that the step's logits are written to, [R, V]; R is 0 if the graph has no head."""
+        if batch.logits is not None:
+            return batch.logits
+        shape = len(batch.logit_rows), self.graph.logits_width
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
+
+    def choose_tokens(self, logits: torch.Tensor, choices: Sequence[TokenChoice | None]) -> list[int | None]:
+        return choose_tokens(logits.numpy(), choices) if logits.is_cpu else choose_on_device(logits, choices)
+
+    def decode(self, batch: StepBatch, store: KvStore, call: DecodeCall) -> Decoded:
+        return decode_one(self, batch, store, call)
+
+    def decode_drafted(
+        self, batch: StepBatch, drafter: Plan, pending: StepBatch, store: KvStore, call: DraftedCall
+    ) -> DraftedRounds:
+        return drafted_round(self, batch, drafter, pending, store, call)
+
+    def check_weights(self) -> None:
+        """Does nothing: the weights are copies on the device."""
+
+    def reserve(self, tokens: int, logit_rows: int) -> None:
+        kept = {self._slot_of[value] for node in self.graph.nodes if node.op == "lm_head" for value in node.outputs}
+        for index, slot in enumerate(self._slots):
+            if index not in kept:
+                self._grow(index, logit_rows if slot.selected else tokens)
+
+    def buffer_bytes(self, tokens: int, logit_rows: int) -> int:
+        return plan_bytes(self.graph, self._formats, tokens, logit_rows)
+
+    def describe(self) -> list[dict[str, Any]]:
+        return [self._description(node) for node in self.graph.nodes]
+
+    def _description(self, node: Node) -> dict[str, Any]:
+        row: dict[str, Any] = {"op": node.op, "kernel": "triton", "output": node.outputs[0].name if node.outputs else None}
+        matrices = [name for name in node.weights if name in self._formats]
+        if matrices:
+            row["weights"] = matrices
+            row["format"] = ",".join(dict.fromkeys(self._formats[name] for name in matrices))
+            row["bytes"] = sum(self._weights.matrices[name].words.nbytes for name in matrices)
+        return row
+
+
+def _on_device(graph: Graph, weights: Mapping[str, PackedWeight | torch.Tensor], device: torch.device) -> Weights:
+    """Copies a graph's weights: matrices as they are packed, once for tied names, and vectors as float32.
+
+    Raises:
+        BackendError: a weight is missing or does not fit.
+    """
+    vectors: dict[str, torch.Tensor] = {}
+    matrices: dict[str, DeviceMatrix] = {}
+    copies: dict[int, DeviceMatrix] = {}
+    for name, shape in weight_shapes(graph).items():
+        weight = weights.get(name)
+        if len(shape) == 2:
+            weight = check_matrix(name, weight, graph.family)
+        elif not isinstance(weight, torch.Tensor):
+            raise BackendError(f"the graph needs weight {name!r} as a vector, got {type(weight).__name__}")
+        if tuple(weight.shape) != shape:
+            raise BackendError(f"weight {name!r} has shape {tuple(weight.shape)}, but the graph needs {shape}")
+        if isinstance(weight, torch.Tensor):
+            vectors[name] = weight.detach().to(device, torch.float32).contiguous()
+        else:
+            key = id(weight.data)
+            if key not in copies:
+                copies[key] = DeviceMatrix(weight, device)
+            matrices[name] = copies[key]
+    for node in graph.nodes:
+        if node.op == "rope_table" and not node.attrs["rope"].is_dynamic:
+            spec = node.attrs["rope"]
+            frequencies = torch.tensor(spec.inv_freq, dtype=torch.float32, device=device)
+            vectors[frequencies_name(spec)] = frequencies[None].contiguous()
+    return Weights(matrices, vectors)

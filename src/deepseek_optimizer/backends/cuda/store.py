@@ -1,0 +1,86 @@
+"""The paged cache of keys and values on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ...errors import BackendError
+from ...graph.ir import CacheSpec
+from ...graph.rope_rotation import KeyRotation
+from ..base import BLOCK_TOKENS, Int32
+from ..reference.block_tensors import BlockTensors
+from ..reference.ops import rope
+
+KV_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def layer_offsets(spec: CacheSpec) -> tuple[list[int], int]:
+    """Where each layer begins in the blocks of its group, and the length of a block, in elements: that of the largest group."""
+    ends, offsets = [0] * spec.groups, []
+    for layer in range(spec.layers):
+        group = spec.group_of(layer)
+        offsets.append(ends[group])
+        ends[group] += BLOCK_TOKENS * spec.elements_of(layer)
+    return offsets, max(ends)
+
+
+class CudaStore(BlockTensors):
+    """Implements `KvStore`: a row of elements per block, [blocks, block_elements].
+
+    In a block, the layers of a group follow each other: the keys [kv_heads, 32, head_dim], then the values likewise. So the 32
+    keys of a head are consecutive, which is what one load of attention reads. All memory is allocated at the first write, since
+    a larger copy would not fit beside it on a card that is nearly full; later, only `release` frees some.
+
+    Args:
+        spec: the model's cache, without summaries and copies.
+        kv_dtype: "fp32" or "bf16".
+        num_blocks: capacity in blocks of 32 tokens.
+    """
+
+    def __init__(self, spec: CacheSpec, kv_dtype: str, num_blocks: int, device: torch.device) -> None:
+        dtype = KV_DTYPES[kv_dtype]
+        self.spec, (self.offsets, elements) = spec, layer_offsets(spec)
+        super().__init__(elements * dtype.itemsize, kv_dtype, num_blocks)
+        self._data = [torch.zeros((0, elements), dtype=dtype, device=device)]
+
+    @property
+    def data(self) -> torch.Tensor:
+        """The cache, [blocks, block_elements]; no blocks before the first write."""
+        return self._data[0]
+
+    def ensure(self, blocks: int) -> None:
+        """Allocates memory, before a step that uses blocks < `blocks`."""
+        self._grow(blocks)
+
+    def _grow(self, blocks: int) -> None:
+        if blocks > self.num_blocks:
+            raise BackendError(f"block {blocks - 1} is outside the cache of {self.num_blocks} blocks")
+        if blocks > len(self.data):
+            self._resize(self.num_blocks)
+
+    def _part(self, layer: int, value: bool) -> torch.Tensor:
+        """A view of the keys or values of a layer, [blocks, kv_heads, 32, head_dim]."""
+        kv_heads, head_dim = self.spec.heads_of(layer)
+        size = kv_heads * BLOCK_TOKENS * head_dim
+        begin = self.offsets[layer] + value * size
+        return self.data[:, begin : begin + size].view(-1, kv_heads, BLOCK_TOKENS, head_dim)
+
+    def _rotated(
+        self, rotation: KeyRotation, blocks: torch.Tensor, angles: torch.Tensor, group: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """With torch's operations: windows slide rarely, and no step waits for a kernel of its own."""
+        for layer in range(self.spec.layers):
+            if self.spec.group_of(layer) == group:
+                keys = self._part(layer, False)
+                rows = keys[blocks].float().transpose(1, 2)
+                turned = rope(
+                    rows.flatten(0, 1).flatten(1), angles, rows.shape[2], rotation.key.interleaved, rotation.key.offset
+                )
+                yield keys, turned.view(rows.shape).transpose(1, 2)
+
+    def read(self, layer: int, block_table: Int32, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        blocks = self._table(block_table, tokens)[: -(-tokens // BLOCK_TOKENS)]
+        key, value = (self._part(layer, part)[blocks].float().transpose(0, 1).flatten(1, 2) for part in (False, True))
+        return key[:, :tokens].contiguous(), value[:, :tokens].contiguous()

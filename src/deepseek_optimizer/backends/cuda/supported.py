@@ -1,0 +1,83 @@
+"""What the backend runs so far: graphs of dense decoders. Anything else is refused by name before anything is compiled."""
+
+from __future__ import annotations
+
+from ...errors import BackendError
+from ...graph.ir import CacheSpec, Graph, Node
+from ...graph.ops.products import rows_of
+from ...quant.base import TILE_ROWS
+from ...quant.packed import PackedMatrix, PackedWeight
+from .matrices import LAYOUTS
+
+# Values of attributes that the kernels do not have, by op; an op has all other values of its attributes.
+_MISSING = {
+    "attention": {"softcap": lambda value: value != 0, "chunked": bool, "causal": bool},
+    "gate_up": {"activation": lambda value: value != "silu"},
+    "lm_head": {"scale": lambda value: value != 1, "softcap": lambda value: value != 0},
+    "rope": {"offset": lambda value: value != 0},
+    "rope_table": {"rope": lambda value: bool(value.axes)},
+}
+OPS = (
+    "add", "add_rms_norm", "attention", "cache_write", "embedding", "gate_up", "head_norm", "hidden_out", "linear", "lm_head",
+    "rms_norm", "rope", "rope_cache", "rope_table", "select_rows", "swiglu",
+)  # fmt: skip
+
+
+def refuse(what: str, family: str) -> BackendError:
+    """The error for what is missing."""
+    return BackendError(
+        f'the cuda backend does not run {what} of family {family!r} yet; load the model with backend="reference"'
+    )
+
+
+def check_graph_ops(graph: Graph) -> None:
+    """Raises BackendError, naming op and family, if the graph has anything that the kernels do not compute."""
+    for node in graph.nodes:
+        if node.op not in OPS:
+            raise refuse(f"op {node.op!r}", graph.family)
+    for node in graph.nodes:
+        if (missing := _missing(node)) is not None:
+            raise refuse(missing, graph.family)
+    if graph.states or graph.adapter_sites:
+        raise refuse("recurrent states" if graph.states else "adapters", graph.family)
+    check_cache(graph)
+
+
+def check_cache(graph: Graph) -> None:
+    """Raises BackendError if the graph's cache is of another kind than keys and values."""
+    if not isinstance(graph.cache, CacheSpec):
+        raise refuse("the latent cache" if hasattr(graph.cache, "rank") else "the cache of compressed attention", graph.family)
+    if graph.cache.summaries or graph.cache.newest:
+        raise refuse("a cache with summaries of blocks or copies of the newest tokens", graph.family)
+
+
+def _missing(node: Node) -> str | None:
+    """What the kernels of a node's op do not have."""
+    if node.op == "attention" and (node.weights or len(node.inputs) > 1):
+        return "op 'attention' with sinks that were learned or chosen blocks"
+    for name, missing in _MISSING.get(node.op, {}).items():
+        if name in node.attrs and missing(node.attrs[name]):
+            return f"op {node.op!r} with {name}={node.attrs[name]!r}"
+    if any(part is not None and part[0] % TILE_ROWS for part in rows_of(node)):
+        return f"op {node.op!r} with rows of {node.weights} that begin between tiles of {TILE_ROWS}"
+    return None
+
+
+def check_matrix(name: str, weight: object, family: str) -> PackedMatrix:
+    """The weight, if it is a matrix that the kernels read.
+
+    Raises:
+        BackendError: it is missing, not packed, or in a format or an order that they do not read.
+    """
+    if weight is None:
+        raise BackendError(f"the graph needs weight {name!r}, which the model does not have")
+    if not isinstance(weight, PackedWeight):
+        raise BackendError(f"weight {name!r} must be packed for the cuda backend, got a {type(weight).__name__}")
+    if not isinstance(weight, PackedMatrix) or weight.order is not None:
+        raise refuse(f"stacks and matrices with another order of columns ({name!r})", family)
+    if weight.format not in LAYOUTS:
+        raise BackendError(
+            f"the cuda backend does not support weight format {weight.format!r} of {name!r}; choose precision among "
+            f"{', '.join(LAYOUTS)}, or another backend"
+        )
+    return weight

@@ -1,0 +1,132 @@
+"""Attention over the paged cache equals the reference's formula over the same keys and values."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from support import triton_interpreter
+
+triton_interpreter.require()
+
+from deepseek_optimizer.backends.base import DECODE, PREFILL, StepBatch
+from deepseek_optimizer.backends.cuda import division
+from deepseek_optimizer.backends.cuda.kernels import attention, rope
+from deepseek_optimizer.backends.cuda.step import DeviceStep
+from deepseek_optimizer.backends.cuda.store import CudaStore
+from deepseek_optimizer.backends.reference import ops
+from deepseek_optimizer.graph.ir import CacheSpec
+
+CPU = torch.device("cpu")
+SCALE = 0.3
+# With a bf16 cache, q and weights are rounded to bf16 as well.
+BOUND = {"fp32": 3e-6, "bf16": 2**-7}
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def ints(values) -> np.ndarray:
+    return np.asarray(values, dtype=np.int32)
+
+
+class Case:
+    """Sequences of a step, with random keys and values of all their tokens in a cache of shuffled blocks.
+
+    Args:
+        sequences: (phase, tokens before the step, rows).
+        heads, kv_heads, head: sizes of attention.
+    """
+
+    def __init__(self, sequences, heads, kv_heads, head, kv_dtype="fp32", visible_to=None):
+        self.heads, self.kv_heads, self.head = heads, kv_heads, head
+        phase, context, rows = (ints(values) for values in zip(*sequences, strict=True))
+        total = context + rows
+        counts = -(-total // 32)
+        self.store = CudaStore(CacheSpec(1, kv_heads, head), kv_dtype, int(counts.sum()) + 2, CPU)
+        self.store.ensure(self.store.num_blocks)
+        self.store.data.fill_(torch.nan)  # what no row may see must not matter, whatever it is
+        blocks = iter(np.random.default_rng(0).permutation(self.store.num_blocks))
+        table = np.full((len(sequences), counts.max()), -1, np.int32)
+        for row, count in zip(table, counts, strict=True):
+            row[:count] = [next(blocks) for _ in range(count)]
+        at = np.concatenate([np.arange(c, c + r) for c, r in zip(context, rows, strict=True)])
+        self.batch = StepBatch(ints(at * 0), ints(at), rows, context, phase, table, ints([]), visible_to=visible_to)
+        for i, tokens in enumerate(total):
+            k, v = (random(tokens, kv_heads * head, seed=10 * i + part) for part in (1, 2))
+            token = np.arange(tokens)
+            slots = torch.from_numpy(ints(table[i][token // 32] * 32 + token % 32))
+            rope.rope_cache(None, k, v, None, None, self.store.data, slots, 0, heads=heads, kv_heads=kv_heads)
+        self.q = random(len(at), heads * head)
+
+    def made(self, window=0, sinks=0):
+        at = DeviceStep.of(self.batch, 1, division.query_rows(self.heads // self.kv_heads), CPU)
+        out = torch.full_like(self.q, torch.nan)
+        for tiles in at.phases:
+            attention.attention(
+                self.q, self.store.data, 0, at.tables[0], tiles, at.ends, out, heads=self.heads, kv_heads=self.kv_heads,
+                scale=SCALE, window=window, sinks=sinks,
+            )  # fmt: skip
+        return out
+
+    def exact(self, window=0, sinks=0):
+        begin, outputs = 0, []
+        for table, context, rows in zip(self.batch.block_table, self.batch.context_len, self.batch.query_len, strict=True):
+            k, v = (x.transpose(0, 1).double() for x in self.store.read(0, table[: -(-(context + rows) // 32)], context + rows))
+            q = self.q[begin : begin + rows].double().unflatten(-1, (self.kv_heads, -1, self.head))
+            ends = self.batch.visible_to
+            ends = None if ends is None else torch.from_numpy(ends[begin : begin + rows]).long()
+            mask = ops.visible(int(rows), int(context), torch.arange(len(k)), window, sinks, ends=ends)
+            outputs.append(ops.attention(q, k, v, mask, SCALE).flatten(1))
+            begin += rows
+        return torch.cat(outputs)
+
+    def check(self, window=0, sinks=0):
+        exact = self.exact(window, sinks)
+        error = (self.made(window, sinks).double() - exact).abs().max()
+        assert error <= BOUND[self.store.kv_dtype] * exact.abs().max()
+
+
+MIXED = [(DECODE, 70, 1), (DECODE, 0, 2), (PREFILL, 0, 40), (PREFILL, 33, 5)]
+
+
+@pytest.mark.parametrize("kv_dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("heads", "kv_heads", "head"), [(6, 2, 20), (2, 2, 16), (5, 1, 8)])
+def test_mixed_steps(heads, kv_heads, head, kv_dtype):
+    Case(MIXED, heads, kv_heads, head, kv_dtype).check()
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(37, 0), (5, 0), (37, 4), (40, 64), (500, 3)])
+def test_windows_and_sinks(window, sinks):
+    case = Case([(DECODE, 200, 1), (PREFILL, 90, 21)], 2, 1, 16)
+    case.check(window, sinks)
+    seen = [range(-(-sinks // 32)), range(max(0, 201 - window) // 32, 7)]
+    hidden = set(range(7)) - {block for part in seen for block in part}
+    if window < 200:
+        assert hidden or sinks >= 64
+    before = case.made(window, sinks)
+    case.batch.block_table[0][sorted(hidden)] = -1  # blocks that were released
+    assert torch.equal(case.made(window, sinks), before)
+
+
+def test_long_contexts_are_divided_into_chunks():
+    case = Case([(DECODE, 600, 1), (DECODE, 3, 1)], 2, 1, 16)
+    (tiles,) = DeviceStep.of(case.batch, 1, 1, CPU).phases
+    assert division.chunks_of(2, tiles.blocks, 1) == 3
+    case.check()
+    case.check(window=290)
+
+
+def test_rows_that_see_later_tokens():
+    ends = ints([71, *[12] * 6, *range(7, 13)])
+    ends[7:] = [7, 12, 12, 12, 12, 12]
+    case = Case([(DECODE, 70, 1), (PREFILL, 6, 6), (PREFILL, 6, 6)], 4, 2, 16, visible_to=ends)
+    case.check()
+    case.check(window=8)
+
+
+def test_chunks_fill_the_card_and_no_more():
+    assert division.chunks_of(1, 4096, 8) == 64 and division.chunks_of(1, 9, 8) == 2 and division.chunks_of(64, 4096, 8) == 1
+    assert [division.query_rows(group) for group in (1, 2, 3, 8, 71)] == [64, 32, 16, 8, 1]

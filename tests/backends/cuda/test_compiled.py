@@ -1,0 +1,60 @@
+"""The kernels compile for three generations of cards, which need not be there, and take what they may take."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parents[2]
+CARDS = {80: "A100", 90: "H100", 100: "B200"}
+SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # of a program, at most
+# By launch and kernel: registers of a thread and bytes of shared memory, at most, on every card. Kernels that are not listed
+# are small. Products of large tiles and attention of prompts take all 255 registers.
+LIMITS = {
+    "vector fp32: vector_product": (64, 2048),
+    "vector bf16: vector_product": (80, 2048),
+    "vector int8: vector_product": (128, 4096),
+    "vector int4: vector_product": (168, 4096),
+    "vector int4 of 4 rows, gated: vector_product": (168, 4096),
+    "tile fp32: tile_product": (255, 48 << 10),
+    "tile bf16: tile_product": (168, 48 << 10),
+    "tile int8: tile_product": (255, 64 << 10),
+    "tile int4: tile_product": (255, 112 << 10),
+    "tile bf16 of 16 rows, gated: tile_product": (128, 32 << 10),
+    "tile int4 of 16 rows, gated: tile_product": (192, 48 << 10),
+    "attention, prefill: attend_tile": (255, 96 << 10),
+    "attention, prefill in fp32: attend_tile": (255, 128 << 10),
+    "attention, decoding: attend_tile": (168, 48 << 10),
+    "attention, decoding in fp32: attend_tile": (255, 96 << 10),
+}
+SMALL = (128, 4096)
+# Bytes of stack of a thread, at most, for what does not fit into registers. The cosine of rope_angles is in fp64; an fp32 cache
+# is for checking results.
+STACK = {"rope table: rope_angles": 64, "attention, prefill in fp32: attend_tile": 128}
+SMALL_STACK = 16
+
+
+@pytest.mark.parametrize("capability", CARDS)
+def test_what_kernels_take(capability):
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip('Triton is not installed: pip install "deepseek-optimizer[cuda]"')
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "support.compiled_kernels", str(capability)]
+    paths = os.pathsep.join(filter(None, (str(TESTS), environment.get("PYTHONPATH"))))
+    child = subprocess.run(command, env={**environment, "PYTHONPATH": paths}, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    found = json.loads(child.stdout)
+    assert LIMITS.keys() <= found.keys() and len(found) > len(LIMITS)
+    over = []
+    for name, uses in found.items():
+        registers, shared = LIMITS.get(name, SMALL)
+        stack = STACK.get(name, SMALL_STACK)
+        if uses["reg"] > registers or uses["shared"] > min(shared, SHARED[capability]) or uses["stack"] > stack:
+            over.append((name, uses))
+    assert not over, f"{CARDS[capability]}: {over}"

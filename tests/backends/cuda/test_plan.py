@@ -1,0 +1,271 @@
+"""Plans equal the reference backend's: families, formats, caches, phases, windows, and what a step may ask for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from support import triton_interpreter
+
+triton_interpreter.require()
+
+from deepseek_optimizer.backends.base import DECODE, PREFILL, CompileOptions
+from deepseek_optimizer.backends.cuda.backend import CudaBackend
+from deepseek_optimizer.backends.cuda.matrices import LAYOUTS
+from deepseek_optimizer.backends.reference import ReferenceBackend
+from deepseek_optimizer.backends.sampling import GREEDY, TokenChoice, choose_tokens
+from deepseek_optimizer.errors import BackendError
+from deepseek_optimizer.graph import rules
+from deepseek_optimizer.graph.attention_mode import AttentionMode, apply_mode
+from deepseek_optimizer.graph.cache_groups import group_layers
+from deepseek_optimizer.models import build_graph
+from deepseek_optimizer.quant import ColumnOrder, PackedMatrix, pack, unpack
+from support import family_configs as configs
+from support.models import CASES, assert_close_rows, random_ids, random_model, weights_of
+from support.steps import Part, Runner, run_step, runner
+
+from ..cpu.packing import dequantized, packed_weights
+
+CPU = torch.device("cpu")
+# The interpreter takes 0.1 ms for an operation of a program, so models are as small as they can be.
+TINY = {
+    "vocab_size": 31, "hidden_size": 40, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 10,
+}  # fmt: skip
+TWO = TINY | {"num_hidden_layers": 2}
+FAMILIES = {
+    "llama-biases": lambda: configs.llama(**TINY | {"num_attention_heads": 4, "num_key_value_heads": 2}, mlp_bias=True),
+    "llama-dynamic": lambda: configs.llama(
+        **TINY | {"max_position_embeddings": 16} | configs.rope("dynamic", factor=4.0), attention_bias=True
+    ),
+    "mistral-tied-window": lambda: configs.mistral(**TINY, tie_word_embeddings=True, sliding_window=9),
+    "qwen2-gqa": lambda: configs.qwen2(**TINY),
+    "qwen3-types": lambda: configs.qwen3(
+        **TWO, use_sliding_window=True, sliding_window=5, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "smollm3-nope": lambda: configs.smollm3(**TWO, use_sliding_window=True, sliding_window=11, no_rope_layers=[1, 0]),
+}
+# Of a row's largest logit: what rounding to bf16 costs.
+FORMAT_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "int8": 2e-2, "int4": 2e-2}
+BF16_CACHE = 2e-2
+
+
+@pytest.fixture(scope="module")
+def backend():
+    return CudaBackend(CPU)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return random_model(FAMILIES["llama-biases"]())
+
+
+def graph_of(model, fused=True):
+    graph = build_graph(model.config)
+    return group_layers(rules.apply(graph)[0] if fused else graph)
+
+
+def pair(backend, model, format_name="fp32", kv="fp32", graph=None):
+    """A runner of this backend, and one of the reference with the same values."""
+    graph, weights = graph or graph_of(model), packed_weights(weights_of(model), format_name)
+    made, exact = backend.compile(graph, weights), ReferenceBackend().compile(graph, dequantized(weights))
+    return [
+        Runner(plan, owner.new_store(graph, dtype, 24), (None,) * graph.cache.groups)
+        for plan, owner, dtype in ((made, backend, kv), (exact, ReferenceBackend(), "fp32"))
+    ]
+
+
+def stepwise(made: Runner, ids: list[int]) -> torch.Tensor:
+    """The logits of a prompt in two chunks, then of a step of decoding."""
+    blocks, logits = made.sequence(), []
+    for begin, end, phase in ((0, 7, PREFILL), (7, -1, PREFILL), (-1, None, DECODE)):
+        logits.append(run_step(made.plan, made.store, [Part(blocks, ids[begin:end], phase)]).logits)
+    blocks.free()
+    return torch.cat(logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(backend, family):
+    model = random_model(FAMILIES[family]())
+    made, exact = pair(backend, model)
+    ids = random_ids(model.config, 39)
+    assert_close_rows(stepwise(made, ids), stepwise(exact, ids), FORMAT_TOLERANCE["fp32"])
+
+
+@pytest.mark.parametrize(("format_name", "kv"), [("fp32", "bf16"), ("bf16", "bf16"), ("int8", "fp32"), ("int4", "bf16")])
+def test_formats_and_caches(backend, format_name, kv):
+    model = random_model(FAMILIES["qwen2-gqa"]())
+    made, exact = pair(backend, model, format_name, kv)
+    ids = random_ids(model.config, 34)
+    tolerance = FORMAT_TOLERANCE[format_name] if kv == "fp32" else max(FORMAT_TOLERANCE[format_name], BF16_CACHE)
+    assert_close_rows(stepwise(made, ids), stepwise(exact, ids), tolerance)
+
+
+def test_mixed_steps(backend, llama):
+    """Sequences that decode, one of them with a draft, beside prompts, of which one begins with a cached prefix."""
+    results = []
+    for made in pair(backend, llama):
+        sequences = [made.sequence() for _ in range(4)]
+        ids = [random_ids(llama.config, count, seed) for seed, count in enumerate((34, 5, 9, 12))]
+        parts = [Part(s, t[:-2]) for s, t in zip(sequences, ids, strict=True)][:3]
+        first = run_step(made.plan, made.store, parts).logits
+        parts = [
+            Part(sequences[0], ids[0][-2:-1], DECODE), Part(sequences[1], ids[1][-2:], DECODE), Part(sequences[2], ids[2][-2:]),
+            Part(sequences[3], ids[3], rows=[11]),
+        ]  # fmt: skip
+        results.append((first, run_step(made.plan, made.store, parts).logits))
+    for made, exact in zip(*results, strict=True):
+        assert_close_rows(made, exact, FORMAT_TOLERANCE["fp32"])
+
+
+def test_graphs_without_fusion(backend):
+    """With their own ops for RoPE, cache writes, residuals and SwiGLU, and logits of all rows."""
+    model = random_model(FAMILIES["qwen3-types"]())
+    graph = graph_of(model, fused=False)
+    assert {"rope", "cache_write", "add", "swiglu"} <= {node.op for node in graph.nodes}
+    made, exact = pair(backend, model, graph=graph)
+    ids = random_ids(model.config, 11)
+    assert_close_rows(made.logits(ids), exact.logits(ids), FORMAT_TOLERANCE["fp32"])
+
+
+def test_sliding_mode_with_sinks(backend):
+    model = random_model(FAMILIES["qwen2-gqa"]())
+    graph = apply_mode(rules.apply(build_graph(model.config))[0], AttentionMode("sliding", window=8, sinks=4))[0]
+    made, exact = pair(backend, model, graph=graph)
+    ids = random_ids(model.config, 45)
+    assert_close_rows(stepwise(made, ids), stepwise(exact, ids), FORMAT_TOLERANCE["fp32"])
+
+
+def test_hidden_states_and_embeddings(backend, llama):
+    made, exact = pair(backend, llama)
+    embeds = torch.randn(6, 40, generator=torch.Generator().manual_seed(5))
+    outputs = []
+    for run in (made, exact):
+        parts = [Part(run.sequence(), [1] * 6, rows=[5])]
+        outputs.append(
+            run_step(run.plan, run.store, parts, hidden=True, last_hidden=True, draft_states=True, inputs_embeds=embeds)
+        )
+    ours, theirs = outputs
+    assert torch.equal(ours.hidden[0], embeds) and torch.equal(ours.last_hidden, ours.hidden[-1])
+    for name in ("logits", "last_hidden", "draft_states"):
+        assert_close_rows(getattr(ours, name), getattr(theirs, name), FORMAT_TOLERANCE["fp32"])
+    assert_close_rows(ours.hidden.flatten(0, 1), theirs.hidden.flatten(0, 1), FORMAT_TOLERANCE["fp32"])
+
+
+def test_logits_are_written_to_the_caller(backend, llama):
+    made, _ = pair(backend, llama)
+    logits = torch.full((2, 31), torch.nan)
+    output = run_step(made.plan, made.store, [Part(made.sequence(), [3, 4, 5], rows=[0, 2])], logits=logits)
+    assert output.logits is logits and logits.isfinite().all()
+    assert run_step(made.plan, made.store, [Part(made.sequence(), [3], rows=[])]).logits.shape == (0, 31)
+
+
+def test_plans_without_a_head(backend, llama):
+    graph = graph_of(llama).without_head()
+    weights = packed_weights(weights_of(llama), "fp32")
+    results = []
+    for owner in (backend, ReferenceBackend()):
+        run = runner(owner, graph, weights, blocks=4)
+        results.append(run_step(run.plan, run.store, [Part(run.sequence(), [5, 6, 7], rows=[])], last_hidden=True))
+    assert results[0].logits.shape[0] == 0
+    assert_close_rows(results[0].last_hidden, results[1].last_hidden, FORMAT_TOLERANCE["fp32"])
+
+
+def test_sizes_equal_the_buffers(backend, llama):
+    graph, weights = graph_of(llama), packed_weights(weights_of(llama), "int4")
+    formats = {name: w.format for name, w in weights.items() if isinstance(w, PackedMatrix)}
+    for kv in backend.capabilities.kv_dtypes:
+        store = backend.new_store(graph, kv, 3)
+        store.ensure(1)
+        assert backend.block_bytes(graph, kv) == store.block_bytes == store.data[0].nbytes == store.saved_bytes
+    plan = backend.compile(graph, weights)
+    plan.reserve(64, 4)
+    values = sum(buffer.nbytes for buffer in plan._buffers)
+    predicted = backend.buffer_bytes(graph, formats, CompileOptions(), 64, 4)
+    assert values < plan.buffer_bytes(64, 4) == predicted - 4 * 31 * 4
+
+
+def test_description(backend, llama):
+    made, _ = pair(backend, llama, "int8")
+    rows = made.plan.describe()
+    assert [row["op"] for row in rows] == [node.op for node in made.plan.graph.nodes]
+    head = rows[-1]
+    assert head["format"] == "int8" and head["bytes"] == 2 * 2 * 544 and head["weights"] == ["lm_head.weight"]
+
+
+def test_tokens_are_chosen_as_defined(backend, llama):
+    made, _ = pair(backend, llama)
+    logits = torch.randn(3, 31, generator=torch.Generator().manual_seed(1))
+    choices = [GREEDY, None, TokenChoice(0.7, top_k=5, u=0.4)]
+    assert made.plan.choose_tokens(logits, choices) == choose_tokens(logits.numpy(), choices)
+
+
+@pytest.mark.parametrize(
+    ("case", "what"),
+    [
+        ("deepseek_v3-groups", "op 'latent'"),
+        ("mixtral-window", "op 'router'"),
+        ("gemma2-limits", "op 'attention' with softcap=[0-9.]+"),
+        ("lfm2-mixed", "op '(multiply|short_conv)'"),
+    ],
+)
+def test_what_is_missing_is_named(backend, case, what):
+    model = random_model(CASES[case]())
+    family = case.partition("-")[0]
+    said = f"the cuda backend does not run {what} of family '{family}' yet; load the model with backend=\"reference\""
+    with pytest.raises(BackendError, match=said):
+        backend.compile(graph_of(model), packed_weights(weights_of(model), "fp32"))
+
+
+def test_weights_that_do_not_fit_are_named(backend, llama):
+    graph, weights = graph_of(llama), packed_weights(weights_of(llama), "fp32")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    matrix = unpack(weights[name])
+    for wrong, said in (
+        (matrix, "must be packed for the cuda backend"),
+        (pack(matrix[:32], "fp32"), r"has shape \(32, 40\), but the graph needs \(40, 40\)"),
+        (pack(matrix, "q4_1"), "weight format 'q4_1' of .*choose precision among fp32, bf16, int8, int4"),
+        (PackedMatrix("fp32", 40, 40, weights[name].data, ColumnOrder(2, 4)), "another order of columns"),
+    ):
+        with pytest.raises(BackendError, match=said):
+            backend.compile(graph, {**weights, name: wrong})
+    with pytest.raises(BackendError, match=f"the graph needs weight '{name}'"):
+        backend.compile(graph, {key: value for key, value in weights.items() if key != name})
+    with pytest.raises(BackendError, match="does not support KV cache dtype 'int8'; choose kv_cache among fp32, bf16"):
+        backend.new_store(graph, "int8", 2)
+
+
+def test_stores_of_other_backends_are_refused(backend, llama):
+    made, exact = pair(backend, llama)
+    with pytest.raises(BackendError, match="needs a store of it, got a TorchStore"):
+        run_step(made.plan, exact.store, [Part(made.sequence(), [1])])
+
+
+def test_capabilities(backend):
+    able = backend.capabilities
+    assert able.weight_formats == tuple(LAYOUTS) and able.kv_dtypes == ("fp32", "bf16")
+    assert not (able.adapters or able.training or able.decode_calls or able.dense_operations or able.batch_invariant)
+    assert backend.detail == "Triton's interpreter on cpu"
+
+
+def test_operations_on_tensors(backend, llama):
+    """What models without a plan call; what is missing is refused by name."""
+    x = torch.randn(2, 3, 40, generator=torch.Generator().manual_seed(1))
+    weights = packed_weights(weights_of(llama), "fp32")
+    gate, up, down = (weights[f"model.layers.0.mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
+    scale, reference = torch.rand(40) + 0.5, ReferenceBackend()
+    for norm in (None, (scale, None, 1e-5)):
+        for residual in (False, True):
+            args = (x, [(gate, None), (up, torch.ones(48))], "swiglu", (down, None))
+            made, exact = (b.feed_forward(*args, norm=norm, residual=residual) for b in (backend, reference))
+            torch.testing.assert_close(made, exact, rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
+    assert torch.equal(backend.unpack(gate), unpack(gate))
+    for call, said in (
+        (lambda: backend.feed_forward(x, [(up, None)], "relu", (down, None)), "feed-forward blocks with op 'relu'"),
+        (lambda: backend.norm(x, scale, scale, 1e-5), "layer norms"),
+        (lambda: backend.linear_gradient(x, down), "gradients"),
+        (lambda: backend.attend(x, x, x, 1.0), "attention without a cache"),
+        (lambda: backend.new_adapters(graph_of(llama), 1, 4, "fp32"), "adapters"),
+    ):
+        with pytest.raises(BackendError, match=f"the cuda backend does not have {said} yet"):
+            call()

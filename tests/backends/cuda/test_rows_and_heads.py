@@ -1,0 +1,104 @@
+"""Norms, RoPE, cache writes, selected rows and element-wise ops equal the reference's functions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from support import triton_interpreter
+
+triton_interpreter.require()
+
+from deepseek_optimizer.backends.cuda.kernels import elementwise, norm, rope, rows
+from deepseek_optimizer.backends.cuda.store import CudaStore
+from deepseek_optimizer.backends.reference import ops
+from deepseek_optimizer.graph.ir import CacheSpec
+
+CPU = torch.device("cpu")
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(made: torch.Tensor, exact: torch.Tensor) -> None:
+    torch.testing.assert_close(made, exact, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize(("count", "width"), [(1, 7), (37, 72), (3, 2500)])
+@pytest.mark.parametrize("unit_offset", [False, True])
+def test_rms_norms(count, width, unit_offset):
+    x, delta, weight = random(count, width), random(count, width, seed=1), random(width, seed=2)
+    out, total = torch.empty_like(x), torch.empty_like(x)
+    norm.rms_norm(x, weight, 1e-5, out, unit_offset=unit_offset)
+    close(out, ops.rms_norm(x, weight, 1e-5, unit_offset))
+    norm.rms_norm(x, weight, 1e-5, out, unit_offset=unit_offset, delta=delta, total=total)
+    assert torch.equal(total, x + delta)
+    close(out, ops.rms_norm(x + delta, weight, 1e-5, unit_offset))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_norms_of_heads_in_place(weighted):
+    x, weight = random(9, 5 * 12), random(12, seed=1) if weighted else None
+    exact = ops.head_norm(x, weight, 1e-6, 5)
+    norm.rms_norm(x, weight, 1e-6, x, heads=5)
+    close(x, exact)
+
+
+@pytest.mark.parametrize("scaling", [1.0, 1.25])
+def test_angles_of_large_positions_are_exact(scaling):
+    positions, frequencies = torch.tensor([0, 1, 77, 131071, 1_000_003], dtype=torch.int32), random(2, 9, seed=3).abs()
+    which, out = torch.tensor([0, 1, 1, 0, 1], dtype=torch.int32), torch.empty(5, 18)
+    rope.rope_table(positions, which, frequencies, scaling, out)
+    close(out, ops.rope_table(positions.long(), frequencies[which.long()], scaling))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rot", [12, 8])
+def test_rope_in_place(rot, interleaved):
+    x, table = random(11, 3 * 12), random(11, rot, seed=1)
+    exact = ops.rope(x, table, 3, interleaved)
+    rope.rope(x, table, 3, interleaved, x)
+    close(x, exact)
+
+
+@pytest.mark.parametrize("kv_dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("rotated", [False, True])
+def test_keys_and_values_reach_their_slots(rotated, kv_dtype):
+    """Of two layers of different sizes; everything else in the cache stays as it is."""
+    store = CudaStore(CacheSpec(2, (3, 2), (8, 12)), kv_dtype, 4, CPU)
+    store.ensure(4)
+    tokens, tables = 41, np.array([3, 1], np.int32)
+    q, k, v, table = random(tokens, 4 * 12), random(tokens, 24, seed=1), random(tokens, 24, seed=2), random(tokens, 12, seed=3)
+    at = torch.arange(tokens)
+    slots = (torch.from_numpy(tables)[at // 32] * 32 + at % 32).int()
+    y = torch.empty_like(q)
+    given = (q, k, v, table, y) if rotated else (None, k, v, None, None)
+    rope.rope_cache(*given, store.data, slots, store.offsets[1], heads=4, kv_heads=2)
+    keys = ops.rope(k, table, 2, False) if rotated else k
+    if rotated:
+        close(y, ops.rope(q, table, 4, False))
+    for made, exact in zip(store.read(1, tables, tokens), (keys, v), strict=True):
+        rows_of_heads = exact.unflatten(-1, (2, 12)).transpose(0, 1)
+        if kv_dtype == "fp32":
+            close(made, rows_of_heads)
+        else:  # rounded to nearest, up to the last bits of the rotation
+            torch.testing.assert_close(made, rows_of_heads.bfloat16().float(), rtol=2**-8 if rotated else 0, atol=1e-6)
+    assert all((part == 0).all() for part in store.read(0, tables, tokens))
+    assert (store.data[[0, 2]] == 0).all() and int((store.data != 0).sum()) == tokens * 48
+
+
+def test_selected_rows():
+    x, index, out = random(30, 150), torch.tensor([0, 3, 7, 8, 9, 11, 12, 20, 21, 29], dtype=torch.int32), torch.empty(10, 150)
+    rows.select_rows(index, x, out)
+    assert torch.equal(out, x[index.long()])
+    rows.select_rows(index[:0], x, out[:0])
+
+
+@pytest.mark.parametrize("op", ["add", "swiglu"])
+def test_pairs_of_values(op):
+    a, b = random(7, 300), random(7, 300, seed=1)
+    exact = ops.FUNCTIONS[op](a, b)
+    elementwise.apply(op, a, b, a)
+    close(a, exact)
