@@ -21,11 +21,12 @@ from ...checkpoint import Checkpoint, open_checkpoint
 from ...checkpoint.stacks import is_stack
 from ...errors import ConfigError
 from ...integration.attention.transformers_sdpa import create_causal_mask
+from ...integration.bind.dtypes import kept_in_fp32
 from ...integration.bind.graphs import loaded_mtp_layers
 from ...integration.compat import cache_name
 from ...integration.load.mtp_layers import add_mtp_layers, own_tensors, save_published_names
 from ...integration.load.resolve import resolve
-from ...integration.training.modules import attention_name, names_kept_in_fp32
+from ...integration.training.modules import attention_name
 from ...models import draft_vocab_size, has_mtp, mtp_layers
 from ..attention_function import DSO_TRAIN
 from ..checkpoints.converted import read_stack
@@ -103,7 +104,7 @@ def _exact(model: Any) -> re.Pattern[str]:
     """Matches the names of tensors that are always fp32: those that the model's class lists, and what makes discrete choices.
     With residual streams, Transformers' routers compute in the dtype of their input."""
     choices = ["e_score_correction_bias", *([] if has_streams(model) else [".mlp.gate.weight"])]
-    return re.compile("|".join(map(re.escape, [*names_kept_in_fp32(model), *choices])))
+    return re.compile("|".join([kept_in_fp32(model, torch.bfloat16).pattern, *map(re.escape, choices)]))
 
 
 @torch.no_grad()
