@@ -59,7 +59,7 @@ test: env
 	DSO_WHEEL=$$(ls $(WHEELS)/*.whl) $(PYTEST) $(TESTS) $(PYTEST_ARGS)
 
 # The other tests that CI runs, without those of `make test`.
-test-all: test-native test-lowest test-interop test-conformance test-wide
+test-all: test-native test-lowest test-interop test-conformance test-cuda-interpreter test-wide
 
 test-wide: env
 	DSO_WHEEL=$$(ls $(WHEELS)/*.whl) $(PYTEST) -m wide $(TESTS) $(PYTEST_ARGS)
@@ -118,20 +118,10 @@ $(INTEROP)/.installed: $(WHEELS)/.built
 test-interop: $(INTEROP)/.installed
 	$(ONE_THREAD) DSO_INTEROP=1 $(INTEROP)/bin/python -m pytest -q tests/interop $(PYTEST_ARGS)
 
-# The kernels of backend `cuda` in Triton's interpreter, and compiled for three generations of cards. Needs no card. Triton is not
-# installed for the other tests, and it decides when it is imported whether it interprets.
-CUDA := .venv-cuda
+# The kernels of backend `cuda` in Triton's interpreter. Needs no card. Triton decides when it is imported whether it interprets.
 CUDA_TESTS ?= tests/backends/cuda
-
-$(CUDA)/.installed: $(WHEELS)/.built
-	test -x $(CUDA)/bin/python || $(PYTHON) -m venv $(CUDA)
-	$(CUDA)/bin/python -m pip install --quiet --upgrade pip
-	$(CUDA)/bin/python -m pip install --quiet "$$(ls $(WHEELS)/*.whl)[dev,cuda]"
-	$(CUDA)/bin/python -m pip install --quiet --no-deps --force-reinstall $(WHEELS)/*.whl
-	touch $@
-
-test-cuda-interpreter: $(CUDA)/.installed
-	$(ONE_THREAD) TRITON_INTERPRET=1 $(CUDA)/bin/python -m pytest -q -n $(WORKERS) -m "" $(CUDA_TESTS) $(PYTEST_ARGS)
+test-cuda-interpreter: env
+	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" --deselect tests/backends/cuda/test_compiled.py $(CUDA_TESTS) $(PYTEST_ARGS)
 
 # The server tests of vLLM and llama.cpp against `dso serve`. PEERS: suites and options, such as PEERS="vllm --file test_chat".
 PEERS ?=
@@ -208,4 +198,4 @@ fuzz: env
 	DSO_SCHEMA_EXAMPLES=$(FUZZ_REQUESTS) $(BIN)/python -m pytest -m "" tests/server/test_schema_fuzz.py
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(INTEROP) $(CUDA) $(DOCS) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) $(INTEROP) $(DOCS) build dist .pytest_cache .mypy_cache .ruff_cache

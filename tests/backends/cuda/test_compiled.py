@@ -40,6 +40,7 @@ STACK = {"rope table: rope_angles": 64, "attention, prefill in fp32: attend_tile
 SMALL_STACK = 16
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("capability", CARDS)
 def test_what_kernels_take(capability):
     if importlib.util.find_spec("triton") is None:
