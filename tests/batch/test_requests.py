@@ -43,6 +43,8 @@ def test_windows_line_ends(tmp_path):
     [
         ("{", "line 2: not valid JSON"),
         ("[" * 100_000, "line 2: not valid JSON"),
+        ('{"custom_id": "b", "body": {"temperature": NaN}}', "line 2: not valid JSON"),
+        ('{"custom_id": "\\ud800"}', "line 2: not valid JSON"),
         ("[]", "line 2: must be a JSON object with custom_id"),
         ({**LINE, "custom_id": "b", "Url": "x"}, "line 2, Url: the field is not known; the fields are body, custom_id"),
         ({**LINE, "custom_id": 7}, "line 2, custom_id: must be a text that names the request, got 7"),

@@ -76,6 +76,7 @@ def _request(line: bytes, index: int, path: Path, number: int) -> BatchRequest:
 
     try:
         value = json.loads(line)
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # NaN and halves of surrogate pairs cannot be sent
     except (ValueError, RecursionError) as cause:
         raise error(f"not valid JSON ({cause})") from None
     if not isinstance(value, dict):
