@@ -72,8 +72,7 @@ def batch(
                     "max_answer_tokens": max_answer_tokens, "reasoning": reasoning, "thinking": thinking,
                     **{field: value for field, value in fields.items() if field not in ("batch_size_range", "threads")}},
     }  # fmt: skip
-    with Results(output, identity, len(job.requests)) as results:
-        failed = 0
+    with Results(output, identity, len(job.requests), job.written) as results:
         if len(results.done) < len(job.requests):
             waiting = {"max_waiting": 4 * max_running}
             drafting = (draft_model, draft_precision)
@@ -81,8 +80,11 @@ def batch(
                 model, name, template, fields, settings, generation_config, waiting, None, drafting
             )
             with show_progress(f"Answering {input.name}") as progress:
-                failed = asyncio.run(run_batch(create_app(engine, settings), job, results, 2 * max_running, progress))
+                asyncio.run(run_batch(create_app(engine, settings), job, results, 2 * max_running, progress))
         results.finish()
-    if failed:
-        typer.echo(f"dso: {failed:,} of {len(job.requests):,} requests ended in an error; see response.status_code", err=True)
+    if results.failed:
+        typer.echo(
+            f"dso: {len(results.failed):,} of {len(job.requests):,} requests ended in an error; see response.status_code",
+            err=True,
+        )
         raise typer.Exit(1)

@@ -116,14 +116,15 @@ def test_what_differs_from_run_to_run_is_replaced(job_file):
         message = {"role": "assistant", "tool_calls": [{"id": f"call_{moment}", "function": {}}, {"id": f"call_{moment}b"}]}
         usage = {"prompt_tokens": 5, "prompt_tokens_details": {"cached_tokens": moment}}
         body = {"id": f"chatcmpl-{moment}", "created": moment, "choices": [{"index": 0, "message": message}], "usage": usage}
+        body["timings"] = {"prompt_ms": moment}
         return httpx.Response(200, json=body)
 
     async def twice():
         async with httpx.AsyncClient(transport=httpx.MockTransport(respond), base_url="http://localhost") as client:
-            return [await answer(client, job, job.requests[0]) for _ in range(2)]
+            return [await answer(client, job, job.requests[0], 7) for _ in range(2)]
 
     first, second = asyncio.run(twice())
-    assert first == second and len(calls) == 3
+    assert first == second and len(calls) == 3 and first["response"]["body"]["created"] == 7
     ids = [call["id"] for call in first["response"]["body"]["choices"][0]["message"]["tool_calls"]]
     assert len(set(ids)) == 2 and all(id.startswith("call_") for id in ids)
     assert first["response"]["body"]["usage"] == {"prompt_tokens": 5}
@@ -140,8 +141,8 @@ def test_a_seed_is_kept(job_file):
     async def ask():
         async with httpx.AsyncClient(transport=httpx.MockTransport(respond), base_url="http://localhost") as client:
             for request in job.requests[:2]:
-                await answer(client, job, type(request)(request.index, "x", request.url, {**request.body, "seed": 5}))
-            await answer(client, job, type(request)(0, "x", "/v1/embeddings", {"input": "a"}))
+                await answer(client, job, type(request)(request.index, "x", request.url, {**request.body, "seed": 5}), 7)
+            await answer(client, job, type(request)(0, "x", "/v1/embeddings", {"input": "a"}), 7)
 
     asyncio.run(ask())
     assert seen == [5, 5, None]

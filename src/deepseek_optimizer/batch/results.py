@@ -19,6 +19,7 @@ from ..checkpoint.atomic import atomic_file
 from ..checkpoint.locks import HAS_LOCKS, hold
 from ..errors import DataError
 
+_HEAD = b'{"job":'
 _SYNC_SECONDS = 2.0  # results of the last seconds may be lost if the machine stops, and are computed again
 
 
@@ -29,21 +30,25 @@ class Results:
         output: the file to write. It must not exist.
         job: what identifies the job, of JSON types; a partial file of another job is an error.
         count: number of requests.
+        written: when the input was written, in seconds of the Unix clock, if this is the job's first run.
 
     Attributes:
         done: the indices of requests that have results.
+        failed: those of them whose result is an error.
+        written: when the input was written, as the job's first run saw it.
 
     Raises:
         DataError: the output exists, the partial file is of another job, or another process has it open.
     """
 
-    def __init__(self, output: Path, job: dict[str, Any], count: int) -> None:
+    def __init__(self, output: Path, job: dict[str, Any], count: int, written: int = 0) -> None:
         self.output, self.partial, self.count = output, output.with_name(output.name + ".partial"), count
         self.done: set[int] = set()
+        self.failed: set[int] = set()
+        self.written = written
         self._places: dict[int, tuple[int, int]] = {}  # offset and bytes of each result in the partial file
         self._job, self._synced = job, time.monotonic()
-        if output.exists():
-            raise DataError("the file exists; delete it, or choose another name", file=output)
+        self._check_free()
         output.parent.mkdir(parents=True, exist_ok=True)
         with ExitStack() as opened:
             self._file: BinaryIO = opened.enter_context(self.partial.open("a+b"))
@@ -52,6 +57,12 @@ class Results:
                     opened.callback(os.close, hold(self.partial))
                 except BlockingIOError:
                     raise DataError("another process is running this job; wait for it, or stop it", file=self.partial) from None
+            try:
+                self._check_free()  # again: another process may have ended this job since
+            except DataError:
+                if not self.partial.stat().st_size:
+                    self.partial.unlink()
+                raise
             self._resume()
             self._opened = opened.pop_all()
 
@@ -61,15 +72,20 @@ class Results:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._opened.close()
 
+    def _check_free(self) -> None:
+        if self.output.exists():
+            raise DataError("the file exists; delete it, or choose another name", file=self.output)
+
     def _resume(self) -> None:
         self._file.seek(0)
         head = self._file.readline()
-        if not head.endswith(b"\n"):  # a new file, or one that was stopped while it was created
+        if not head.endswith(b"\n") and _HEAD.startswith(head[: len(_HEAD)]):  # new, or stopped while it was created
             self._file.truncate(0)
-            self._write({"job": self._job})
+            self._write({"job": self._job, "written": self.written})
             return
         try:
-            known = json.loads(head)["job"]
+            value = json.loads(head)
+            known, self.written = dict(value["job"]), int(value["written"])
         except (ValueError, TypeError, KeyError):
             raise DataError("this is not the partial file of a batch job; delete it", file=self.partial) from None
         if different := sorted(k for k in known.keys() | self._job.keys() if known.get(k) != self._job.get(k)):
@@ -80,14 +96,19 @@ class Results:
             )
         end = self._file.tell()
         while (line := self._file.readline()).endswith(b"\n"):
-            index = json.loads(line)["index"]
-            self._place(index, end, len(line))
+            try:
+                value = json.loads(line)
+                self._place(value["index"], value["line"], end, len(line))
+            except (ValueError, TypeError, KeyError):
+                break  # a power failure may leave zeros
             end += len(line)
-        self._file.truncate(end)  # a line that was being written when the job was stopped
+        self._file.truncate(end)  # what was being written when the job was stopped
 
-    def _place(self, index: int, begin: int, size: int) -> None:
+    def _place(self, index: int, line: dict[str, Any], begin: int, size: int) -> None:
         self.done.add(index)
         self._places[index] = begin, size
+        if line["response"]["status_code"] != 200:
+            self.failed.add(index)
 
     def _write(self, value: dict[str, Any]) -> int:
         line = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
@@ -98,7 +119,7 @@ class Results:
     def add(self, index: int, line: dict[str, Any]) -> None:
         """Adds the result of a request: the line of the output."""
         begin = self._file.seek(0, os.SEEK_END)
-        self._place(index, begin, self._write({"index": index, "line": line}))
+        self._place(index, line, begin, self._write({"index": index, "line": line}))
         if time.monotonic() - self._synced > _SYNC_SECONDS:
             os.fsync(self._file.fileno())
             self._synced = time.monotonic()

@@ -1,8 +1,9 @@
 """Runs a batch job: the server's routes answer its requests, without a network, as many at once as the engine takes.
 
 Results do not depend on when, or in how many runs, a request is answered: nothing random or of the moment is left in them.
-Requests that sample and set no seed get one, ids are derived from the job and the request, and the number of prompt tokens that
-were in the prefix cache is left out. The engine must be independent of the batch (`batch_invariant=True`) for texts to be so.
+Requests that sample and set no seed get one, ids are derived from the job and the request, and times and the number of prompt
+tokens that were in the prefix cache are left out. The engine must be independent of the batch (`batch_invariant=True`) for
+texts to be so.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _BUSY = (429, 503)
 
 async def run_batch(
     app: Any, job: BatchInput, results: Results, at_once: int, progress: Callable[[int, int], None] = lambda done, total: None
-) -> int:
+) -> None:
     """Answers all requests that have no results yet, and adds their results.
 
     Args:
@@ -33,25 +34,21 @@ async def run_batch(
         results: of the same job.
         at_once: maximum number of requests in flight.
         progress: called with the number of requests that have results, and the number of all.
-
-    Returns: the number of requests, of those answered now, that ended in an error.
     """
     waiting = iter([request for request in job.requests if request.index not in results.done])
-    failed = [0]
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     async with (
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=transport, base_url=_BASE, timeout=None) as client,
     ):
         progress(len(results.done), len(job.requests))
-        tasks = [asyncio.create_task(_answer_all(client, job, waiting, results, failed, progress)) for _ in range(at_once)]
+        tasks = [asyncio.create_task(_answer_all(client, job, waiting, results, progress)) for _ in range(at_once)]
         try:
             await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-    return failed[0]
 
 
 async def _answer_all(
@@ -59,18 +56,15 @@ async def _answer_all(
     job: BatchInput,
     waiting: Iterator[BatchRequest],
     results: Results,
-    failed: list[int],
     progress: Callable[[int, int], None],
 ) -> None:
     for request in waiting:
-        line = await answer(client, job, request)
-        failed[0] += line["response"]["status_code"] != 200
-        results.add(request.index, line)
+        results.add(request.index, await answer(client, job, request, results.written))
         progress(len(results.done), len(job.requests))
 
 
-async def answer(client: httpx.AsyncClient, job: BatchInput, request: BatchRequest) -> dict[str, Any]:
-    """The line of the output for a request."""
+async def answer(client: httpx.AsyncClient, job: BatchInput, request: BatchRequest, created: int) -> dict[str, Any]:
+    """The line of the output for a request; `created`: the time in its answer."""
     body = request.body
     if request.url in GENERATING and body.get("seed") is None:
         body = {**body, "seed": int(_digest(job, request, "seed")[:7], 16)}
@@ -85,13 +79,13 @@ async def answer(client: httpx.AsyncClient, job: BatchInput, request: BatchReque
         "response": {
             "status_code": response.status_code,
             "request_id": _digest(job, request, "request")[:32],
-            "body": _settled(json.loads(response.content), job, request),
+            "body": _settled(json.loads(response.content), job, request, created),
         },
         "error": None,
     }
 
 
-def _settled(body: Any, job: BatchInput, request: BatchRequest) -> Any:
+def _settled(body: Any, job: BatchInput, request: BatchRequest, created: int) -> Any:
     """An answer without what differs from run to run."""
     if not isinstance(body, dict):
         return body
@@ -99,7 +93,8 @@ def _settled(body: Any, job: BatchInput, request: BatchRequest) -> Any:
         kind = body["id"].partition("-")[0]
         body["id"] = f"{kind}-{_digest(job, request, 'answer')[:32]}"
     if "created" in body:
-        body["created"] = job.written
+        body["created"] = created
+    body.pop("timings", None)
     if isinstance(usage := body.get("usage"), dict):
         usage.pop("prompt_tokens_details", None)
     for choice in body.get("choices", ()):
