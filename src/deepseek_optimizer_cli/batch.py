@@ -74,7 +74,7 @@ def batch(
     }  # fmt: skip
     with Results(output, identity, len(job.requests), job.written) as results:
         if len(results.done) < len(job.requests):
-            waiting = {"max_waiting": 4 * max_running}
+            waiting = {"max_waiting": 4 * max_running + settings.max_answers}  # so that one with many answers fits too
             drafting = (draft_model, draft_precision)
             engine, settings, _, _ = load_engine(
                 model, name, template, fields, settings, generation_config, waiting, None, drafting

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from deepseek_optimizer.batch.requests import read_requests
 from deepseek_optimizer.batch.run import answer
+from deepseek_optimizer.errors import EngineDeadError
 from deepseek_optimizer_cli.app import app
 from support.warm_python import DSO, WarmPython
 
@@ -129,6 +130,39 @@ def test_what_differs_from_run_to_run_is_replaced(job_file):
     assert len(set(ids)) == 2 and all(id.startswith("call_") for id in ids)
     assert first["response"]["body"]["usage"] == {"prompt_tokens": 5}
     assert 0 <= calls[0]["seed"] == calls[1]["seed"] == calls[2]["seed"]
+
+
+@pytest.mark.parametrize("code", ["engine_dead", "model_file_changed", "worker_lost"])
+def test_a_server_that_stays_unavailable(job_file, monkeypatch, code):
+    """A dead engine ends the job, without a result; a request that kills a worker each time has an error as its result."""
+    job, calls = read_requests(job_file), []
+
+    def respond(request):
+        calls.append(request)
+        return httpx.Response(503, json={"error": {"code": code, "message": "what is wrong"}})
+
+    async def no_sleep(seconds):
+        assert 0 < seconds <= 60
+
+    async def ask():
+        async with httpx.AsyncClient(transport=httpx.MockTransport(respond), base_url="http://localhost") as client:
+            monkeypatch.setattr(asyncio, "sleep", no_sleep)
+            return await answer(client, job, job.requests[0], 7)
+
+    if code == "worker_lost":
+        assert asyncio.run(ask())["response"]["status_code"] == 503 and len(calls) == 10
+    else:
+        with pytest.raises(EngineDeadError, match="what is wrong; start the same command again"):
+            asyncio.run(ask())
+
+
+def test_more_answers_than_places_in_the_batch(tiny_model, tmp_path):
+    source, output = tmp_path / "in", tmp_path / "out"
+    body = {"prompt": "a", "n": 32, "max_tokens": 1}
+    source.write_text(json.dumps({"custom_id": "a", "url": "/v1/completions", "body": body}))
+    arguments = ["batch", str(tiny_model), str(source), str(output), "--max-running", "1", "--precision", "fp32"]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert len(json.loads(output.read_text())["response"]["body"]["choices"]) == 32
 
 
 def test_a_seed_is_kept(job_file):

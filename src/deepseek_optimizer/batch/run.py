@@ -16,11 +16,15 @@ from typing import Any
 
 import httpx
 
+from ..errors import EngineDeadError
 from .requests import GENERATING, BatchInput, BatchRequest
 from .results import Results
 
 _BASE = "http://localhost"
-_BUSY = (429, 503)
+_FULL, _UNAVAILABLE = 429, 503
+_DEAD = ("engine_dead", "model_file_changed")
+_TRIES = 10  # for a request that the server has no memory for, or whose worker process is lost: it may be why
+_LONGEST_WAIT = 60.0
 
 
 async def run_batch(
@@ -34,6 +38,9 @@ async def run_batch(
         results: of the same job.
         at_once: maximum number of requests in flight.
         progress: called with the number of requests that have results, and the number of all.
+
+    Raises:
+        EngineDeadError: the engine has stopped; requests without an answer have no results.
     """
     waiting = iter([request for request in job.requests if request.index not in results.done])
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
@@ -64,15 +71,26 @@ async def _answer_all(
 
 
 async def answer(client: httpx.AsyncClient, job: BatchInput, request: BatchRequest, created: int) -> dict[str, Any]:
-    """The line of the output for a request; `created`: the time in its answer."""
+    """The line of the output for a request; `created`: the time in its answer.
+
+    Raises:
+        EngineDeadError: the engine has stopped.
+    """
     body = request.body
     if request.url in GENERATING and body.get("seed") is None:
         body = {**body, "seed": int(_digest(job, request, "seed")[:7], 16)}
+    tries, wait = 0, 0.5
     while True:
         response = await client.post(request.url, json=body)
-        if response.status_code not in _BUSY:
+        if response.status_code == _UNAVAILABLE:
+            error = json.loads(response.content)["error"]
+            if error["code"] in _DEAD:
+                raise EngineDeadError(f"{error['message']}; start the same command again to go on")
+            tries += 1
+            wait = min(2 * wait, _LONGEST_WAIT)
+        if response.status_code not in (_FULL, _UNAVAILABLE) or tries == _TRIES:
             break
-        await asyncio.sleep(0.5)  # the queue is full
+        await asyncio.sleep(wait)
     return {
         "id": f"batch_req_{_digest(job, request, 'line')[:32]}",
         "custom_id": request.custom_id,
