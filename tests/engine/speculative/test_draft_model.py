@@ -47,7 +47,8 @@ def sequence(index, tokens):
 def greedy(plain, tokens, count):
     """The definition: Transformers' greedy text."""
     ids = torch.tensor([tokens])
-    out = plain.generate(ids, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
+    mask = torch.ones_like(ids)  # otherwise token 0 would be taken for padding
+    out = plain.generate(ids, attention_mask=mask, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
     return out[0, len(tokens) :].tolist()
 
 
@@ -103,3 +104,32 @@ def test_after_an_error_the_cache_is_right(runtime, plain, monkeypatch):
     manager = proposer._runner.memory.manager
     assert manager.free_blocks == manager.num_blocks
     assert proposer.propose([s], [4])[0].tokens == greedy(plain, s.tokens, 4)
+
+
+@native
+@pytest.mark.parametrize("case", ["lfm2-mixed", "qwen3_5_text-mixed", "mistral-tied-window"])
+def test_rejected_drafts_do_not_cost_the_whole_text(case, monkeypatch):
+    """Recurrent states cannot be cropped, and blocks outside a window are freed."""
+    plain, rng = random_model(CASES[case]()), random.Random(1)
+    fast = copy.deepcopy(plain)
+    DynamicGraphOptimizer(fast, config=DeepSeekConfig(precision="fp32", kv_cache="fp32")).optimize()
+    proposer, counts, reserve = proposer_of(fast.dso, bytes=4 << 20, step=512), [], Runner.reserve
+
+    def counted(self, sequences, tokens):
+        counts.append(sum(tokens))
+        reserve(self, sequences, tokens)
+
+    monkeypatch.setattr(Runner, "reserve", counted)
+    s = sequence(0, random_ids(plain.config, 150, 4))
+    proposer.catch_up([s])
+    for n in range(BLOCK_TOKENS + 4):
+        counts.clear()
+        drafts = proposer.propose([s], [4])[0].tokens
+        assert sum(counts) <= 2 * 4
+        if n % 6 == 0:
+            assert drafts == greedy(plain, s.tokens, 4)
+        s.tokens += [*drafts[: rng.randint(0, 2)], rng.randrange(plain.config.vocab_size)]
+    proposer.forget(s)
+    manager = proposer._runner.memory.manager
+    assert manager.free_blocks == manager.num_blocks
+    assert manager.slots is None or manager.slots.free_blocks == manager.slots.num_blocks

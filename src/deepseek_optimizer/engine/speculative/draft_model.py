@@ -37,11 +37,13 @@ class _Drafting:
         own: the draft model's sequence, with the drafts so far.
         end: number of its tokens with all drafts.
         start: number of its tokens that were in the cache before the step.
+        without_drafts: its blocks with the tokens before the drafts, to return to. None: the others can be cropped to them.
     """
 
     own: Sequence
     end: int
     start: int = 0
+    without_drafts: SequenceBlocks | None = None
 
 
 class DraftModelProposer:
@@ -78,14 +80,31 @@ class DraftModelProposer:
         return [Draft(drafting[s.index].own.tokens[len(s.tokens) :] if s.index in drafting else []) for s in sequences]
 
     def _draft(self, active: list[_Drafting]) -> None:
-        several = False  # each sequence has one token to process
-        while active := self._reserved([d for d in active if len(d.own.tokens) < d.end]):
-            if several:
-                self._decode(active)
-            else:
-                self._step(active)
-            self._runner.forget([d.own for d in active])
-            several = self._runner.decodes
+        several, wanted = False, active  # `several`: each sequence has one token to process
+        try:
+            while wanted := self._reserved([d for d in wanted if len(d.own.tokens) < d.end]):
+                if several:
+                    self._decode(wanted)
+                else:
+                    self._step(wanted)
+                several = self._runner.decodes
+                self._keep_states(wanted)
+        finally:
+            self._return_to_states(active)
+
+    def _keep_states(self, active: list[_Drafting]) -> None:
+        """Recurrent states, which cannot be cropped, are kept as they are before the first draft is processed."""
+        for d in active:
+            if d.own.blocks.states is not None and d.without_drafts is None:
+                with self._runner.memory.locked():
+                    d.without_drafts = d.own.blocks.fork()
+
+    def _return_to_states(self, active: list[_Drafting]) -> None:
+        for d in active:
+            if d.without_drafts is not None:
+                with self._runner.memory.locked():
+                    d.own.blocks.free()
+                d.own.blocks = d.without_drafts
 
     def _reserved(self, wanted: list[_Drafting]) -> list[_Drafting]:
         """Reserves room for the tokens that are not in the cache; returns those for which there is room."""
@@ -131,6 +150,7 @@ class DraftModelProposer:
                 own = self._own[sequence.index] = Sequence(sequence.index, [], SequenceBlocks(manager), reach=reach)
         same = _common(own.tokens, sequence.tokens, min(own.cached, len(sequence.tokens) - 1))
         self._runner.crop([own], [own.blocks.nearest(same)])
+        self._runner.forget([own])  # here, since tokens before drafts that are rejected still attend to these blocks
         own.tokens = list(sequence.tokens)
         while (missing := len(own.tokens) - own.cached) > _FEW:
             start, count = own.cached, min(missing - 1, self._step_tokens)
