@@ -133,3 +133,21 @@ def test_rejected_drafts_do_not_cost_the_whole_text(case, monkeypatch):
     manager = proposer._runner.memory.manager
     assert manager.free_blocks == manager.num_blocks
     assert manager.slots is None or manager.slots.free_blocks == manager.slots.num_blocks
+
+
+def test_nothing_is_processed_beyond_the_context(runtime, plain):
+    proposer = proposer_of(runtime, context=20)
+    s = sequence(0, random_ids(plain.config, 120, 3))
+    proposer.catch_up([s])
+    assert proposer.propose([s], [3])[0].tokens == []
+    assert proposer._runner.memory.manager.free_blocks == proposer._runner.memory.manager.num_blocks
+
+
+def test_after_an_error_while_catching_up_the_cache_is_right(runtime, plain, monkeypatch):
+    proposer = proposer_of(runtime)
+    s = sequence(0, random_ids(plain.config, 100, 8))
+    with monkeypatch.context() as patch:
+        patch.setattr(Runner, "step", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            proposer.catch_up([s])
+    assert proposer.propose([s], [4])[0].tokens == greedy(plain, s.tokens, 4)

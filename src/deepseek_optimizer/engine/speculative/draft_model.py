@@ -74,8 +74,7 @@ class DraftModelProposer:
                     drafting[sequence.index] = _Drafting(own, end)
             self._draft(list(drafting.values()))
         except BaseException:
-            for sequence in sequences:  # their caches may count tokens that were not processed
-                self.forget(sequence)
+            self._forget_all(sequences)
             raise
         return [Draft(drafting[s.index].own.tokens[len(s.tokens) :] if s.index in drafting else []) for s in sequences]
 
@@ -166,11 +165,21 @@ class DraftModelProposer:
         """Does nothing: draft states are not used."""
 
     def catch_up(self, sequences: list[Sequence]) -> None:
-        for sequence in sequences:
-            self._catch_up(sequence)
+        try:
+            for sequence in sequences:
+                if self.ready(sequence):
+                    self._catch_up(sequence)
+        except BaseException:
+            self._forget_all(sequences)
+            raise
 
     def fork(self, sequence: Sequence, twin: Sequence) -> None:
         """Does nothing: the twin's tokens are processed when drafts are proposed for it."""
+
+    def _forget_all(self, sequences: list[Sequence]) -> None:
+        """After an error: the caches may count tokens that were not processed."""
+        for sequence in sequences:
+            self.forget(sequence)
 
     def forget(self, sequence: Sequence) -> None:
         own = self._own.pop(sequence.index, None)
