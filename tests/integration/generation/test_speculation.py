@@ -377,6 +377,8 @@ def test_other_assistant_models_use_transformers_loop(pair):
     if other.config.vocab_size != pair.plain.config.vocab_size:
         with pytest.raises(ValueError, match="assistant_tokenizer"):
             pair.fast.generate(ids, assistant_model=other, **options)
+    with pytest.raises(ValueError, match="assistant_tokenizer"):
+        pair.fast.generate(ids, assistant_model=pair.fast, tokenizer=object(), assistant_tokenizer=object(), **options)
     assert pair.fast.dso.speculation is None
 
 

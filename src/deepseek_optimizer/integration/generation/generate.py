@@ -78,7 +78,8 @@ class PlanGenerate(Replacement):
             self._warn_beyond_context(longest)
             return self._by_transformers(call, config, proposer)  # the forward warns about the reason
         assistant = None if proposer is not None else call.get("assistant_model")
-        other = None if assistant is None else assistant_runtime(self.runtime, assistant)
+        alike = call.get("assistant_tokenizer") is None
+        other = assistant_runtime(self.runtime, assistant) if assistant is not None and alike else None
         if assistant is not None and other is None:
             return self._by_transformers(call, config, proposer)
         asked = [_given(call, model, name, assistant) for name in _DRAFTING]
