@@ -92,6 +92,29 @@ def test_gradients_equal_those_of_transformers(name, side):
         assert (ours[name] - gradient).norm() <= 1e-4 * gradient.norm().clamp(min=1e-3), name
 
 
+@pytest.mark.parametrize("heads", [1, 6])
+def test_masks_of_pairs_of_tokens(heads):
+    """A caller's own mask, which may fall off with the distance, and by another factor for each head."""
+    model = random_model(deepseek_v4(layer_types=["sliding_attention"] * 4)).train()
+    place = torch.arange(30)
+    behind = place[:, None] - place
+    factors = torch.linspace(0.1, 0.6, heads)[:, None, None]
+    mask = (-factors * behind).masked_fill(behind < 0, torch.finfo(torch.float32).min)[None]
+    ids = Rows(1, 30)[0]["input_ids"][None]
+
+    def run():
+        model.zero_grad()
+        loss = model(ids, attention_mask=mask, labels=ids, use_cache=False).loss
+        loss.backward()
+        return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    expected, theirs = run()
+    prepare(model)
+    loss, ours = run()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    assert distance(ours, theirs) <= 1e-4
+
+
 def test_caches_and_attention_weights_are_transformers_own():
     model = fresh().eval()
     ids = Rows(1, 30)[0]["input_ids"][None]

@@ -62,6 +62,15 @@ def test_queries_without_a_row():
     assert not nothing.any() and not any(leaf.grad.any() for leaf in leaves)
 
 
+def test_masks_may_have_any_numbers():
+    """A caller's own mask is added to the scores, as in Transformers."""
+    leaves, masks = inputs((2, 33, 3, 8, 12, 6, 4), torch.float32)
+    place = torch.arange(33)
+    masks[0] = masks[0] - 0.3 * (place[:, None] - place).abs()
+    masks[1] = masks[1] + torch.randn(masks[1].shape, generator=torch.Generator().manual_seed(1))
+    assert_equals_fp64(leaves, masks, 2e-5)
+
+
 def test_large_scores_and_sinks():
     leaves, masks = inputs((1, 12, 2, 8, 5, 0, 1), torch.float32)
     with torch.no_grad():

@@ -75,9 +75,8 @@ class TrainedCompressedAttention(nn.Module):
     def _is_native(self, mask: Any, kwargs: dict[str, Any]) -> bool:
         plain = attention_name(self.config) in (None, "eager") and not (self.training and self.attention_dropout)
         cached = any(kwargs.get(name) is not None for name in CACHE_NAMES)
-        return (
-            plain and not cached and isinstance(mask, torch.Tensor) and mask.is_floating_point() and not outputs_are_captured()
-        )
+        added = isinstance(mask, torch.Tensor) and mask.is_floating_point() and mask.shape[1] == 1  # the same for all heads
+        return plain and not cached and added and not outputs_are_captured()
 
 
 class TrainedGroupedLinear(nn.Module):

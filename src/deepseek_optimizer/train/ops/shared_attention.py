@@ -33,7 +33,8 @@ def shared_attention(
     Args:
         q: [B, S, H, D].
         rows: [B, K, D] of q's dtype.
-        masks: parts of the mask [B or 1, 1, S, K], side by side: 0, or a number below half the lowest one of its dtype.
+        masks: parts of the mask [B or 1, 1, S, K], side by side, which is added to the scores; a number below half the lowest
+            one of its dtype is taken for -inf.
         sinks: [H].
         scale: factor of the products.
     """
@@ -110,4 +111,4 @@ def _blocks(q: torch.Tensor, masks: Sequence[torch.Tensor]) -> Iterator[tuple[tu
 def _scores(q: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
     """[S, H, K] of a block, as powers of 2."""
     scores = product("nt", q.reshape(-1, q.shape[-1]), keys, dtype=dtype).mul_(scale * _LOG2_E)
-    return scores.view(*q.shape[:2], -1).add_(mask[:, None])
+    return scores.view(*q.shape[:2], -1).add_(mask[:, None], alpha=_LOG2_E)
