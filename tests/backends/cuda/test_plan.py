@@ -157,6 +157,12 @@ def test_logits_are_written_to_the_caller(backend, llama):
     logits = torch.full((2, 31), torch.nan)
     output = run_step(made.plan, made.store, [Part(made.sequence(), [3, 4, 5], rows=[0, 2])], logits=logits)
     assert output.logits is logits and logits.isfinite().all()
+    for wrong in (torch.zeros(1, 31), torch.zeros(2, 30), torch.zeros(2, 62)[:, ::2], torch.zeros(2, 31, dtype=torch.float64)):
+        with pytest.raises(BackendError, match=r"step.logits: must be contiguous float32 \[2, 31\], got"):
+            run_step(made.plan, made.store, [Part(made.sequence(), [3, 4, 5], rows=[0, 2])], logits=wrong)
+    with pytest.raises(BackendError, match="step.logits: must be on cpu, as the plan is, got a tensor on meta"):
+        elsewhere = torch.empty(2, 31, device="meta")
+        run_step(made.plan, made.store, [Part(made.sequence(), [3, 4, 5], rows=[0, 2])], logits=elsewhere)
     assert run_step(made.plan, made.store, [Part(made.sequence(), [3], rows=[])]).logits.shape == (0, 31)
 
 

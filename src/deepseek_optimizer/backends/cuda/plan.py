@@ -100,11 +100,20 @@ class CudaPlan:
             self._buffers[index] = torch.empty(rows, width, dtype=torch.float32, device=self.device)
 
     def _logits_buffer(self, batch: StepBatch) -> torch.Tensor:
-        """The tensor that the step's logits are written to, [R, V]; R is 0 if the graph has no head."""
-        if batch.logits is not None:
-            return batch.logits
+        """The tensor that the step's logits are written to, [R, V]; R is 0 if the graph has no head. The caller's is checked,
+        as kernels would write past its end."""
         shape = len(batch.logit_rows), self.graph.logits_width
-        return torch.empty(shape, dtype=torch.float32, device=self.device)
+        given = batch.logits
+        if given is None:
+            return torch.empty(shape, dtype=torch.float32, device=self.device)
+        if given.shape != shape or given.dtype != torch.float32 or not given.is_contiguous():
+            raise BackendError(
+                f"step.logits: must be contiguous float32 {list(shape)}, got {given.dtype} {list(given.shape)} with strides "
+                f"{list(given.stride())}"
+            )
+        if given.device.type != self.device.type:
+            raise BackendError(f"step.logits: must be on {self.device}, as the plan is, got a tensor on {given.device}")
+        return given
 
     def choose_tokens(self, logits: torch.Tensor, choices: Sequence[TokenChoice | None]) -> list[int | None]:
         return choose_tokens(logits.numpy(), choices) if logits.is_cpu else choose_on_device(logits, choices)
