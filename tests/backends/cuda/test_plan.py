@@ -191,6 +191,23 @@ def test_sizes_equal_the_buffers(backend, llama):
     assert values < plan.buffer_bytes(64, 4) == predicted - 4 * 31 * 4
 
 
+def test_gate_and_up_of_different_formats(backend, llama):
+    """They are two products, the second of which takes memory of its own."""
+    graph, exact = graph_of(llama), packed_weights(weights_of(llama), "fp32")
+    rounded = packed_weights(weights_of(llama), "int8")
+    weights = {name: rounded[name] if name.endswith("up_proj.weight") else weight for name, weight in exact.items()}
+    made = runner(backend, graph, weights, blocks=4)
+    reference = runner(ReferenceBackend(), graph, dequantized(weights), blocks=4)
+    ids = random_ids(llama.config, 9)
+    assert_close_rows(stepwise(made, ids), stepwise(reference, ids), FORMAT_TOLERANCE["int8"])
+    tokens, sizes = 4096, []
+    for each in (weights, exact):
+        formats = {name: weight.format for name, weight in each.items() if isinstance(weight, PackedMatrix)}
+        sizes.append(backend.buffer_bytes(graph, formats, CompileOptions(), tokens, 4))
+    raised = tokens * 48 * 4
+    assert 0.8 * raised < sizes[0] - sizes[1] <= raised  # another product has a little more scratch memory than these two
+
+
 def test_description(backend, llama):
     made, _ = pair(backend, llama, "int8")
     rows = made.plan.describe()

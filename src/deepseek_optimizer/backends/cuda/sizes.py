@@ -39,11 +39,13 @@ def _scratch_bytes(graph: Graph, formats: Mapping[str, str], tokens: int) -> int
             sizes.append(attention_scratch_bytes(a["heads"], a["kv_heads"], a["head_dim"]))
         if node.op in ("linear", "gate_up", "lm_head"):
             products = 2 if node.op == "gate_up" else 1
+            apart = products == 2 and len({formats.get(name) for name in node.weights}) == 2  # `up` has its own buffer
             for name in node.weights:
                 rows, cols = shapes[name]
                 tile_rows, groups = tile_counts(rows, cols)
                 words = LAYOUTS[formats.get(name, "fp32")].words
-                sizes.append(product_scratch_bytes(tokens, rows, cols, tile_rows, groups * words, products))
+                taken = product_scratch_bytes(tokens, rows, cols, tile_rows, groups * words, products)
+                sizes.append(taken + (_VALUE_BYTES * tokens * rows if apart else 0))
     return max(sizes)
 
 
