@@ -145,5 +145,8 @@ def test_the_banner(served):
         "no API key required",
     ):
         assert word in banner
-    size = r"grows to at most [\d,]+ MB \(32 sequences of 256 tokens; half of the [\d,]+ MB that .+ would be [\d,]+ MB\)"
+    size = (
+        r"grows to at most [\d,]+ MB \(32 sequences of 256 tokens; half of the [\d,]+ MB that .+ would be [\d,]+ MB, shared with "
+        r"another model's\)"
+    )
     assert re.search(f"cache     fp32, {size}", banner), banner

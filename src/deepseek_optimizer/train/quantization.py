@@ -64,7 +64,7 @@ def calibration_texts(rows: Any, config: Any) -> list[torch.Tensor]:
     for row in _shuffled(rows):
         tokens = torch.as_tensor(row["input_ids"], dtype=torch.int64, device="cpu").flatten()
         if (mask := row.get("attention_mask")) is not None:
-            tokens = tokens[torch.as_tensor(mask, device="cpu").flatten().bool()]
+            tokens = tokens[torch.as_tensor(mask, dtype=torch.bool, device="cpu").flatten()]
         ids.append(tokens)
         count += len(tokens)
         if count >= TOKENS:
@@ -76,7 +76,8 @@ def calibration_texts(rows: Any, config: Any) -> list[torch.Tensor]:
 def _shuffled(rows: Any) -> Iterable[Mapping[str, Any]]:
     if not hasattr(rows, "__len__"):
         return rows
-    order = torch.randperm(len(rows), generator=torch.Generator(device="cpu").manual_seed(0), device="cpu")
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    order = torch.randperm(len(rows), generator=generator, dtype=torch.int64, device="cpu")
     return (rows[i] for i in order.tolist())
 
 

@@ -420,6 +420,12 @@ class Drawn:
             result.append(Draft(tokens, [self.q] * n if len(self.tokens) > 1 else None))
         return result
 
+    def catch_up(self, sequences):
+        """Reads no text."""
+
+    def forget(self, sequence):
+        """Keeps nothing of a sequence."""
+
 
 @pytest.mark.parametrize("certain", [False, True], ids=["drawn", "certain"])
 def test_sampling_preserves_the_distribution(certain):

@@ -36,7 +36,7 @@ def grid_queries(
     parts = [scale * own]
     for axis, table in enumerate((by_row, by_col)):
         count = (len(table) + 1) // 2
-        distance = at[:, axis, None] - torch.arange(count, device=x.device) + count - 1
+        distance = at[:, axis, None] - torch.arange(count, dtype=torch.int64, device=x.device) + count - 1
         parts.append(torch.einsum("thd,tnd->thn", own, table[distance].to(x.dtype)))
     return _filled(torch.cat(parts, -1), width)
 

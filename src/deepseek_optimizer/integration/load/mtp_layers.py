@@ -163,7 +163,8 @@ def add_head(layer: Any, hidden: int, vocab_size: int, draft_vocab_size: int | N
     """Adds an own head to an MTP layer, and the tokens of its draft vocabulary if it has one."""
     layer.shared_head.head = nn.Linear(hidden, draft_vocab_size or vocab_size, bias=False)
     if draft_vocab_size is not None:
-        layer.shared_head.register_buffer("tokens", torch.empty(draft_vocab_size, dtype=torch.int64))
+        device = layer.shared_head.head.weight.device
+        layer.shared_head.register_buffer("tokens", torch.empty(draft_vocab_size, dtype=torch.int64, device=device))
 
 
 def renamings(config: Any) -> list[WeightRenaming]:

@@ -121,7 +121,9 @@ class QueryEncoder(TowerForward):
     def _planned(self, module: Any, plans: TowerPlans, call: dict[str, Any]) -> Any:
         x, positions = call["inputs_embeds"], call.get("position_ids")
         count, rows, width = x.shape
-        places = torch.arange(rows).expand(count, rows) if positions is None else positions.expand(count, rows).cpu()
+        if positions is None:
+            positions = torch.arange(rows, dtype=torch.int64, device="cpu")
+        places = positions.expand(count, rows).cpu()
         sees = np.maximum(np.arange(1, rows + 1), call["num_patches"]).astype(np.int32)
         patches = Patches(
             [rows] * count, [], positions=places.numpy().astype(np.int32).ravel(), sees=np.tile(sees, count)

@@ -148,8 +148,8 @@ def _readable(checkpoint: Path) -> Iterator[Path]:
             for path in checkpoint.iterdir():
                 if path != config:
                     (Path(folder) / path.name).symlink_to(path.absolute())
-            version = {"transformers_version": json.loads(config.read_text()).get("transformers_version")}
-            (Path(folder) / config.name).write_text(json.dumps(version))
+            version = {"transformers_version": json.loads(config.read_text(encoding="utf-8")).get("transformers_version")}
+            (Path(folder) / config.name).write_text(json.dumps(version), encoding="utf-8")
             yield Path(folder)
     else:
         yield checkpoint
