@@ -57,9 +57,9 @@ def test_originals_are_freed_one_by_one(model, monkeypatch):
 
     alive, peak = [], []
 
-    def packer(backend, weight, name):
+    def packer(backend, weight, name, out=None):
         peak.append(sum(ref() is not None for ref in alive))
-        return reference_packer(weight, name)
+        return reference_packer(weight, name, out)
 
     for module in model.modules():
         if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) and not any(ref() is module.weight for ref in alive):

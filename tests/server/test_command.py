@@ -145,8 +145,6 @@ def test_the_banner(served):
         "no API key required",
     ):
         assert word in banner
-    size = (
-        r"grows to at most [\d,]+ MB \(32 sequences of 256 tokens; half of the [\d,]+ MB that .+ would be [\d,]+ MB, shared with "
-        r"another model's\)"
-    )
+    free = r"half of the [\d,]+ MB that .+ would be [\d,]+ MB, shared with another model's"
+    size = rf"grows to at most [\d,]+ MB \(32 sequences of 256 tokens; {free}\)"
     assert re.search(f"cache     fp32, {size}", banner), banner
