@@ -25,7 +25,7 @@ POINTERS = {"data_ptr", "ctypes", "__array_interface__", "from_buffer", "untyped
 IDENTITY = {
     "backends/cpu/kept_rows.py", "backends/cpu/mapped_file.py", "integration/load/mapped.py", "integration/multimodal/tower.py",
     "integration/bind/runtime.py", "integration/general/head.py", "integration/generation/fingerprint.py", "train/precision.py",
-    "train/saved_activations.py", "calibration/inputs.py",
+    "train/saved_activations.py", "calibration/inputs.py", "integration/load/rounding.py",
 }  # fmt: skip
 
 
