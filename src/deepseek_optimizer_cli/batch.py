@@ -56,8 +56,9 @@ def batch(
     from deepseek_optimizer.server.settings import ServerSettings
     from deepseek_optimizer.system.progress import show_progress
 
-    from .serve_engine import load_engine
+    from .serve_engine import check_options, load_engine
 
+    check_options(tool_format, generation_config, name)
     job = read_requests(input)
     settings = ServerSettings(
         page=False, request_seconds=_HOURS * 3600, tools_format=tool_format, reasoning=reasoning, thinking=thinking,

@@ -13,7 +13,7 @@ from . import banner_lines
 from . import options as o
 from . import serve_models as several
 from . import serve_options as so
-from .serve_engine import load_engine
+from .serve_engine import check_options, load_engine
 
 if TYPE_CHECKING:
     from deepseek_optimizer.server.settings import ServerSettings
@@ -99,23 +99,16 @@ def serve(
         raise ValueError(f'the server needs {", ".join(missing)}; install with: pip install "deepseek-optimizer[serve]"')
 
     from deepseek_optimizer.chat.named_template import read_template
-    from deepseek_optimizer.chat.sampling_defaults import SOURCES
-    from deepseek_optimizer.chat.tools import FORMATS
     from deepseek_optimizer.checkpoint.sentence_transformers import POOLING_MODES
     from deepseek_optimizer.errors import ConfigError
     from deepseek_optimizer.server.keys import read_keys
     from deepseek_optimizer.server.settings import ServerSettings
 
-    if tool_format is not None and tool_format not in FORMATS:
-        raise ConfigError(f"--tool-format must be one of {', '.join(FORMATS)}, got {tool_format!r}")
+    check_options(tool_format, generation_config, name)
     if log_format not in ("text", "json"):
         raise ConfigError(f"--log-format must be text or json, got {log_format!r}")
     if pooling is not None and pooling not in POOLING_MODES:
         raise ConfigError(f"--pooling must be one of {', '.join(POOLING_MODES)}, got {pooling!r}")
-    if generation_config not in SOURCES:
-        raise ConfigError(f"--generation-config must be one of {', '.join(SOURCES)}, got {generation_config!r}")
-    if name is not None and not name.strip():
-        raise ConfigError("--served-model-name must not be empty")
     drafting = (draft_model, draft_precision)
     if not drafts and drafting != (None, None):
         raise ConfigError("--no-drafts contradicts --draft-model and --draft-precision; leave out one of them")

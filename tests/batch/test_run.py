@@ -182,6 +182,20 @@ def test_a_seed_is_kept(job_file):
     assert seen == [5, 5, None]
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--tool-format", "nothing"), "--tool-format must be one of"),
+        (("--generation-config", "auto"), "--generation-config must be one of"),
+        (("--served-model-name", " "), "--served-model-name must not be empty"),
+    ],
+)
+def test_wrong_options_are_errors_before_loading(tmp_path, job_file, option, message):
+    result = CliRunner().invoke(app, [*command("no-model", job_file, tmp_path / "new"), *option])
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1 and message in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_errors_before_loading(tmp_path, job_file):
     (tmp_path / "out").write_text("mine")
     for source, output, message in (

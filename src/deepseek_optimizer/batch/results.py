@@ -1,8 +1,8 @@
 """The results of a batch job: one line per request, in the order of the input, whenever and however often the job was stopped.
 
-While a job runs, results are appended to `<output>.partial` in the order in which they are ready. Its first line says what
-job it is of. A job that was stopped, even by kill -9, continues with the requests that have no complete line there. In the end
-the lines are written to the output in order, in one step, and the partial file is deleted.
+While a job runs, results are appended to `<output>.partial` in the order in which they are ready. Its first line identifies the
+job. A job that was stopped, even by kill -9, continues with the requests that have no complete line there. In the end the lines
+are written to the output in order, in one step, and the partial file is deleted.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Results:
             self.failed.add(index)
 
     def _write(self, value: dict[str, Any]) -> int:
-        line = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+        line = _encoded(value)
         self._file.write(line)
         self._file.flush()
         return len(line)
@@ -131,6 +131,9 @@ class Results:
             for index in range(self.count):
                 begin, size = self._places[index]
                 self._file.seek(begin)
-                line = json.loads(self._file.read(size))["line"]
-                out.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
+                out.write(_encoded(json.loads(self._file.read(size))["line"]))
         self.partial.unlink()
+
+
+def _encoded(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"

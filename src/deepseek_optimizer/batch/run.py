@@ -85,7 +85,7 @@ async def answer(client: httpx.AsyncClient, job: BatchInput, request: BatchReque
         if response.status_code == _UNAVAILABLE:
             error = json.loads(response.content)["error"]
             if error["code"] in _DEAD:
-                raise EngineDeadError(f"{error['message']}; start the same command again to go on")
+                raise EngineDeadError(f"{error['message']}; start the same command again to continue")
             tries += 1
             wait = min(2 * wait, _LONGEST_WAIT)
         if response.status_code not in (_FULL, _UNAVAILABLE) or tries == _TRIES:
