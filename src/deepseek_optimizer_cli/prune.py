@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from . import options as o
-from .train import with_settings
+from .train import run_with_bar, with_settings
 
 _WHAT: dict[str, Any] = {"rich_help_panel": "What to leave out"}
 _RECOVERY: dict[str, Any] = {"rich_help_panel": "Recovery"}
@@ -103,7 +103,9 @@ def prune(
             overwrite=force,
         )
     )
-    summary = job.run(lambda line: typer.echo(f"dso: {line}", err=True))
+    summary = job.run(
+        lambda line: typer.echo(f"dso: {line}", err=True), lambda training: run_with_bar(training, "run that command")
+    )
     print_json(summary.to_dict()) if as_json else typer.echo(_describe(summary))
 
 

@@ -159,21 +159,22 @@ def run_job(config: Any, *, resume: bool, dry_run: bool, as_json: bool) -> None:
     if dry_run:
         print_json(job.plan.to_dict()) if as_json else typer.echo(str(job.plan))
         return
-    typer.echo(str(job.plan), err=True)
-    summary = _run(job)
+    summary = run_with_bar(job, "run the same command with --resume")
     print_json(summary.to_dict()) if as_json else typer.echo(_describe(summary, config.model))
 
 
-def _run(job: Any) -> Any:
+def run_with_bar(job: Any, again: str) -> Any:
+    """Prints the plan of a TrainingJob and runs it with a progress bar; `again`: how to continue it if it is interrupted."""
     from deepseek_optimizer.train.checkpoints.directory import checkpoints
     from deepseek_optimizer.train.progress import ProgressBar
 
+    typer.echo(str(job.plan), err=True)
     bar = ProgressBar()
     try:
         return job.run([bar])
     except KeyboardInterrupt:
         if checkpoints(job.output):
-            typer.echo(f"dso: run the same command with --resume to continue from {checkpoints(job.output)[-1]}", err=True)
+            typer.echo(f"dso: {again} to continue from {checkpoints(job.output)[-1]}", err=True)
         raise
     finally:
         bar.close()

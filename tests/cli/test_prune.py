@@ -62,6 +62,7 @@ def test_recovery_brings_the_pruned_model_closer(pruned, dso, tmp_path):
     for name in ("out", "out-pruned"):
         assert json.loads((tmp_path / name / "config.json").read_text())["num_hidden_layers"] == 1
     assert f"continue with: dso train {tmp_path / 'out' / 'train.json'} --resume" in result.stderr
+    assert "steps    30 of " in result.stderr and "Training: done in" in result.stderr  # the plan, and the progress
     again = dso("train", tmp_path / "out" / "train.json", "--resume", "--dry-run", "--json")
     assert again.exit_code == 0 and json.loads(again.stdout)["model"] == str(tmp_path / "out-pruned")
 

@@ -21,7 +21,7 @@ from ..optimized_model import load_model
 from ..system.progress import show_progress
 from ..system.threads import one_torch_thread
 from ..train.config import TrainConfig
-from ..train.job import SETTINGS, TrainingJob
+from ..train.job import SETTINGS, RunSummary, TrainingJob
 from .depth import LeftOut
 from .families import widths_of
 from .measure import choose_layers, choose_units, counts_of
@@ -126,11 +126,16 @@ class PruneJob:
         kept = {kind: {0: tuple(range(count))} for kind, count in self.counts.items() if kind != "depth"}
         return Selection(layers, kept)
 
-    def run(self, tell: Callable[[str], None] = lambda line: None) -> PruneSummary:
+    def run(
+        self,
+        tell: Callable[[str], None] = lambda line: None,
+        train: Callable[[TrainingJob], RunSummary] = TrainingJob.run,
+    ) -> PruneSummary:
         """Prunes, recovers and compares.
 
         Args:
             tell: called with lines for the user.
+            train: runs the training that recovers the model, and may show its progress.
 
         Raises:
             NotEnoughMemoryError, CheckpointError, ConfigError: as in `load_model` and `TrainingJob`.
@@ -146,7 +151,7 @@ class PruneJob:
         others = [("pruned", self.pruned)]
         if self.recovery is not None:
             tell(f"training it; if that is interrupted, continue with: dso train {self.output / SETTINGS} --resume")
-            seconds = TrainingJob(self.recovery).run().seconds
+            seconds = train(TrainingJob(self.recovery)).seconds
             others.append(("recovered", self.output))
         models = [(name, load_model(path, precision="auto", calibration=None)) for name, path in others]
         with one_torch_thread():
