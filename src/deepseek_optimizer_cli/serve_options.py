@@ -239,7 +239,8 @@ StateDir = Annotated[
     typer.Option(
         "--state-dir",
         metavar="DIR",
-        help="Folder for stored responses of /v1/responses, which survive a restart there. Default: they are in memory.",
+        help="Folder for stored responses of /v1/responses and for batches, which survive a restart there. Default: they are "
+        "lost when the server stops.",
         **_REQUESTS,
     ),
 ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -111,7 +112,7 @@ class Results:
             self.failed.add(index)
 
     def _write(self, value: dict[str, Any]) -> int:
-        line = _encoded(value)
+        line = encoded(value)
         self._file.write(line)
         self._file.flush()
         return len(line)
@@ -124,16 +125,22 @@ class Results:
             os.fsync(self._file.fileno())
             self._synced = time.monotonic()
 
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """The results that there are, in the order of the requests."""
+        for index in sorted(self._places):
+            begin, size = self._places[index]
+            self._file.seek(begin)
+            yield json.loads(self._file.read(size))["line"]
+
     def finish(self) -> None:
         """Writes the output, which needs the results of all requests, and deletes the partial file."""
         assert len(self.done) == self.count
         with atomic_file(self.output) as out:
-            for index in range(self.count):
-                begin, size = self._places[index]
-                self._file.seek(begin)
-                out.write(_encoded(json.loads(self._file.read(size))["line"]))
+            for line in self.lines():
+                out.write(encoded(line))
         self.partial.unlink()
 
 
-def _encoded(value: dict[str, Any]) -> bytes:
+def encoded(value: dict[str, Any]) -> bytes:
+    """A line of JSON."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"

@@ -12,6 +12,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -20,11 +21,12 @@ from ..errors import EngineDeadError
 from .requests import GENERATING, BatchInput, BatchRequest
 from .results import Results
 
-_BASE = "http://localhost"
-_FULL, _UNAVAILABLE = 429, 503
+BASE_URL = "http://localhost"
+_FULL, _UNAVAILABLE, _TIMED_OUT = 429, 503, 504
 _DEAD = ("engine_dead", "model_file_changed")
-_TRIES = 10  # for a request that the server has no memory for, or whose worker process is lost: it may be why
+_TRIES = 10  # for a request that the server has no memory or time for, or whose worker process is lost: it may be why
 _LONGEST_WAIT = 60.0
+_AGAIN = 0.1  # seconds until a task that still runs after its cancellation is cancelled again
 
 
 async def run_batch(
@@ -42,36 +44,71 @@ async def run_batch(
     Raises:
         EngineDeadError: the engine has stopped; requests without an answer have no results.
     """
-    waiting = iter([request for request in job.requests if request.index not in results.done])
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     async with (
         app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url=_BASE, timeout=None) as client,
+        httpx.AsyncClient(transport=transport, base_url=BASE_URL, timeout=None) as client,
     ):
-        progress(len(results.done), len(job.requests))
-        tasks = [asyncio.create_task(_answer_all(client, job, waiting, results, progress)) for _ in range(at_once)]
+        await answer_all(client, job, results, at_once, progress)
+
+
+async def answer_all(
+    client: httpx.AsyncClient,
+    job: BatchInput,
+    results: Results,
+    at_once: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    priority: int = 0,
+) -> None:
+    """Answers all requests that have no results yet, and adds their results. If it is cancelled, no result is being written
+    when it has ended.
+
+    Args:
+        client: its base URL is that of the server.
+        job, results, at_once, progress: see `run_batch`.
+        priority: the lowest value for a request's `priority`; those with lower values come first.
+
+    Raises:
+        EngineDeadError: the engine has stopped; requests without an answer have no results.
+        OSError: a result cannot be written.
+    """
+    waiting = iter([request for request in job.requests if request.index not in results.done])
+    progress(len(results.done), len(job.requests))
+    with ThreadPoolExecutor(1, "dso-batch") as writer:  # writing may wait for the disk
+        tasks = [
+            asyncio.create_task(_answer_some(client, job, waiting, results, progress, priority, writer)) for _ in range(at_once)
+        ]
         try:
-            await asyncio.gather(*tasks)
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            for task in done:
+                task.result()
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            pending = set(tasks)
+            while pending:  # before Python 3.12, asyncio.wait_for loses a cancellation that comes with the result
+                for task in pending:
+                    task.cancel()
+                _, pending = await asyncio.wait(pending, timeout=_AGAIN)
 
 
-async def _answer_all(
+async def _answer_some(
     client: httpx.AsyncClient,
     job: BatchInput,
     waiting: Iterator[BatchRequest],
     results: Results,
     progress: Callable[[int, int], None],
+    priority: int,
+    writer: ThreadPoolExecutor,
 ) -> None:
     for request in waiting:
-        results.add(request.index, await answer(client, job, request, results.written))
+        line = await answer(client, job, request, results.written, priority)
+        await asyncio.get_running_loop().run_in_executor(writer, results.add, request.index, line)
         progress(len(results.done), len(job.requests))
 
 
-async def answer(client: httpx.AsyncClient, job: BatchInput, request: BatchRequest, created: int) -> dict[str, Any]:
-    """The line of the output for a request; `created`: the time in its answer.
+async def answer(
+    client: httpx.AsyncClient, job: BatchInput, request: BatchRequest, created: int, priority: int = 0
+) -> dict[str, Any]:
+    """The line of the output for a request; `created`: the time in its answer; `priority`: see `answer_all`.
 
     Raises:
         EngineDeadError: the engine has stopped.
@@ -79,6 +116,9 @@ async def answer(client: httpx.AsyncClient, job: BatchInput, request: BatchReque
     body = request.body
     if request.url in GENERATING and body.get("seed") is None:
         body = {**body, "seed": int(_digest(job, request, "seed")[:7], 16)}
+    own = body.get("priority") or 0
+    if isinstance(own, int) and own < priority:  # another type is an error of the request
+        body = {**body, "priority": priority}
     tries, wait = 0, 0.5
     while True:
         response = await client.post(request.url, json=body)
@@ -86,9 +126,10 @@ async def answer(client: httpx.AsyncClient, job: BatchInput, request: BatchReque
             error = json.loads(response.content)["error"]
             if error["code"] in _DEAD:
                 raise EngineDeadError(f"{error['message']}; start the same command again to continue")
+        if response.status_code in (_UNAVAILABLE, _TIMED_OUT):
             tries += 1
             wait = min(2 * wait, _LONGEST_WAIT)
-        if response.status_code not in (_FULL, _UNAVAILABLE) or tries == _TRIES:
+        if response.status_code not in (_FULL, _UNAVAILABLE, _TIMED_OUT) or tries == _TRIES:
             break
         await asyncio.sleep(wait)
     return {

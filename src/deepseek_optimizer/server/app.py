@@ -30,6 +30,7 @@ from .http.tracing import Tracer, Tracing
 from .idle_sleep import sleep_when_idle
 from .protocol.adapters import LoadAdapterRequest, UnloadAdapterRequest
 from .protocol.anthropic.requests import CountTokensRequest, MessagesRequest
+from .protocol.batches import CreateBatchRequest
 from .protocol.chat import ChatRequest
 from .protocol.completions import CompletionRequest
 from .protocol.embeddings import EmbeddingRequest, NativeEmbeddingRequest
@@ -49,6 +50,7 @@ from .protocol.scores import ClassifyRequest, PoolingRequest, RerankRequest, Sco
 from .protocol.tgi import TgiRequest
 from .routes import (
     adapters,
+    batches,
     chat,
     classify,
     completions,
@@ -103,6 +105,8 @@ def create_app(
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         await engine.start()
         tasks = [asyncio.ensure_future(_sweep(state))]
+        if state.generates:
+            state.batches.start(app, lambda: state.accepting, max(1, engine.max_running // 2))
         if settings.idle_sleep is not None:
             tasks.append(asyncio.ensure_future(sleep_when_idle(state, settings.idle_sleep)))
         try:
@@ -110,6 +114,7 @@ def create_app(
         finally:
             for task in tasks:
                 task.cancel()
+            await state.batches.stop()
             await engine.close()
             await state.responses.finish()
             state.close()
@@ -150,6 +155,7 @@ def create_app(
         FimRequest,
         ApplyTemplateRequest,
         TgiRequest,
+        CreateBatchRequest,
     ]
     if settings.allow_lora_loading:
         bodies += [LoadAdapterRequest, UnloadAdapterRequest]
@@ -167,6 +173,7 @@ def add_routes(app: FastAPI, state: ServerState) -> None:
         input_tokens,
         stored_responses,
         files,
+        batches,
         props,
         messages,
         ollama.chat,
@@ -258,6 +265,7 @@ async def _sweep(state: ServerState) -> None:
         state.files.sweep()
         state.documents.sweep()
         await asyncio.to_thread(state.responses.sweep)
+        await asyncio.to_thread(state.batches.sweep)
 
 
 async def _wrong_parameter(request: Request, error: Exception) -> Response:

@@ -18,6 +18,7 @@ _WHY = {
     404: "There is no such model, file or path.",
     405: "The path does not support this method.",
     408: "The request was received too slowly.",
+    409: "The batch has ended.",
     413: "The body or a file is too large.",
     415: "The Content-Type is not JSON, or not a multipart form where one is required.",
     429: "The queue is full; Retry-After says when to try again.",
@@ -25,7 +26,7 @@ _WHY = {
     501: "A required library is not installed; the error names the extra to install.",
     503: "The server cannot answer now.",
     504: "The request timed out.",
-    507: "The response cannot be stored.",
+    507: "The disk cannot be written.",
 }
 _OF_BODIES = (400, 401, 403, 404, 408, 413, 415, 429, 500, 501, 503, 504)
 

@@ -19,8 +19,9 @@ from .pool.model_list import ModelFile
 from .pool.model_pool import ModelPool, Open
 from .pool.pool_metrics import PoolCollector
 from .pool.pooled_model import LoadedModel
+from .protocol.batches import CreateBatchRequest
 from .protocol.models import ModelNameRequest
-from .routes import files, ollama, page, stored_responses
+from .routes import batches, files, ollama, page, stored_responses
 from .routes import pool as pool_routes
 from .routes.status import check_metrics
 from .settings import ServerSettings
@@ -28,6 +29,7 @@ from .shared import Shared
 from .state import ServerState
 
 _SWEEP_SECONDS = 60.0
+_BATCH_REQUESTS = 16  # of a client's batches in flight
 
 
 def opener(load: Callable[[ModelFile], tuple[Any, ServerSettings, int]]) -> Open:
@@ -60,11 +62,13 @@ def create_pool_app(pool: ModelPool) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         pool.start()
+        pool.batches.start(app, lambda: not pool.draining, _BATCH_REQUESTS)
         sweeping = asyncio.ensure_future(_sweep(pool))
         try:
             yield
         finally:
             sweeping.cancel()
+            await pool.batches.stop()
             await pool.close()
 
     app = new_app(pool.settings, registry, lifespan, assets)
@@ -73,6 +77,7 @@ def create_pool_app(pool: ModelPool) -> FastAPI:
     pool_routes.add(app, pool)
     ollama.pool.add(app, pool)
     files.add(app, pool)
+    batches.add(app, pool)
     stored_responses.add(app, pool)
     _add_status(app, pool, registry)
     add_paths_without_v1(app)
@@ -80,7 +85,7 @@ def create_pool_app(pool: ModelPool) -> FastAPI:
         page.add(app, assets)
     else:
         page.leave_out(app, page.DISABLED)
-    openapi.install(app, [ModelNameRequest], bool(pool.settings.keys), pool.settings.strict)
+    openapi.install(app, [ModelNameRequest, CreateBatchRequest], bool(pool.settings.keys), pool.settings.strict)
     app.mount("/", Dispatcher(pool))
     return app
 
@@ -111,6 +116,7 @@ async def _sweep(pool: ModelPool) -> None:
         await asyncio.sleep(_SWEEP_SECONDS)
         pool.shared.files.sweep()
         await asyncio.to_thread(pool.responses.sweep)
+        await asyncio.to_thread(pool.batches.sweep)
         for model in pool.loaded:
             if model.loaded is not None:
                 model.loaded.state.engine.log_replaced_files()

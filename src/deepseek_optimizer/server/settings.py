@@ -52,11 +52,17 @@ class ServerSettings:
         max_uploads_total: the same for all clients.
         max_jobs_per_client: maximum number of requests of one client that wait for a tokenization, a grammar or a document.
             Each queue accepts four times as many in total.
-        state_dir: folder for stored responses, which survive a restart there; None: they are in memory.
+        state_dir: folder for stored responses and batches, which survive a restart there; None: responses are in memory, and
+            batches in a temporary folder.
         max_response_bytes_per_client: maximum size of the stored responses of one client, in bytes; the oldest are deleted.
         max_response_bytes_total: the same for all clients.
         response_seconds: time after its last use at which a stored response is deleted.
         file_seconds: time after which an uploaded file is deleted.
+        max_batches_per_client: maximum number of batches of one client that have not ended.
+        max_batch_bytes_per_client: maximum size of one client's files of batches, on disk. A file of requests is uploaded like
+            any other, so `max_file_bytes` is its maximum.
+        max_batch_bytes_total: the same for all clients. An upload that exceeds it is refused; results are always written.
+        batch_seconds: time after which batches that have ended, and their files, are deleted.
         file_read_seconds: maximum CPU time to extract the text of a file, and to decode the pictures of each of its scanned
             pages; without text recognition.
         max_scanned_pages: maximum number of pages of a file that an OCR model reads.
@@ -129,6 +135,10 @@ class ServerSettings:
     max_response_bytes_total: int = 128 << 20
     response_seconds: float = 30 * 86_400.0
     file_seconds: float = 86_400.0
+    max_batches_per_client: int = 100
+    max_batch_bytes_per_client: int = 1 << 30
+    max_batch_bytes_total: int = 4 << 30
+    batch_seconds: float = 30 * 86_400.0
     file_read_seconds: float = 20.0
     max_scanned_pages: int = 100
     upload_seconds: float = 300.0

@@ -1,4 +1,4 @@
-"""What the models of one server have in common: its settings, request bodies, uploaded files and stored responses."""
+"""What the models of one server have in common: its settings, request bodies, uploaded files, stored responses and batches."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 
 from ..longdoc.recognized import PageReader
+from .batches.store import Batches
 from .documents.file_store import FileStore
 from .documents.reader import DocumentReader
 from .http.json_body import BodyReader
@@ -39,6 +40,7 @@ class Shared:
         self.files = FileStore(settings, self._forget)
         self.reader = DocumentReader(settings, self.workers, self.max_per_client, self.max_jobs, ocr)
         self.responses = ResponseStore(settings, self.max_per_client, self.max_jobs)
+        self.batches = Batches(settings)  # after the responses, which check that no other server uses the folder
         self.queues = [self.bodies.queue, *self.reader.queues, self.responses.queue]
 
     def _forget(self, owner: str, digest: str) -> None:
@@ -50,3 +52,4 @@ class Shared:
         self.bodies.queue.close()
         self.reader.close()
         self.responses.close()
+        self.batches.close()

@@ -74,7 +74,7 @@ class ServerState:
         self._changing_sleep = asyncio.Lock()
         self.shared, self._alone = shared or Shared(settings, ocr), shared is None
         self.bodies, self.files, self.reader = self.shared.bodies, self.shared.files, self.shared.reader
-        self.responses = self.shared.responses
+        self.responses, self.batches = self.shared.responses, self.shared.batches
         self.model_name: str = engine.model_name
         self.generates: bool = engine.generates
         settings.embedding.check(engine.hidden_size)
@@ -124,6 +124,11 @@ class ServerState:
     async def drain(self, seconds: float) -> bool:
         """See `AsyncEngine.drain`."""
         return bool(await self.engine.drain(seconds))
+
+    @property
+    def accepting(self) -> bool:
+        """Whether `check_accepting` would accept a request that waits for this, if the engine is alive."""
+        return not self.draining and (not self.sleeping or self.until_used)
 
     def check_accepting(self) -> None:
         """Checks that the server accepts requests, and wakes it if it sleeps until the next one.

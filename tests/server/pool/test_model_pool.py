@@ -22,6 +22,7 @@ from deepseek_optimizer.server.pool.model_list import ModelFile
 from deepseek_optimizer.server.pool.model_pool import ModelPool
 from deepseek_optimizer.server.pool_app import create_pool_app, opener
 from deepseek_optimizer.server.settings import ServerSettings
+from support import batches
 from support.fake_engine import FakeEngine
 from support.live_server import LiveServer, assert_error, wait_for
 
@@ -377,3 +378,14 @@ def test_a_busy_model_keeps_no_other_out(serve, models):
         assert ask(live, "b").status_code == 200
         stop.set()
         assert all(status == 200 for future in crowds for status in future.result())
+
+
+def test_batches_name_models(serve, models):
+    """The requests of one batch may be for several models, which are loaded for them."""
+    with serve() as live:
+        data = batches.lines(3, model="a", max_tokens=2) + batches.lines(1, model="none").replace(b"r0", b"wrong")
+        batch = batches.ended(live.client, batches.create(live.client, batches.upload(live.client, data)))
+        assert batch["request_counts"] == {"total": 4, "completed": 3, "failed": 1} and models.events == ["load a"]
+        assert {line["response"]["body"]["model"] for line in batches.content(live.client, batch["output_file_id"])} == {"a"}
+        (error,) = batches.content(live.client, batch["error_file_id"])
+        assert error["custom_id"] == "wrong" and error["response"]["body"]["error"]["code"] == "model_not_found"

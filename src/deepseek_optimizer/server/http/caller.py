@@ -7,9 +7,12 @@ import ipaddress
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from starlette.requests import ClientDisconnect, Request
+
+# Key of an ASGI scope: the salt of the API key for which the server itself sends a request. No client can set it.
+FOR_OWNER: Final = "deepseek_optimizer.owner"
 
 
 @dataclass(frozen=True)

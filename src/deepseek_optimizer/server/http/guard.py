@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..settings import ServerSettings
 from . import request_id
-from .caller import client_of
+from .caller import FOR_OWNER, client_of
 from .error_formats import error_response
 from .hosts import HostCheck
 from .ignored_fields import HEADER, IgnoredFieldLog
@@ -110,6 +110,9 @@ class Guard:
                 logger.info("%s %s %d %.3f s", method, route, status, seconds, extra=line)
 
     def _salt(self, scope: Scope) -> str:
+        internal: str | None = scope.get(FOR_OWNER)
+        if internal is not None:
+            return internal
         keys = self._settings.keys
         given = [value for name, value in scope["headers"] if name == b"authorization"]
         own = [value for name, value in scope["headers"] if name == b"x-api-key"]  # of Anthropic's clients

@@ -67,7 +67,7 @@ class ModelPool:
         self.settings, self.shared, self.created = settings, Shared(settings, ocr), int(time.time())
         self.shared.bodies.accept_pictures()  # a body is read before its model is loaded
         self.files, self.reader = self.shared.files, self.shared.reader
-        self.responses = self.shared.responses
+        self.responses, self.batches = self.shared.responses, self.shared.batches
         self._list_files, self._open = list_files, open_model
         self.memory, self.cache, self.default, self.load_seconds = memory, cache, default, load_seconds
         pinned = tuple(pinned)

@@ -8,17 +8,20 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ...errors import excerpt
+from ..batches.file_store import REQUESTS, BatchFile
 from ..documents.file_store import StoredFile
 from ..http.problems import ApiError
 from .base import ResponseModel
 
-PURPOSES = ("user_data", "assistants")
+DOCUMENTS = ("user_data", "assistants")
+PURPOSES = (*DOCUMENTS, REQUESTS)
 _ANCHOR, _SECONDS = "expires_after[anchor]", "expires_after[seconds]"
 MIN_SECONDS, MAX_SECONDS = 3600, 2_592_000  # OpenAI's limits
 
 
 class FileObject(ResponseModel):
-    """A stored file. It is deleted at `expires_at`, or when the server stops."""
+    """A stored file. It is deleted at `expires_at`, or when the server stops, except that files of batches stay in the server's
+    state directory, if it has one."""
 
     id: str
     object: Literal["file"]
@@ -26,9 +29,9 @@ class FileObject(ResponseModel):
     created_at: int
     expires_at: int
     filename: str
-    purpose: Literal["user_data", "assistants"]
+    purpose: Literal["user_data", "assistants", "batch", "batch_output"]
     status: Literal["processed"]
-    characters: int = Field(description="Length of the text that was read from it.")
+    characters: int | None = Field(description="Length of the text that was read from it. null for files of batches.")
     pages: int | None = Field(description="null if its format has no pages.")
     warnings: list[str] = Field(description="Parts that could not be read.")
 
@@ -98,7 +101,7 @@ def check_fields(fields: Mapping[str, str], strict: bool) -> tuple[str, float | 
         raise ApiError(400, f"{excerpt(unknown[0])}: the field is not supported; leave it out", param=unknown[0])
     purpose = fields.get("purpose")
     if purpose not in PURPOSES:
-        raise ApiError(400, f"purpose: must be {' or '.join(PURPOSES)}", param="purpose")
+        raise ApiError(400, f"purpose: must be {', '.join(PURPOSES[:-1])} or {PURPOSES[-1]}", param="purpose")
     if fields.get(_ANCHOR, "created_at") != "created_at":
         raise ApiError(400, f"{_ANCHOR}: must be created_at", param=_ANCHOR)
     given = fields.get(_SECONDS)
@@ -109,8 +112,14 @@ def check_fields(fields: Mapping[str, str], strict: bool) -> tuple[str, float | 
     return purpose, float(given)
 
 
-def file_object(file: StoredFile) -> dict[str, Any]:
+def file_object(file: StoredFile | BatchFile) -> dict[str, Any]:
     """A stored file as a `FileObject`."""
+    if isinstance(file, BatchFile):
+        return {
+            "id": file.id, "object": "file", "bytes": file.size, "created_at": file.created, "expires_at": file.expires,
+            "filename": file.name, "purpose": file.purpose, "status": "processed", "characters": None, "pages": None,
+            "warnings": [],
+        }  # fmt: skip
     text = file.text
     return {
         "id": file.id, "object": "file", "bytes": file.size, "created_at": file.created, "expires_at": file.expires,

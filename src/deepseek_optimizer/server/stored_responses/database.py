@@ -107,7 +107,7 @@ class ResponseDatabase:
     def _open(self, folder: Path | None) -> None:
         if folder is not None:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._file_lock = FileLock(folder / _LOCK, timeout=0)
+            self._file_lock = FileLock(folder / _LOCK, timeout=0, thread_local=False)  # another thread may release it
             try:
                 self._file_lock.acquire()
             except Timeout:

@@ -1,0 +1,241 @@
+"""/v1/batches: files of requests, answered in the background."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import openai
+import pytest
+
+from deepseek_optimizer.server.keys import ApiKeys
+from deepseek_optimizer.server.settings import ServerSettings
+from support.batches import COMPLETIONS, content, create, ended, lines, upload
+from support.live_server import assert_error, wait_for
+
+
+@pytest.fixture
+def server(make_server):
+    return make_server()
+
+
+def test_openai_client(server):
+    """A batch with the openai package: answers equal those of the endpoint, and a wrong request does not stop the others."""
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    wrong = {"custom_id": "wrong", "method": "POST", "url": COMPLETIONS, "body": {"prompt": "x", "temperature": -1}}
+    data = lines(40, max_tokens=30, seed=3) + json.dumps(wrong).encode()
+    file = client.files.create(file=("requests.jsonl", data), purpose="batch")
+    assert (file.purpose, file.bytes, file.filename) == ("batch", len(data), "requests.jsonl")
+    batch = client.batches.create(
+        input_file_id=file.id, endpoint=COMPLETIONS, completion_window="24h", metadata={"name": "nightly"}
+    )
+    assert batch.status in ("validating", "in_progress") and batch.expires_at == batch.created_at + 86_400
+    wait_for(lambda: client.batches.retrieve(batch.id).status == "completed", 20)
+    batch = client.batches.retrieve(batch.id)
+    counts = batch.request_counts
+    assert (counts.total, counts.completed, counts.failed) == (41, 40, 1) and batch.metadata == {"name": "nightly"}
+    assert batch.created_at <= batch.in_progress_at <= batch.finalizing_at <= batch.completed_at
+    answers = [json.loads(line) for line in client.files.content(batch.output_file_id).text.splitlines()]
+    assert [answer["custom_id"] for answer in answers] == [f"r{n}" for n in range(40)]
+    for n, answer in enumerate(answers):
+        plain = client.completions.create(model="fake-model", prompt=f"p {n}", max_tokens=30, seed=3)
+        assert answer["response"]["body"]["choices"][0]["text"] == plain.choices[0].text
+    errors = [json.loads(line) for line in client.files.content(batch.error_file_id).text.splitlines()]
+    assert [error["custom_id"] for error in errors] == ["wrong"] and errors[0]["response"]["status_code"] == 400
+    assert [one.id for one in client.batches.list()] == [batch.id]
+    listed = {one.id: one for one in client.files.list()}
+    assert listed.keys() == {file.id, batch.output_file_id, batch.error_file_id}
+    assert listed[batch.output_file_id].purpose == "batch_output"
+    assert [one.id for one in client.files.list(purpose="batch")] == [file.id]
+    assert client.files.delete(file.id).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.files.content(file.id)
+
+
+@pytest.mark.parametrize(
+    ("data", "line", "message"),
+    [
+        (b"", None, "there are no requests"),
+        (b"{}\nnot JSON\n", 1, "must be a text that names the request"),
+        (lines(2) + b"not JSON\n", 3, "not valid JSON"),
+        (lines(1) + lines(1), 2, "'r0' is the name of line 1 too"),
+        (lines(1).replace(b"/v1/completions", b"/v1/embeddings"), None, "but the batch is for /v1/completions"),
+    ],
+)
+def test_wrong_files(server, data, line, message):
+    batch = ended(server.client, create(server.client, upload(server.client, data or b"\n")))
+    (error,) = batch["errors"]["data"]
+    assert batch["status"] == "failed" and batch["failed_at"] and batch["output_file_id"] is None
+    assert error["line"] == line and message in error["message"] and ".jsonl" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"input_file_id": "file-../../etc"}, "input_file_id"),
+        ({"endpoint": "/v1/messages"}, "endpoint"),
+        ({"completion_window": "1h"}, "completion_window"),
+        ({"metadata": {"x": 1}}, "metadata.x"),
+        ({"metadata": {str(n): "" for n in range(17)}}, "metadata"),
+        ({"output_expires_after": {"anchor": "created_at", "seconds": 1}}, "output_expires_after.seconds"),
+    ],
+)
+def test_wrong_requests(live, refused, change, param):
+    refused("/v1/batches", {"input_file_id": "x", "endpoint": COMPLETIONS, "completion_window": "24h", **change}, 400, param)
+
+
+def test_a_document_is_no_file_of_requests(server, refused):
+    sent = server.client.post("/v1/files", files={"file": ("a.txt", b"text")}, data={"purpose": "user_data"})
+    body = {"input_file_id": sent.json()["id"], "endpoint": COMPLETIONS, "completion_window": "24h"}
+    assert_error(server.client.post("/v1/batches", json=body), 400, "input_file_id")
+
+
+def test_cancelled(make_server):
+    """A cancelled batch keeps the answers that it has; the next one begins."""
+    server = make_server(step_seconds=0.005, capacity=4)
+    first = create(server.client, upload(server.client, lines(500, max_tokens=4)))
+    second = create(server.client, upload(server.client, lines(3, max_tokens=1)))
+    wait_for(lambda: server.client.get(f"/v1/batches/{first['id']}").json()["request_counts"]["completed"] > 3)
+    waiting = server.client.get(f"/v1/batches/{second['id']}").json()
+    assert waiting["status"] == "validating"
+    cancelled = server.client.post(f"/v1/batches/{first['id']}/cancel")
+    assert cancelled.json()["status"] in ("cancelling", "cancelled") and cancelled.json()["cancelling_at"]
+    first = ended(server.client, first)
+    assert first["status"] == "cancelled" and 3 < first["request_counts"]["completed"] < 500
+    answers = content(server.client, first["output_file_id"])
+    assert len(answers) == first["request_counts"]["completed"] and first["error_file_id"] is None
+    assert_error(server.client.post(f"/v1/batches/{first['id']}/cancel"), 409)
+    assert ended(server.client, second)["status"] == "completed"
+
+
+def test_expired(make_server):
+    """Requests that are not answered in time are named in the file of errors."""
+    server = make_server(step_seconds=0.005, capacity=4)
+    batches = server.app.state.server.batches
+    batch = create(server.client, upload(server.client, lines(500, max_tokens=4)))
+    wait_for(lambda: server.client.get(f"/v1/batches/{batch['id']}").json()["request_counts"]["completed"] > 3)
+
+    def restart_later() -> None:  # as a server that was stopped for a day
+        batches.get("", batch["id"]).expires = 0
+
+    server.call(restart_later)
+    server.call(lambda: batches._running[""].cancel())
+    wait_for(lambda: not batches._running)
+    server.call(lambda: batches.start(server.app, lambda: True, 2))
+    batch = ended(server.client, batch)
+    assert batch["status"] == "expired" and batch["expired_at"]
+    answers, errors = content(server.client, batch["output_file_id"]), content(server.client, batch["error_file_id"])
+    assert {e["error"]["code"] for e in errors} == {"batch_expired"} and {e["response"] for e in errors} == {None}
+    assert sorted(e["custom_id"] for e in [*answers, *errors]) == sorted(f"r{n}" for n in range(500))
+
+
+def test_keys(make_server):
+    """A batch and its files belong to the API key that created it; its requests need no key of their own."""
+    server = make_server(ServerSettings(keys=ApiKeys(["one", "two"])))
+    one, two = ({"Authorization": f"Bearer {key}"} for key in ("one", "two"))
+    file = upload(server.client, lines(3, max_tokens=2), one)
+    body = {"input_file_id": file, "endpoint": COMPLETIONS, "completion_window": "24h"}
+    assert_error(server.client.post("/v1/batches", json=body, headers=two), 400, "input_file_id")
+    batch = ended(server.client, create(server.client, file, one), one)
+    assert batch["status"] == "completed" and batch["request_counts"]["completed"] == 3
+    for path in (f"/v1/batches/{batch['id']}", f"/v1/files/{batch['output_file_id']}/content", f"/v1/files/{file}"):
+        assert server.client.get(path, headers=one).status_code == 200
+        assert_error(server.client.get(path, headers=two), 404)
+    assert_error(server.client.post(f"/v1/batches/{batch['id']}/cancel", headers=two), 404)
+    assert server.client.get("/v1/batches", headers=two).json()["data"] == []
+    assert server.client.get("/v1/files", headers=two).json()["data"] == []
+
+
+def test_limits(make_server):
+    server = make_server(
+        ServerSettings(
+            max_batch_bytes_per_client=3000, max_batch_bytes_total=4000, max_batches_per_client=1, max_files_per_client=3
+        )
+    )
+    upload(server.client, b"x" * 2000)
+    form = {"files": {"file": ("a", b"x" * 1500)}, "data": {"purpose": "batch"}}
+    assert_error(server.client.post("/v1/files", **form), 413, "file")
+    for _ in range(2):
+        file = upload(server.client, lines(1))
+    assert_error(server.client.post("/v1/files", **form), 400, "file")
+    server.call(lambda: setattr(server.app.state.server.batches, "_app", None))  # nothing runs
+    create(server.client, file)
+    body = {"input_file_id": file, "endpoint": COMPLETIONS, "completion_window": "24h"}
+    assert_error(server.client.post("/v1/batches", json=body), 429)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_stopped_server_continues_its_batches(make_server, tmp_path, cut):
+    """Each request is answered once, over two servers with the same state directory."""
+    settings, calls, lock = ServerSettings(state_dir=tmp_path, drain_seconds=1), [], threading.Lock()
+
+    def script(request):
+        with lock:
+            calls.append(bytes(request.prompt))
+        return "an answer"
+
+    first = make_server(settings, script=script, step_seconds=0.002, capacity=4)
+    batch = create(first.client, upload(first.client, lines(200, max_tokens=3)))
+    wait_for(lambda: first.client.get(f"/v1/batches/{batch['id']}").json()["request_counts"]["completed"] > 20)
+    first.__exit__()
+    partial = next(tmp_path.glob("batches/jobs/*.partial"))
+    done = len(partial.read_bytes().splitlines()) - 1
+    if cut:  # as a power failure may leave it
+        partial.write_bytes(partial.read_bytes()[:-7])
+    (tmp_path / "batches/jobs/batch_damaged.json").write_text("{")
+    (tmp_path / "batches/files/file-damaged.json").write_text("{}")
+    second = make_server(settings, script=script)
+    batch = ended(second.client, batch)
+    assert batch["status"] == "completed" and batch["request_counts"] == {"total": 200, "completed": 200, "failed": 0}
+    answers = content(second.client, batch["output_file_id"])
+    assert [answer["custom_id"] for answer in answers] == [f"r{n}" for n in range(200)]
+    assert len({answer["id"] for answer in answers}) == 200
+    assert 20 < done < 200 and 200 + cut <= len(calls) <= 206  # those in flight when it stopped are answered again
+    assert [one["id"] for one in second.client.get("/v1/batches").json()["data"]] == [batch["id"]]
+    assert not list(tmp_path.glob("batches/jobs/*.partial"))
+
+
+def test_expired_files_and_old_batches_are_deleted(make_server):
+    server = make_server()
+    batches = server.app.state.server.batches
+    file = upload(
+        server.client, lines(2, max_tokens=1), **{"expires_after[anchor]": "created_at", "expires_after[seconds]": "3600"}
+    )
+    batch = ended(server.client, create(server.client, file, output_expires_after={"anchor": "created_at", "seconds": 7200}))
+    start = batch["created_at"]
+    at = {"now": start}
+    batches._clock = batches.files._clock = lambda: at["now"]
+    for hours, left in ((0.9, 2), (1.5, 1), (2.5, 0)):
+        at["now"] = start + 3600 * hours
+        batches.sweep()
+        assert len(server.client.get("/v1/files").json()["data"]) == left
+    assert not list(batches.files._folder.iterdir())
+    assert server.client.get(f"/v1/batches/{batch['id']}").status_code == 200
+    at["now"] = start + 40 * 86_400
+    batches.sweep()
+    assert_error(server.client.get(f"/v1/batches/{batch['id']}"), 404)
+
+
+def test_clients_come_first(make_server):
+    """Requests of batches have the lowest priority, whatever they ask for; what clients send is not changed."""
+    seen = []
+
+    def script(request):
+        seen.append(request.priority)
+        return "x"
+
+    server = make_server(script=script)
+    ended(server.client, create(server.client, upload(server.client, lines(1) + lines(2, priority=7).split(b"\n", 1)[1])))
+    server.client.post(COMPLETIONS, json={"prompt": "x", "priority": 7})
+    assert sorted(seen) == [7, 1000, 1000]
+
+
+def test_a_sleeping_server_answers_later(make_server):
+    server = make_server(ServerSettings(sleep_mode=True))
+    state, file = server.app.state.server, upload(server.client, lines(3, max_tokens=1))
+    server.call(lambda: setattr(state, "sleep_state", "weights_offloaded"))
+    batch = create(server.client, file)
+    wait_for(lambda: server.client.get(f"/v1/batches/{batch['id']}").json()["status"] == "in_progress")
+    assert server.client.get(f"/v1/batches/{batch['id']}").json()["request_counts"]["completed"] == 0
+    server.call(lambda: setattr(state, "sleep_state", "awake"))
+    assert ended(server.client, batch)["request_counts"]["completed"] == 3
