@@ -49,9 +49,10 @@ def batch(
 ) -> None:
     """Answer a file of requests in the format of OpenAI's Batch API. A stopped job continues where it was."""
     from deepseek_optimizer.batch.requests import read_requests
-    from deepseek_optimizer.batch.results import Results
+    from deepseek_optimizer.batch.results import Results, check_free, files_digest
     from deepseek_optimizer.batch.run import run_batch
     from deepseek_optimizer.chat.named_template import read_template
+    from deepseek_optimizer.integration.load.resolve import resolve
     from deepseek_optimizer.server.app import create_app
     from deepseek_optimizer.server.settings import ServerSettings
     from deepseek_optimizer.system.progress import show_progress
@@ -60,6 +61,7 @@ def batch(
 
     check_options(tool_format, generation_config, name)
     job = read_requests(input)
+    check_free(output)  # before a model is downloaded
     settings = ServerSettings(
         page=False, request_seconds=_HOURS * 3600, tools_format=tool_format, reasoning=reasoning, thinking=thinking,
         max_answer_tokens=max_answer_tokens,
@@ -68,8 +70,9 @@ def batch(
     fields |= o.not_none(kv_cache_memory=kv_cache_memory, batch_invariant=batch_invariant or None)
     fields["batch_size_range"] = (1, max_running)
     identity = {
-        "input": job.digest, "model": model,
-        "options": {"name": name, "template": template, "generation_config": generation_config, "tool_format": tool_format,
+        "input": job.digest, "model": model, "model files": files_digest(resolve(model)),
+        "options": {"draft_model": draft_model, "draft_precision": draft_precision, "name": name,
+                    "template": template, "generation_config": generation_config, "tool_format": tool_format,
                     "max_answer_tokens": max_answer_tokens, "reasoning": reasoning, "thinking": thinking,
                     **{field: value for field, value in fields.items() if field not in ("batch_size_range", "threads")}},
     }  # fmt: skip

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
+import shutil
 import signal
 import time
 
@@ -13,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from deepseek_optimizer.batch.requests import read_requests
+from deepseek_optimizer.batch.results import files_digest
 from deepseek_optimizer.batch.run import answer
 from deepseek_optimizer.errors import EngineDeadError
 from deepseek_optimizer_cli.app import app
@@ -163,6 +166,23 @@ def test_more_answers_than_places_in_the_batch(tiny_model, tmp_path):
     arguments = ["batch", str(tiny_model), str(source), str(output), "--max-running", "1", "--precision", "fp32"]
     assert CliRunner().invoke(app, arguments).exit_code == 0
     assert len(json.loads(output.read_text())["response"]["body"]["choices"]) == 32
+
+
+def test_a_job_with_another_model_is_not_continued(tiny_model, job_file, tmp_path):
+    """The model in the same directory was replaced, or another one drafts."""
+    model, output = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(tiny_model, model)
+    partial = tmp_path / "out.partial"
+    partial.write_text(json.dumps({"job": {}, "written": 0}) + "\n")
+    messages = []
+    for change in ((), ("--draft-precision", "int4")):
+        result = CliRunner().invoke(app, [*command(model, job_file, output), *change])
+        assert result.exit_code == 2
+        messages.append(result.stderr)
+    assert all("a job with another input and model and model files and options was stopped here" in one for one in messages)
+    digest = files_digest(model)
+    os.utime(model / "config.json", (1, 1))
+    assert files_digest(model) != digest == files_digest(tiny_model)
 
 
 def test_a_seed_is_kept(job_file):

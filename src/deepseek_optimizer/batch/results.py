@@ -7,6 +7,7 @@ are written to the output in order, in one step, and the partial file is deleted
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -49,7 +50,7 @@ class Results:
         self.written = written
         self._places: dict[int, tuple[int, int]] = {}  # offset and bytes of each result in the partial file
         self._job, self._synced = job, time.monotonic()
-        self._check_free()
+        check_free(output)
         output.parent.mkdir(parents=True, exist_ok=True)
         with ExitStack() as opened:
             self._file: BinaryIO = opened.enter_context(self.partial.open("a+b"))
@@ -59,7 +60,7 @@ class Results:
                 except BlockingIOError:
                     raise DataError("another process is running this job; wait for it, or stop it", file=self.partial) from None
             try:
-                self._check_free()  # again: another process may have ended this job since
+                check_free(output)  # again: another process may have ended this job since
             except DataError:
                 if not self.partial.stat().st_size:
                     self.partial.unlink()
@@ -72,10 +73,6 @@ class Results:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._opened.close()
-
-    def _check_free(self) -> None:
-        if self.output.exists():
-            raise DataError("the file exists; delete it, or choose another name", file=self.output)
 
     def _resume(self) -> None:
         self._file.seek(0)
@@ -139,6 +136,19 @@ class Results:
             for line in self.lines():
                 out.write(encoded(line))
         self.partial.unlink()
+
+
+def check_free(output: Path) -> None:
+    """Raises a DataError if the output of a job exists."""
+    if output.exists():
+        raise DataError("the file exists; delete it, or choose another name", file=output)
+
+
+def files_digest(path: Path) -> str:
+    """A digest of the names, sizes and times of the files of a model: a file, or a directory without its subdirectories."""
+    files = sorted(one for one in path.iterdir() if one.is_file()) if path.is_dir() else [path]
+    stats = [(one.name, one.stat()) for one in files]
+    return hashlib.sha256(repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]).encode()).hexdigest()
 
 
 def encoded(value: dict[str, Any]) -> bytes:
