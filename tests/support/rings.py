@@ -32,7 +32,7 @@ import pytest
 FEW = 3
 WIDE_SHARE = 0.5
 SHARE = 0.1
-FAST_S = 0.7
+FAST_S = 0.45
 WIDE_S = 6.0
 MEASURED = 3
 ROOT = Path(__file__).parents[2]
