@@ -8,6 +8,7 @@ import threading
 import openai
 import pytest
 
+from deepseek_optimizer.batch.results import Results
 from deepseek_optimizer.server.keys import ApiKeys
 from deepseek_optimizer.server.settings import ServerSettings
 from support.batches import COMPLETIONS, content, create, ended, lines, upload
@@ -239,3 +240,38 @@ def test_a_sleeping_server_answers_later(make_server):
     assert server.client.get(f"/v1/batches/{batch['id']}").json()["request_counts"]["completed"] == 0
     server.call(lambda: setattr(state, "sleep_state", "awake"))
     assert ended(server.client, batch)["request_counts"]["completed"] == 3
+
+
+def test_an_internal_error_ends_the_batch(server, monkeypatch):
+    """The log has the details; the next batch is answered."""
+
+    async def fail(*_):
+        raise RuntimeError("secret")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("deepseek_optimizer.server.batches.run.answer_all", fail)
+        batch = ended(server.client, create(server.client, upload(server.client, lines(1))))
+    assert batch["status"] == "failed" and [one["code"] for one in batch["errors"]["data"]] == ["internal_error"]
+    assert "secret" not in json.dumps(batch)
+    assert ended(server.client, create(server.client, upload(server.client, lines(1))))["status"] == "completed"
+
+
+def test_a_full_disk_delays_the_batch(server, monkeypatch):
+    """Results that cannot be written do not fail the batch: it continues with the next one."""
+    failing = {"now": True}
+    add = Results.add
+
+    def full(results, index, line):
+        if failing["now"]:
+            raise OSError(28, "No space left on device")
+        add(results, index, line)
+
+    monkeypatch.setattr(Results, "add", full)
+    file = upload(server.client, lines(3, max_tokens=1))
+    first = create(server.client, file)
+    batches = server.app.state.server.batches
+    wait_for(lambda: not batches._running)
+    assert server.client.get(f"/v1/batches/{first['id']}").json()["status"] == "in_progress"
+    failing["now"] = False
+    second = create(server.client, file)
+    assert [ended(server.client, one)["request_counts"]["completed"] for one in (first, second)] == [3, 3]

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..http.problems import ApiError
+from ..http.problems import INTERNAL, ApiError
 from ..settings import ServerSettings
 from .file_store import BatchFiles
 from .job import Batch, load_batch
@@ -178,7 +178,9 @@ class Batches:
                 return  # the next batch, or the next server, tries again
             except Exception:
                 logger.exception("error in the batch %s", batch.id)
-                return
+                batch.begin("failed", self._clock())
+                batch.errors = [{"code": "internal_error", "line": None, "message": INTERNAL.message, "param": None}]
+                await asyncio.to_thread(batch.save, self._jobs)
             if not batch.ended:  # the engine has stopped
                 return
             self._ends.pop(batch.id, None)
