@@ -181,3 +181,15 @@ def test_recomputed_layers_hold_no_marked_tensors():
     with saved:
         checkpoint(layer, x, use_reentrant=False)
         assert calls[0]() is None and not saved._marked
+
+
+def test_results_that_no_backward_pass_reaches_are_freed():
+    """Such as the scores of an indexer, of which only the places of the largest are used: softmax saves its own result."""
+    x, saved = torch.randn(8, requires_grad=True), SavedActivations()
+    with saved:
+        scores = (2 * x).softmax(-1)
+        loss = x[scores.topk(2).indices].sum()
+    freed = weakref.ref(scores)
+    loss.backward()
+    del scores
+    assert freed() is None

@@ -97,17 +97,24 @@ class SavedActivations:
         self._marked.clear()
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _Saved:
+        recomputation = self._recomputation_of(tensor)
+        if recomputation is None:
+            # An operation that saves its own result would keep itself alive by it: for ever, if no backward pass reaches it.
+            return tensor.detach()
+        recomputation.savers += 1
+        return _Saved(recomputation, tensor.shape)
+
+    def _recomputation_of(self, tensor: torch.Tensor) -> _Recomputation | None:
+        """How to recompute a tensor that an operation saves; None if it is not marked."""
         mark = self._marked.get(tensor.data_ptr())
         if mark is None:
-            return tensor
+            return None
         marked = mark.result()
         # the memory of a marked tensor that was freed may belong to another tensor now
         if marked is None or marked.numel() != tensor.numel() or marked.dtype != tensor.dtype or not tensor.is_contiguous():
-            return tensor
-        if tensor._version != mark.version:  # changed in place since: recomputation would differ
-            return tensor
-        mark.recomputation.savers += 1
-        return _Saved(mark.recomputation, tensor.shape)
+            return None
+        unchanged = tensor._version == mark.version  # otherwise recomputation would differ
+        return mark.recomputation if unchanged else None
 
     @staticmethod
     def _unpack(packed: torch.Tensor | _Saved) -> torch.Tensor:
