@@ -15,6 +15,9 @@ BLOCK = 64  # words of 16 rows that a program of `vector_product` reads at a tim
 MOST_SPLITS = 8
 MOST_CHUNKS = 64
 TILE_FIELDS = 5
+PAIR_FIELDS = 3  # of a tile of pairs, see `kernels.expert_groups.PairTiles`
+HEAD_ROWS = 16  # heads of a program of latent attention, which share one key
+_LATENT_BYTES = 128 << 20  # of the queries in the space of latents, at most, unless HEAD_ROWS heads take more
 _CHUNK_BLOCKS = 8  # of the cache in a chunk, at least: 256 tokens
 
 
@@ -55,13 +58,48 @@ def chunks_of(tiles: int, blocks: int, kv_heads: int) -> int:
 
 
 def query_rows(group: int) -> int:
-    """Rows of a tile in prefill, for `group` query heads per key head: products of 64 rows."""
+    """Rows of a tile in prefill, for programs of `group` query heads that share a key head: products of 64 rows."""
     return max(1, 64 // (1 << (group - 1).bit_length()))
+
+
+def most_pair_tiles(pairs: int, experts: int, block_m: int) -> int:
+    """The most tiles of up to `block_m` pairs of one expert that `pairs` pairs can need, whatever their experts are."""
+    return (pairs + min(pairs, experts) * (block_m - 1)) // block_m
+
+
+def heads_at_once(rows: int, heads: int, rank: int) -> int:
+    """The number of heads whose queries are mapped to the space of latents at a time, for this number of rows."""
+    fitting = _LATENT_BYTES // (4 * rows * rank) // HEAD_ROWS * HEAD_ROWS
+    return min(heads, max(HEAD_ROWS, fitting))
 
 
 def attention_scratch_bytes(heads: int, kv_heads: int, head_dim: int) -> int:
     """The most bytes that unfinished results of chunks take."""
     return 4 * PROGRAMS * (heads // kv_heads) * (head_dim + 2)
+
+
+def latent_scratch_bytes(rows: int, heads: int, rank: int, nope: int) -> int:
+    """The most bytes that latent attention of up to `rows` rows takes: queries mapped to latents, both operands in the order of
+    words, and unfinished results of chunks.
+
+    Args:
+        nope: columns of a head's queries that are mapped.
+    """
+    latents = rows * heads_at_once(rows, heads, rank)
+    ordered = rows * heads * _padded(nope) + latents // rank * _padded(rank)
+    return 4 * (latents * rank + ordered + PROGRAMS * min(HEAD_ROWS, heads) * (rank + 2))
+
+
+def expert_scratch_bytes(tokens: int, top_k: int, experts: int, outputs: int, columns: int, gated: bool) -> int:
+    """The most bytes that products of experts take: rows in the order of words, and without `gated` a result for each pair. The
+    pairs in tiles count here too.
+
+    Args:
+        outputs, columns: size of a matrix.
+    """
+    pairs = tokens * top_k
+    grouped = pairs + experts + PAIR_FIELDS * most_pair_tiles(pairs, experts, 16)
+    return 4 * (grouped + (tokens if gated else pairs) * _padded(columns) + (0 if gated else pairs * outputs))
 
 
 def product_scratch_bytes(rows: int, outputs: int, columns: int, tile_rows: int, row_words: int, products: int) -> int:
@@ -74,4 +112,9 @@ def product_scratch_bytes(rows: int, outputs: int, columns: int, tile_rows: int,
     """
     splits = splits_of(tile_rows, row_words)
     partial = 0 if splits == 1 else 4 * products * splits * min(rows, MOST_ROWS) * outputs
-    return max(partial, 4 * rows * (columns + 31) // 32 * 32)
+    return max(partial, 4 * rows * _padded(columns))
+
+
+def _padded(columns: int) -> int:
+    """Columns in whole tiles."""
+    return (columns + 31) // 32 * 32
