@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ...errors import BackendError
-from ...graph.ir import CacheSpec, Graph
+from ...graph.ir import CacheSpec, Graph, LatentSpec
 from ...graph.validate import check_graph
 from ...quant import products, reference_packer
 from ...quant.packed import PackedMatrix, PackedWeight
@@ -18,10 +18,11 @@ from ..base import DEFAULTS, PHASES, AdapterStore, Capabilities, CompileOptions,
 from .device import launching_on
 from .kernels import elementwise, linear, norm
 from .kernels.precision import EMULATED
+from .latent_store import CudaLatentStore
 from .matrices import LAYOUTS, DeviceMatrix
 from .plan import CudaPlan
 from .sizes import CudaSizes
-from .store import KV_DTYPES, CudaStore
+from .store import KV_DTYPES, CudaStore, DeviceBlocks
 from .supported import check_cache, check_matrix
 
 
@@ -73,14 +74,17 @@ class CudaBackend(CudaSizes):
         check_graph(graph)
         return CudaPlan(graph, weights, self.device)
 
-    def new_store(self, graph: Graph, kv_dtype: str, num_blocks: int, num_states: int = 0) -> CudaStore:
+    def new_store(self, graph: Graph, kv_dtype: str, num_blocks: int, num_states: int = 0) -> DeviceBlocks:
         check_cache(graph)
-        assert isinstance(graph.cache, CacheSpec)
         if kv_dtype not in KV_DTYPES:
             raise BackendError(
                 f"the cuda backend does not support KV cache dtype {kv_dtype!r}; choose kv_cache among {', '.join(KV_DTYPES)}"
             )
-        return CudaStore(graph.cache, kv_dtype, num_blocks, self.device)
+        spec = graph.cache
+        if isinstance(spec, LatentSpec):
+            return CudaLatentStore(spec, kv_dtype, num_blocks, self.device)
+        assert isinstance(spec, CacheSpec)
+        return CudaStore(spec, kv_dtype, num_blocks, self.device)
 
     def new_adapters(self, graph: Graph, slots: int, rank: int, dtype: str) -> AdapterStore:
         raise self._missing("adapters")

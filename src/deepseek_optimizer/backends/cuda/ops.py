@@ -1,4 +1,6 @@
-"""One function per op: launches the kernels of a node on its values."""
+"""One function per op of dense decoders: launches the kernels of a node on its values. `expert_ops.py` and `latent_ops.py` have
+the others.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...graph.ir import Node
+from ...graph.ir import Node, Value
 from ...graph.ops.products import rows_of
 from ..base import StepBatch, reach_of
 from .kernels import attention as attention_kernels
 from .kernels import elementwise, linear, norm, rope, rows
-from .matrices import DeviceMatrix
+from .kernels.expert_groups import PairTiles
+from .kv_b import key_stack, value_stack
+from .matrices import DeviceMatrix, DeviceStack, DeviceTiles
 from .step import DeviceStep
-from .store import CudaStore
+from .store import DeviceBlocks
 
 
 @dataclass(frozen=True)
@@ -25,15 +29,23 @@ class Weights:
 
     Attributes:
         matrices: by name.
+        stacks: by name; of latent attention's kv_b those of `kv_b.key_stack` and `value_stack`.
         vectors: float32, by name; also the frequencies of RoPE tables whose frequencies are the same for all sequences,
             [1, rot/2], by `frequencies_name`.
     """
 
-    matrices: Mapping[str, DeviceMatrix]
-    vectors: Mapping[str, torch.Tensor]
+    matrices: dict[str, DeviceMatrix]
+    stacks: dict[str, DeviceStack]
+    vectors: dict[str, torch.Tensor]
 
     def vector(self, name: str | None) -> torch.Tensor | None:
         return None if name is None else self.vectors[name]
+
+    def tiles_of(self, name: str) -> list[DeviceTiles]:
+        """What is on the device of a packed weight."""
+        if name in self.matrices:
+            return [self.matrices[name]]
+        return [self.stacks[stack] for stack in (name, key_stack(name), value_stack(name)) if stack in self.stacks]
 
     def products(self, node: Node) -> list[tuple[DeviceMatrix, torch.Tensor | None]]:
         """Matrix and bias of each product of a node, of the rows that it uses."""
@@ -55,22 +67,25 @@ class Run:
         at: the step's integers on the device.
         wants_hidden: whether hidden states are returned.
         hidden: the hidden states so far, by index.
+        pairs: the pairs of tokens and experts by the routes that they are grouped by, from `experts_gate_up` to `experts_down`.
     """
 
     batch: StepBatch
     at: DeviceStep
-    store: CudaStore | None
+    store: DeviceBlocks | None
     weights: Weights
     wants_hidden: bool
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
+    pairs: dict[Value, PairTiles | None] = field(default_factory=dict)
 
     @property
-    def cache(self) -> CudaStore:
+    def cache(self) -> DeviceBlocks:
         assert self.store is not None  # graphs that use it have a cache, for which the plan requires a store
         return self.store
 
 
 Values = list[torch.Tensor]
+Op = Callable[[Run, Node, Values, Values], None]
 
 
 def frequencies_name(spec: Any) -> str:
@@ -126,7 +141,7 @@ def _rope_table(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
 
 def _rope(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
     x, table = inputs
-    rope.rope(x, table, node.attrs["heads"], node.attrs["interleaved"], outputs[0])
+    rope.rope(x, table, node.attrs["heads"], node.attrs["interleaved"], outputs[0], node.attrs.get("offset", 0))
 
 
 def _cache_write(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
@@ -136,7 +151,7 @@ def _cache_write(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
     k, v = inputs[1:3] if rotated else inputs
     q, table = (inputs[0], inputs[3]) if rotated else (None, None)
     rope.rope_cache(
-        q, k, v, table, outputs[0] if outputs else None, store.data, run.at.slots[store.spec.group_of(a["layer"])],
+        q, k, v, table, outputs[0] if outputs else None, store.data, run.at.slots[store.group_of(a["layer"])],
         store.offsets[a["layer"]], heads=a.get("heads", 0), kv_heads=a["kv_heads"], interleaved=a.get("interleaved", False),
     )  # fmt: skip
 
@@ -145,7 +160,7 @@ def _attention(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
     a, store = node.attrs, run.cache
     for tiles in run.at.phases:
         attention_kernels.attention(
-            inputs[0], store.data, store.offsets[a["layer"]], run.at.tables[store.spec.group_of(a["layer"])], tiles,
+            inputs[0], store.data, store.offsets[a["layer"]], run.at.tables[store.group_of(a["layer"])], tiles,
             run.at.ends, outputs[0], heads=a["heads"], kv_heads=a["kv_heads"], scale=a["scale"], window=a.get("window", 0),
             sinks=a.get("sinks", 0),
         )  # fmt: skip
@@ -160,7 +175,7 @@ def _hidden_out(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
         run.hidden[node.attrs["index"]] = inputs[0].clone()
 
 
-OPS: Mapping[str, Callable[[Run, Node, Values, Values], None]] = {
+DENSE_OPS: Mapping[str, Op] = {
     "add": _pairwise,
     "add_rms_norm": _add_rms_norm,
     "attention": _attention,

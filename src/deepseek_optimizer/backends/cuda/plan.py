@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ...errors import BackendError
-from ...graph.analysis import hidden_only, weight_shapes
+from ...graph.analysis import hidden_only
 from ...graph.cache_groups import group_spans
 from ...graph.ir import Graph, Node, Value
 from ...graph.planner import assign_slots
@@ -20,15 +20,19 @@ from ..drafted_round import drafted_round
 from ..reference.checks import check_batch
 from ..reference.plan import choose_on_device
 from ..sampling import TokenChoice, choose_tokens
+from .bind import weights_on_device
 from .device import launching_on
-from .division import query_rows
+from .division import HEAD_ROWS, query_rows
+from .expert_ops import EXPERT_OPS
 from .kernels.rows import select_rows
-from .matrices import DeviceMatrix
-from .ops import OPS, Run, Weights, frequencies_name
+from .latent_ops import LATENT_OPS
+from .ops import DENSE_OPS, Op, Run
 from .sizes import plan_bytes
 from .step import DeviceStep
-from .store import CudaStore
-from .supported import check_graph_ops, check_matrix
+from .stores import store_class
+from .supported import check_graph_ops
+
+OPS: Mapping[str, Op] = {**DENSE_OPS, **EXPERT_OPS, **LATENT_OPS}
 
 
 class CudaPlan:
@@ -41,8 +45,8 @@ class CudaPlan:
     def __init__(self, graph: Graph, weights: Mapping[str, PackedWeight | torch.Tensor], device: torch.device) -> None:
         check_graph_ops(graph)
         self.graph, self.device = graph, device
-        self._weights = _on_device(graph, weights, device)
-        self._formats = {name: matrix.format for name, matrix in self._weights.matrices.items()}
+        self._weights = weights_on_device(graph, weights, device)
+        self._formats = {name: weight.format for name in graph.weights() if isinstance(weight := weights[name], PackedWeight)}
         self._spans = group_spans(graph)
         self._only_hidden = hidden_only(graph)
         self._only_earlier = hidden_only(graph, wanted=(graph.hidden_states - 1,))
@@ -50,8 +54,7 @@ class CudaPlan:
         self._slots, self._slot_of = planned.slots, planned.slot_of
         self._buffers = [torch.empty(0, slot.width, dtype=torch.float32, device=device) for slot in planned.slots]
         self._head = next((node.outputs[0] for node in graph.nodes if node.op == "lm_head"), None)
-        groups = [node.attrs["heads"] // node.attrs["kv_heads"] for node in graph.nodes if node.op == "attention"]
-        self._block_q = query_rows(max(groups, default=1))
+        self._block_q = query_rows(max((_heads_of_program(node) for node in graph.nodes), default=1))
 
     @torch.no_grad()
     def run(self, batch: StepBatch, store: KvStore | None) -> StepOutput:
@@ -65,8 +68,9 @@ class CudaPlan:
     def _run(self, batch: StepBatch, store: KvStore | None) -> StepOutput:
         check_batch(batch, self.graph, 0 if store is None else store.num_blocks, self._spans)
         if store is not None:
-            if not isinstance(store, CudaStore):
-                raise BackendError(f"store: a plan of the cuda backend needs a store of it, got a {type(store).__name__}")
+            wanted = store_class(self.graph.cache)
+            if not isinstance(store, wanted):
+                raise BackendError(f"store: the plan needs a {wanted.__name__} of its backend, got a {type(store).__name__}")
             store.ensure(int(batch.block_table.max()) + 1)
         asks = batch.last_hidden or batch.draft_states
         at = DeviceStep.of(batch, len(self._spans), self._block_q, self.device)
@@ -89,8 +93,8 @@ class CudaPlan:
         OPS[node.op](run, node, inputs, outputs)
 
     def _rows(self, value: Value, batch: StepBatch) -> torch.Tensor:
-        """The buffer of a value, float32 [T or R, width]."""
-        index, rows = self._slot_of[value], len(batch.logit_rows if value.selected else batch.positions)
+        """The buffer of a value, float32 [T or R, width], or with `repeat` rows per token [T * repeat, width]."""
+        index, rows = self._slot_of[value], value.repeat * len(batch.logit_rows if value.selected else batch.positions)
         self._grow(index, rows)
         return self._buffers[index][:rows]
 
@@ -133,7 +137,7 @@ class CudaPlan:
         kept = {self._slot_of[value] for node in self.graph.nodes if node.op == "lm_head" for value in node.outputs}
         for index, slot in enumerate(self._slots):
             if index not in kept:
-                self._grow(index, logit_rows if slot.selected else tokens)
+                self._grow(index, slot.repeat * (logit_rows if slot.selected else tokens))
 
     def buffer_bytes(self, tokens: int, logit_rows: int) -> int:
         return plan_bytes(self.graph, self._formats, tokens, logit_rows)
@@ -147,37 +151,12 @@ class CudaPlan:
         if matrices:
             row["weights"] = matrices
             row["format"] = ",".join(dict.fromkeys(self._formats[name] for name in matrices))
-            row["bytes"] = sum(self._weights.matrices[name].words.nbytes for name in matrices)
+            row["bytes"] = sum(tiles.words.nbytes for name in matrices for tiles in self._weights.tiles_of(name))
         return row
 
 
-def _on_device(graph: Graph, weights: Mapping[str, PackedWeight | torch.Tensor], device: torch.device) -> Weights:
-    """Copies a graph's weights: matrices as they are packed, once for tied names, and vectors as float32.
-
-    Raises:
-        BackendError: a weight is missing or does not fit.
-    """
-    vectors: dict[str, torch.Tensor] = {}
-    matrices: dict[str, DeviceMatrix] = {}
-    copies: dict[int, DeviceMatrix] = {}
-    for name, shape in weight_shapes(graph).items():
-        weight = weights.get(name)
-        if len(shape) == 2:
-            weight = check_matrix(name, weight, graph.family)
-        elif not isinstance(weight, torch.Tensor):
-            raise BackendError(f"the graph needs weight {name!r} as a vector, got {type(weight).__name__}")
-        if tuple(weight.shape) != shape:
-            raise BackendError(f"weight {name!r} has shape {tuple(weight.shape)}, but the graph needs {shape}")
-        if isinstance(weight, torch.Tensor):
-            vectors[name] = weight.detach().to(device, torch.float32).contiguous()
-        else:
-            key = id(weight.data)
-            if key not in copies:
-                copies[key] = DeviceMatrix(weight, device)
-            matrices[name] = copies[key]
-    for node in graph.nodes:
-        if node.op == "rope_table" and not node.attrs["rope"].is_dynamic:
-            spec = node.attrs["rope"]
-            frequencies = torch.tensor(spec.inv_freq, dtype=torch.float32, device=device)
-            vectors[frequencies_name(spec)] = frequencies[None].contiguous()
-    return Weights(matrices, vectors)
+def _heads_of_program(node: Node) -> int:
+    """Query heads of a program of attention, which share a key head; 1 for other ops."""
+    if node.op == "mla_attention":
+        return min(HEAD_ROWS, node.attrs["heads"])
+    return node.attrs["heads"] // node.attrs["kv_heads"] if node.op == "attention" else 1
