@@ -130,3 +130,4 @@ def test_rows_that_see_later_tokens():
 def test_chunks_fill_the_card_and_no_more():
     assert division.chunks_of(1, 4096, 8) == 64 and division.chunks_of(1, 9, 8) == 2 and division.chunks_of(64, 4096, 8) == 1
     assert [division.query_rows(group) for group in (1, 2, 3, 8, 71)] == [64, 32, 16, 8, 1]
+    assert division.query_rows(16, division.LATENT_ROWS) == 2

@@ -12,15 +12,18 @@ triton_interpreter.require()
 from deepseek_optimizer.backends.base import CompileOptions
 from deepseek_optimizer.backends.cuda.backend import CudaBackend
 from deepseek_optimizer.backends.cuda.latent_store import CudaLatentStore
+from deepseek_optimizer.backends.reference import ReferenceBackend
 from deepseek_optimizer.errors import BackendError
+from deepseek_optimizer.graph import rules
 from deepseek_optimizer.graph.attention_mode import AttentionMode, apply_mode
+from deepseek_optimizer.models import build_mtp_graph
 from deepseek_optimizer.quant import pack
 from deepseek_optimizer.quant.packed import PackedMatrix, PackedStack
 from support import family_configs as configs
-from support.models import assert_close_rows, random_ids, random_model, weights_of
-from support.steps import Part, run_step
+from support.models import assert_close_rows, random_ids, random_model, random_weights, weights_of
+from support.steps import Part, run_step, runner
 
-from ..cpu.packing import packed_weights
+from ..cpu.packing import dequantized, packed_weights
 from .plans import BF16_CACHE, FORMAT_TOLERANCE, check_mixed_steps, graph_of, pair, stepwise
 
 CPU = torch.device("cpu")
@@ -103,6 +106,20 @@ def test_sliding_mode_with_sinks(backend):
     made, exact = pair(backend, model, graph=graph)
     ids = random_ids(model.config, 45)
     assert_close_rows(stepwise(made, ids), stepwise(exact, ids), FORMAT_TOLERANCE["fp32"])
+
+
+def test_layers_that_draft(backend, deepseek):
+    """The MTP layer of DeepSeek-V3: its input is a hidden state beside an embedding, its cache follows the model's layers."""
+    graph = rules.apply(build_mtp_graph(deepseek.config, 0, 1))[0]
+    assert {"state_in", "concat"} <= {node.op for node in graph.nodes}
+    weights = packed_weights(random_weights(graph, 1), "fp32")
+    states, ids, results = torch.randn(6, 40, generator=torch.Generator().manual_seed(1)), [3, 1, 4, 1, 5, 9], []
+    for owner, given in ((backend, weights), (ReferenceBackend(), dequantized(weights))):
+        run = runner(owner, graph, given, blocks=2)
+        parts = [Part(run.sequence(), ids, rows=[4, 5])]
+        results.append(run_step(run.plan, run.store, parts, states=states, draft_states=True))
+    for name in ("logits", "draft_states"):
+        assert_close_rows(getattr(results[0], name), getattr(results[1], name), FORMAT_TOLERANCE["fp32"])
 
 
 def test_sizes_equal_the_buffers(backend, deepseek):

@@ -136,7 +136,7 @@ class Case:
 
     def made(self, window=0, sinks=0):
         count = min(division.HEAD_ROWS, self.q.shape[1])
-        at = DeviceStep.of(self.batch, 1, division.query_rows(count), CPU)
+        at = DeviceStep.of(self.batch, 1, division.query_rows(count, division.LATENT_ROWS), CPU)
         out = torch.full((*self.q.shape[:2], self.values.rows), torch.nan)
         latent_attention.latent_attention(
             self.q, self.keys, self.values, self.store.data, 0, at.tables[0], at.phases, at.ends, out, scale=SCALE,

@@ -55,11 +55,11 @@ def test_angles_of_large_positions_are_exact(scaling):
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("rot", [12, 8])
-def test_rope_in_place(rot, interleaved):
+@pytest.mark.parametrize(("rot", "offset"), [(12, 0), (8, 0), (6, 5)])
+def test_rope_in_place(rot, offset, interleaved):
     x, table = random(11, 3 * 12), random(11, rot, seed=1)
-    exact = ops.rope(x, table, 3, interleaved)
-    rope.rope(x, table, 3, interleaved, x)
+    exact = ops.rope(x, table, 3, interleaved, offset)
+    rope.rope(x, table, 3, interleaved, x, offset)
     close(x, exact)
 
 
@@ -94,6 +94,13 @@ def test_selected_rows():
     rows.select_rows(index, x, out)
     assert torch.equal(out, x[index.long()])
     rows.select_rows(index[:0], x, out[:0])
+
+
+def test_rows_side_by_side():
+    a, b = random(19, 70), random(19, 30, seed=1)
+    out = torch.full((19, 100), torch.nan)
+    rows.concat(a, b, out)
+    assert torch.equal(out, ops.concat(a, b))
 
 
 @pytest.mark.parametrize("op", ["add", "swiglu"])

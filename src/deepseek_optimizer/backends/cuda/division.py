@@ -17,6 +17,7 @@ MOST_CHUNKS = 64
 TILE_FIELDS = 5
 PAIR_FIELDS = 3  # of a tile of pairs, see `kernels.expert_groups.PairTiles`
 HEAD_ROWS = 16  # heads of a program of latent attention, which share one key
+LATENT_ROWS = 32  # of a product of latent attention in prefill: sums of 64 rows with 512 elements do not fit into registers
 _LATENT_BYTES = 128 << 20  # of the queries in the space of latents, at most, unless HEAD_ROWS heads take more
 _CHUNK_BLOCKS = 8  # of the cache in a chunk, at least: 256 tokens
 
@@ -57,9 +58,13 @@ def chunks_of(tiles: int, blocks: int, kv_heads: int) -> int:
     return max(1, wanted)
 
 
-def query_rows(group: int) -> int:
-    """Rows of a tile in prefill, for programs of `group` query heads that share a key head: products of 64 rows."""
-    return max(1, 64 // (1 << (group - 1).bit_length()))
+def query_rows(group: int, product_rows: int = 64) -> int:
+    """Rows of a tile in prefill, for programs of `group` query heads that share a key head.
+
+    Args:
+        product_rows: rows of a product, heads included, a power of two.
+    """
+    return max(1, product_rows // (1 << (group - 1).bit_length()))
 
 
 def most_pair_tiles(pairs: int, experts: int, block_m: int) -> int:

@@ -170,6 +170,15 @@ def _select_rows(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
     rows.select_rows(run.at.logit_rows, inputs[0], outputs[0])
 
 
+def _concat(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
+    rows.concat(*inputs, outputs[0])
+
+
+def _state_in(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
+    assert run.batch.states is not None  # checked by `check_batch`
+    outputs[0].copy_(run.batch.states.detach())
+
+
 def _hidden_out(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
     if run.wants_hidden:
         run.hidden[node.attrs["index"]] = inputs[0].clone()
@@ -180,6 +189,7 @@ DENSE_OPS: Mapping[str, Op] = {
     "add_rms_norm": _add_rms_norm,
     "attention": _attention,
     "cache_write": _cache_write,
+    "concat": _concat,
     "embedding": _embedding,
     "gate_up": _gate_up,
     "head_norm": _rms_norm,
@@ -191,5 +201,6 @@ DENSE_OPS: Mapping[str, Op] = {
     "rope_cache": _cache_write,
     "rope_table": _rope_table,
     "select_rows": _select_rows,
+    "state_in": _state_in,
     "swiglu": _pairwise,
 }

@@ -22,7 +22,7 @@ from ..reference.plan import choose_on_device
 from ..sampling import TokenChoice, choose_tokens
 from .bind import weights_on_device
 from .device import launching_on
-from .division import HEAD_ROWS, query_rows
+from .division import HEAD_ROWS, LATENT_ROWS, query_rows
 from .expert_ops import EXPERT_OPS
 from .kernels.rows import select_rows
 from .latent_ops import LATENT_OPS
@@ -54,7 +54,7 @@ class CudaPlan:
         self._slots, self._slot_of = planned.slots, planned.slot_of
         self._buffers = [torch.empty(0, slot.width, dtype=torch.float32, device=device) for slot in planned.slots]
         self._head = next((node.outputs[0] for node in graph.nodes if node.op == "lm_head"), None)
-        self._block_q = query_rows(max((_heads_of_program(node) for node in graph.nodes), default=1))
+        self._block_q = _query_rows(graph)
 
     @torch.no_grad()
     def run(self, batch: StepBatch, store: KvStore | None) -> StepOutput:
@@ -155,8 +155,10 @@ class CudaPlan:
         return row
 
 
-def _heads_of_program(node: Node) -> int:
-    """Query heads of a program of attention, which share a key head; 1 for other ops."""
-    if node.op == "mla_attention":
-        return min(HEAD_ROWS, node.attrs["heads"])
-    return node.attrs["heads"] // node.attrs["kv_heads"] if node.op == "attention" else 1
+def _query_rows(graph: Graph) -> int:
+    """Rows of a tile in prefill."""
+    latent = [min(HEAD_ROWS, node.attrs["heads"]) for node in graph.nodes if node.op == "mla_attention"]
+    if latent:
+        return query_rows(max(latent), LATENT_ROWS)
+    groups = [node.attrs["heads"] // node.attrs["kv_heads"] for node in graph.nodes if node.op == "attention"]
+    return query_rows(max(groups, default=1))

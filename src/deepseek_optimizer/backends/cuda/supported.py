@@ -24,9 +24,9 @@ _MISSING = {
     "rope_table": {"rope": lambda value: bool(value.axes)},
 }  # fmt: skip
 OPS = (
-    "add", "add_rms_norm", "attention", "cache_write", "embedding", "experts_down", "experts_gate_up", "gate_up", "head_norm",
-    "hidden_out", "latent", "latent_write", "linear", "lm_head", "mla_attention", "rms_norm", "rope", "rope_cache",
-    "rope_table", "router", "select_rows", "sigmoid_gate", "swiglu",
+    "add", "add_rms_norm", "attention", "cache_write", "concat", "embedding", "experts_down", "experts_gate_up", "gate_up",
+    "head_norm", "hidden_out", "latent", "latent_write", "linear", "lm_head", "mla_attention", "rms_norm", "rope", "rope_cache",
+    "rope_table", "router", "select_rows", "sigmoid_gate", "state_in", "swiglu",
 )  # fmt: skip
 
 

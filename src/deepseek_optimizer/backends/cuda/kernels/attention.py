@@ -61,11 +61,10 @@ def attend_tile(
     maximum = tl.full([BLOCK_Q * GROUP_ROWS], float("-inf"), tl.float32)
     weights = tl.zeros([BLOCK_Q * GROUP_ROWS], tl.float32)
     sums = tl.zeros([BLOCK_Q * GROUP_ROWS, HEAD_BLOCK], tl.float32)
-    t = tl.arange(0, TOKENS)
-    for start in range(begin, stop, TOKENS // 32):
-        key, page, stored = tokens_to_read(
-            start + t // 32, stop, sink_blocks, first_block, last_end, block_tables + sequence * most_blocks, t
-        )
+    pages = block_tables + sequence * most_blocks
+    for start in range(begin * 32, stop * 32, TOKENS):
+        t = start + tl.arange(0, TOKENS)
+        key, page, stored = tokens_to_read(t, stop, sink_blocks, first_block, last_end, pages)
         place = page * block_elements + layer_offset + (kv_head * 32 + t % 32) * HEAD
         k = tl.load(cache + place[None, :] + d[:, None], mask=stored[None, :] & (d < HEAD)[:, None], other=0.0)
         scores = tl.zeros([BLOCK_Q * GROUP_ROWS, TOKENS], tl.float32)

@@ -2,11 +2,12 @@
 
 A row of the cache, a latent and a rotated key, is the key of all heads, and its latent is their value. So one program computes
 a tile of BLOCK_Q rows for HEAD_ROWS heads: BLOCK_Q * HEAD_ROWS rows of a product, which share what is read, and latents are
-read once for scores and sums. Queries are mapped to the space of latents before (K_h^T q_h), and sums of latents to values after it
-(V_h s_h): `latent_attention` does both, for as many heads at a time as a bounded memory holds.
+read once for scores and sums. Queries are mapped to the space of latents before (K_h^T q_h), and sums of latents to values
+after it (V_h s_h): `latent_attention` does both, for as many heads at a time as a bounded memory holds.
 
 Decoding divides the blocks of a tile into chunks, as `attention.py` does. Scores and sums are fp32. With a bf16 cache, queries
-and the softmax's weights are rounded to bf16 for products on tensor cores.
+and the softmax's weights are rounded to bf16 for products on tensor cores. With an fp32 cache nothing is rounded; operands are
+in registers, so programs have 16 rows, and multiply PART elements of 16 latents at a time.
 
 Source: DeepSeek-V2, section 2.1.
 """
@@ -33,7 +34,7 @@ def attend_latents(
     absorbed, q, q_stride, cache, block_tables, tiles, ends, out, partial, stats, block_elements, layer_offset, most_blocks,
     chunk_blocks, scale, window, sinks, heads, CHUNKS: tl.constexpr, HEAD_ROWS: tl.constexpr, NOPE: tl.constexpr,
     ROPE: tl.constexpr, ROPE_BLOCK: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr,
-    TOKENS: tl.constexpr, NARROW: tl.constexpr,
+    TOKENS: tl.constexpr, PART: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(scale (absorbed C^T + q^rope R^T)) C for the visible latents C and rotated keys R. Grid (tiles, blocks of
     heads, CHUNKS).
@@ -48,6 +49,7 @@ def attend_latents(
             `merge_chunks`.
         chunk_blocks: blocks of a chunk.
         ROPE_BLOCK, RANK_BLOCK: powers of two >= ROPE and RANK; BLOCK_Q * HEAD_ROWS >= 16.
+        PART: elements of latents that are multiplied at a time without NARROW.
     """
     tile, chunk = tl.program_id(0), tl.program_id(2)
     fields = tiles + tile * _FIELDS
@@ -61,11 +63,11 @@ def attend_latents(
     c, r = tl.arange(0, RANK_BLOCK), tl.arange(0, ROPE_BLOCK)
     place_out = ((row * heads + head) * RANK)[:, None] + c[None, :]
     mask_out = real[:, None] & (c < RANK)[None, :]
-    rows = tl.load(absorbed + place_out, mask=mask_out, other=0.0)
     rotated_place = (row * q_stride + head * (NOPE + ROPE) + NOPE)[:, None] + r[None, :]
     rotated = tl.load(q + rotated_place, mask=real[:, None] & (r < ROPE)[None, :], other=0.0)
+    rows = rotated
     if NARROW:
-        rows, rotated = nearest_bf16(rows), nearest_bf16(rotated)
+        rows, rotated = nearest_bf16(tl.load(absorbed + place_out, mask=mask_out, other=0.0)), nearest_bf16(rotated)
 
     blocks, sink_blocks, first_block = blocks_to_read(first_token, last_end, window, sinks)
     begin = chunk * chunk_blocks
@@ -73,16 +75,23 @@ def attend_latents(
     maximum = tl.full([BLOCK_Q * HEAD_ROWS], float("-inf"), tl.float32)
     weights = tl.zeros([BLOCK_Q * HEAD_ROWS], tl.float32)
     sums = tl.zeros([BLOCK_Q * HEAD_ROWS, RANK_BLOCK], tl.float32)
-    t = tl.arange(0, TOKENS)
-    for start in range(begin, stop, TOKENS // 32):
-        key, page, stored = tokens_to_read(
-            start + t // 32, stop, sink_blocks, first_block, last_end, block_tables + sequence * most_blocks, t
-        )
+    pages = block_tables + sequence * most_blocks
+    for start in range(begin * 32, stop * 32, TOKENS):
+        t = start + tl.arange(0, TOKENS)
+        key, page, stored = tokens_to_read(t, stop, sink_blocks, first_block, last_end, pages)
         place = page * block_elements + layer_offset + t % 32 * (RANK + ROPE)
         latents = tl.load(cache + place[:, None] + c[None, :], mask=stored[:, None] & (c < RANK)[None, :], other=0.0)
         keys = tl.load(cache + place[None, :] + RANK + r[:, None], mask=stored[None, :] & (r < ROPE)[:, None], other=0.0)
         scores = tl.zeros([BLOCK_Q * HEAD_ROWS, TOKENS], tl.float32)
-        scores = add_product(scores, rows, tl.trans(latents), NARROW)
+        if NARROW:
+            scores = add_product(scores, rows, tl.trans(latents), NARROW)
+        else:
+            for part in range(0, RANK, PART):
+                p = part + tl.arange(0, PART)
+                mask = real[:, None] & (p < RANK)[None, :]
+                some = tl.load(absorbed + ((row * heads + head) * RANK)[:, None] + p[None, :], mask=mask, other=0.0)
+                mask = stored[None, :] & (p < RANK)[:, None]
+                scores = add_product(scores, some, tl.load(cache + place[None, :] + p[:, None], mask=mask, other=0.0), NARROW)
         scores = add_product(scores, rotated, keys, NARROW) * scale
         seen = seen_by_rows(key, stored, token, end, window, sinks)
         weight, fade, maximum, weights = next_weights(scores, seen, maximum, weights)
@@ -118,7 +127,8 @@ def attend(
         q: float32 [T, heads, nope + rope].
     """
     (_, heads, rank), count = absorbed.shape, len(tiles.fields)
-    head_rows, narrow = min(HEAD_ROWS, triton.next_power_of_2(heads)), cache.dtype == torch.bfloat16
+    narrow = cache.dtype == torch.bfloat16
+    head_rows = min(HEAD_ROWS if narrow else max(1, 16 // tiles.block_q), triton.next_power_of_2(heads))
     head_blocks, blocks = triton.cdiv(heads, head_rows), block_tables.shape[1]
     chunks = chunks_of(count, tiles.blocks, head_blocks)
     block_q = max(tiles.block_q, triton.cdiv(16, head_rows))
@@ -128,7 +138,8 @@ def attend(
         layer_offset, blocks, triton.cdiv(tiles.blocks, chunks) if chunks > 1 else blocks, scale, window, sinks, heads,
         CHUNKS=chunks, HEAD_ROWS=head_rows, NOPE=q.shape[2] - rope, ROPE=rope,
         ROPE_BLOCK=max(16, triton.next_power_of_2(rope)), RANK=rank, RANK_BLOCK=max(16, triton.next_power_of_2(rank)),
-        BLOCK_Q=block_q, TOKENS=32, NARROW=narrow, num_warps=4 if block_q * head_rows <= 16 else 8, num_stages=2,
+        BLOCK_Q=block_q, TOKENS=32 if narrow else 16, PART=32, NARROW=narrow,
+        num_warps=4 if narrow and block_q * head_rows <= 16 else 8, num_stages=2,
     )  # fmt: skip
     if chunks > 1:
         launch_merge(partial, stats, tiles, absorbed)

@@ -30,9 +30,10 @@ def blocks_to_read(first_token, last_end, window, sinks):
 
 
 @triton.jit
-def tokens_to_read(number, stop, sink_blocks, first_block, last_end, block_tables, t):
-    """Of tokens t % 32 of the blocks `number`, numbered as they are read: the numbers in the sequence, their blocks of the
-    cache in int64, and whether they are stored."""
+def tokens_to_read(t, stop, sink_blocks, first_block, last_end, block_tables):
+    """Of tokens t, numbered as they are read: the numbers in the sequence, their blocks of the cache in int64, and whether they
+    are stored and before block `stop`."""
+    number = t // 32
     block = tl.where(number < sink_blocks, number, first_block + number - sink_blocks)
     key = block * 32 + t % 32
     stored = (number < stop) & (key < last_end)
