@@ -49,6 +49,7 @@ def launches() -> dict[str, Callable[[], None]]:
         attention,
         elementwise,
         experts,
+        indexer,
         latent,
         latent_attention,
         linear,
@@ -101,16 +102,18 @@ def launches() -> dict[str, Callable[[], None]]:
 
         return launch
 
-    def attend_latents(kv_dtype: torch.dtype, tiles: int, block_q: int, blocks: int, head_count: int) -> Callable[[], None]:
+    def attend_latents(
+        kv_dtype: torch.dtype, tiles: int, block_q: int, blocks: int, head_count: int, top_k: int = 0
+    ) -> Callable[[], None]:
         """With the products of heads before and after it."""
         fields, rows = Tiles(empty(tiles, 5, dtype=torch.int32), block_q, blocks), tiles * block_q
         format_name = "fp32" if kv_dtype == torch.float32 else "bf16"
         keys, values = stack(format_name, head_count, RANK, NOPE), stack(format_name, head_count, V_DIM, RANK)
         q, out = empty(rows, head_count, NOPE + ROPE), empty(rows, head_count, V_DIM)
         cache, tables = empty(999, 61 * 32 * (RANK + ROPE), dtype=kv_dtype), empty(1, 256, dtype=torch.int32)
-        ends = empty(rows, dtype=torch.int32)
+        ends, chosen = empty(rows, dtype=torch.int32), empty(rows, top_k) if top_k else None
         return lambda: latent_attention.latent_attention(
-            q, keys, values, cache, 32 * (RANK + ROPE), tables, [fields], ends, out, scale=0.1
+            q, keys, values, cache, 32 * (RANK + ROPE), tables, [fields], ends, out, scale=0.1, chosen=chosen
         )
 
     latents, routed = empty(64, RANK + ROPE), empty(64, 2 * V3.top_k)
@@ -125,6 +128,7 @@ def launches() -> dict[str, Callable[[], None]]:
         "vector int4 of 4 rows, gated": gated("int4", 4),
         **{f"tile {name}": product(name, 512) for name in LAYOUTS},
         **{f"tile {name} of 16 rows, gated": gated(name, 16) for name in ("bf16", "int4")},
+        **{f"tile {name}, gated": gated(name, 512) for name in ("bf16", "int8", "int4")},
         "attention, prefill": attend(torch.bfloat16, 64, 16, 0),
         "attention, decoding": attend(torch.bfloat16, 1, 1, 128),
         "attention, decoding in fp32": attend(torch.float32, 1, 1, 128),
@@ -142,6 +146,12 @@ def launches() -> dict[str, Callable[[], None]]:
         "latents, decoding": attend_latents(torch.bfloat16, 1, 1, 128, 128),
         "latents, decoding of V2-Lite": attend_latents(torch.bfloat16, 1, 1, 256, 16),
         "latents, decoding in fp32": attend_latents(torch.float32, 1, 1, 128, 128),
+        "chosen latents, decoding": attend_latents(torch.bfloat16, 1, 1, 256, 128, 2048),
+        "indexer": lambda: indexer.choose(
+            empty(64, 64 * 128), empty(64, 64), empty(999, 61 * 32 * (RANK + ROPE + 128), dtype=torch.bfloat16), 0,
+            empty(1, 4096, dtype=torch.int32), ints, ints, empty(64, 2048), 0.1,
+        ),
+        "layer norm": lambda: norm.layer_norm(x, empty(HIDDEN), empty(HIDDEN), 1e-6, x),
         "latent": lambda: latent.latent(latents, empty(RANK), empty(64, ROPE), 1e-6, True, latents),
         "latent write": lambda: latent.store(latents, empty(99, 32 * (RANK + ROPE), dtype=torch.bfloat16), ints, 0),
         "embedding": lambda: rows.embedding(ints, matrix("int4", 128256, HIDDEN), 1.0, x),

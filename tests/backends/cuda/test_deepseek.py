@@ -47,6 +47,12 @@ FAMILIES = {
     ),
     "deepseek_v3-groups": lambda: configs.deepseek_v3(**LATENT | EXPERTS | GROUPS),
     "deepseek_v3-halves": lambda: configs.deepseek_v3(**LATENT | EXPERTS | GROUPS, rope_interleave=False, attention_bias=True),
+    "deepseek_v32-indexer": lambda: configs.deepseek_v32(
+        **LATENT
+        | EXPERTS
+        | GROUPS
+        | {"index_topk": 8, "index_head_dim": 16, "num_hidden_layers": 1, "first_k_dense_replace": 0}
+    ),
     "mixtral": lambda: configs.mixtral(**ONE | {"intermediate_size": 20, "num_local_experts": 5}, sliding_window=9),
     "qwen2_moe-shared": lambda: configs.qwen2_moe(**ONE | PLAIN),
     "qwen3_moe-normalized": lambda: configs.qwen3_moe(**ONE | PLAIN, norm_topk_prob=True),

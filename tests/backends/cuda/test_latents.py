@@ -144,13 +144,16 @@ class Case:
         )  # fmt: skip
         return out
 
-    def exact(self, window=0, sinks=0):
+    def exact(self, window=0, sinks=0, allowed=None):
+        """`allowed`: bool [T, tokens], further limits what each row sees."""
         begin, outputs, rank = 0, [], self.keys.rows
         matrix = unpack(self.kv_b).double()
         for table, context, rows in zip(self.batch.block_table, self.batch.context_len, self.batch.query_len, strict=True):
             latents = self.store.read(0, table[: -(-(context + rows) // 32)], context + rows)[0].double()
             kv = (latents[:, :rank] @ matrix.T).unflatten(-1, (self.q.shape[1], -1))
             mask = ops.visible(int(rows), int(context), torch.arange(len(latents)), window, sinks)
+            if allowed is not None:
+                mask &= allowed[begin : begin + rows, : len(latents)]
             q = self.q[begin : begin + rows].double()
             outputs.append(attend_expanded(q, kv, latents[:, rank:], mask, SCALE))
             begin += rows

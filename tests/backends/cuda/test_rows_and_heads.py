@@ -38,6 +38,14 @@ def test_rms_norms(count, width, unit_offset):
     close(out, ops.rms_norm(x + delta, weight, 1e-5, unit_offset))
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_layer_norms_in_place(biased):
+    x, weight, bias = random(9, 70) + 3, random(70, seed=1), random(70, seed=2) if biased else None
+    exact = ops.layer_norm(x, weight, bias, 1e-6)
+    norm.layer_norm(x, weight, bias, 1e-6, x)
+    torch.testing.assert_close(x, exact, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 def test_norms_of_heads_in_place(weighted):
     x, weight = random(9, 5 * 12), random(12, seed=1) if weighted else None

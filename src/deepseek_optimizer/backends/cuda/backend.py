@@ -147,12 +147,13 @@ class CudaBackend(CudaSizes):
         return result
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
-        if bias is not None:
-            raise self._missing("layer norms")
-        rows = self._rows(x)
+        rows, scale = self._rows(x), self._vector(weight)
         out = torch.empty_like(rows)
         with launching_on(self.device):
-            norm.rms_norm(rows, self._vector(weight), eps, out)
+            if bias is None:
+                norm.rms_norm(rows, scale, eps, out)
+            else:
+                norm.layer_norm(rows, scale, self._vector(bias), eps, out)
         return out.view(x.shape)
 
     def attend(

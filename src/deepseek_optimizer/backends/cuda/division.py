@@ -19,6 +19,7 @@ PAIR_FIELDS = 3  # of a tile of pairs, see `kernels.expert_groups.PairTiles`
 HEAD_ROWS = 16  # heads of a program of latent attention, which share one key
 LATENT_ROWS = 32  # of a product of latent attention in prefill: sums of 64 rows with 512 elements do not fit into registers
 _LATENT_BYTES = 128 << 20  # of the queries in the space of latents, at most, unless HEAD_ROWS heads take more
+_SCORE_BYTES = 64 << 20  # of an indexer's scores, at most, unless one row takes more
 _CHUNK_BLOCKS = 8  # of the cache in a chunk, at least: 256 tokens
 
 
@@ -78,6 +79,11 @@ def heads_at_once(rows: int, heads: int, rank: int) -> int:
     return min(heads, max(HEAD_ROWS, fitting))
 
 
+def rows_at_once(keys: int) -> int:
+    """The number of rows that an indexer chooses for at a time, from this number of tokens."""
+    return max(1, _SCORE_BYTES // (4 * keys))
+
+
 def attention_scratch_bytes(heads: int, kv_heads: int, head_dim: int) -> int:
     """The most bytes that unfinished results of chunks take."""
     return 4 * PROGRAMS * (heads // kv_heads) * (head_dim + 2)
@@ -93,6 +99,11 @@ def latent_scratch_bytes(rows: int, heads: int, rank: int, nope: int) -> int:
     latents = rows * heads_at_once(rows, heads, rank)
     ordered = rows * heads * _padded(nope) + latents // rank * _padded(rank)
     return 4 * (latents * rank + ordered + PROGRAMS * min(HEAD_ROWS, heads) * (rank + 2))
+
+
+def index_scratch_bytes(rows: int, keys: int) -> int:
+    """The most bytes that an indexer's scores of up to `rows` rows and `keys` tokens take."""
+    return 4 * keys * min(rows, rows_at_once(keys))
 
 
 def expert_scratch_bytes(tokens: int, top_k: int, experts: int, outputs: int, columns: int, gated: bool) -> int:

@@ -107,6 +107,11 @@ def _rms_norm(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
     norm.rms_norm(inputs[0], weight, a["eps"], outputs[0], heads=a.get("heads", 1), unit_offset=offset)
 
 
+def _layer_norm(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
+    weight, *bias = (run.weights.vectors[name] for name in node.weights)
+    norm.layer_norm(inputs[0], weight, bias[0] if bias else None, node.attrs["eps"], outputs[0])
+
+
 def _add_rms_norm(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
     (x, delta), (total, out), a = inputs, outputs, node.attrs
     weight, offset = run.weights.vector(node.weights[0]), a.get("unit_offset", False)
@@ -194,6 +199,7 @@ DENSE_OPS: Mapping[str, Op] = {
     "gate_up": _gate_up,
     "head_norm": _rms_norm,
     "hidden_out": _hidden_out,
+    "layer_norm": _layer_norm,
     "linear": _linear,
     "lm_head": _linear,
     "rms_norm": _rms_norm,

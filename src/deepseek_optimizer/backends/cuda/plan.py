@@ -158,6 +158,8 @@ class CudaPlan:
 def _query_rows(graph: Graph) -> int:
     """Rows of a tile in prefill."""
     latent = [min(HEAD_ROWS, node.attrs["heads"]) for node in graph.nodes if node.op == "mla_attention"]
+    if any(node.op == "mla_attention" and len(node.inputs) > 1 for node in graph.nodes):
+        return 1  # each row attends to tokens of its own
     if latent:
         return query_rows(max(latent), LATENT_ROWS)
     groups = [node.attrs["heads"] // node.attrs["kv_heads"] for node in graph.nodes if node.op == "attention"]

@@ -9,7 +9,13 @@ from ...graph.ir import Graph
 from ...graph.planner import Slot, assign_slots
 from ...quant.tiles import tile_counts
 from ..base import CompileOptions
-from .division import attention_scratch_bytes, expert_scratch_bytes, latent_scratch_bytes, product_scratch_bytes
+from .division import (
+    attention_scratch_bytes,
+    expert_scratch_bytes,
+    index_scratch_bytes,
+    latent_scratch_bytes,
+    product_scratch_bytes,
+)
 from .matrices import LAYOUTS
 from .store import KV_DTYPES
 from .stores import block_elements
@@ -42,6 +48,8 @@ def _scratch_bytes(graph: Graph, formats: Mapping[str, str], tokens: int) -> int
         if node.op == "mla_attention":
             a = node.attrs
             sizes.append(latent_scratch_bytes(tokens, a["heads"], a["rank"], a["nope"]))
+        if node.op == "index_choose":
+            sizes.append(index_scratch_bytes(tokens, graph.max_positions))
         if node.op in ("experts_gate_up", "experts_down"):
             rows, cols = stack_shapes(graph)[node.weights[0]][1:]
             a, gated = node.attrs, node.op == "experts_gate_up"

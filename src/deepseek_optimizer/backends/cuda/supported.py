@@ -25,8 +25,9 @@ _MISSING = {
 }  # fmt: skip
 OPS = (
     "add", "add_rms_norm", "attention", "cache_write", "concat", "embedding", "experts_down", "experts_gate_up", "gate_up",
-    "head_norm", "hidden_out", "latent", "latent_write", "linear", "lm_head", "mla_attention", "rms_norm", "rope", "rope_cache",
-    "rope_table", "router", "select_rows", "sigmoid_gate", "state_in", "swiglu",
+    "head_norm", "hidden_out", "index_choose", "index_write", "latent", "latent_write", "layer_norm", "linear", "lm_head",
+    "mla_attention", "rms_norm", "rope", "rope_cache", "rope_table", "router", "select_rows", "sigmoid_gate", "state_in",
+    "swiglu",
 )  # fmt: skip
 
 
@@ -55,8 +56,6 @@ def check_cache(graph: Graph) -> None:
     cache = graph.cache
     if not isinstance(cache, (CacheSpec, LatentSpec)):
         raise refuse("the cache of compressed attention", graph.family)
-    if isinstance(cache, LatentSpec) and cache.index:
-        raise refuse("the cache of an indexer's keys", graph.family)
     if cache.summaries or cache.newest:
         raise refuse("a cache with summaries of blocks or copies of the newest tokens", graph.family)
 
@@ -65,8 +64,8 @@ def _missing(node: Node) -> str | None:
     """What the kernels of a node's op do not have."""
     if node.op == "attention" and (node.weights or len(node.inputs) > 1):
         return "op 'attention' with sinks that were learned or chosen blocks"
-    if node.op == "mla_attention" and len(node.inputs) > 1:
-        return "op 'mla_attention' with chosen tokens"
+    if node.op == "mla_attention" and len(node.inputs) > 1 and node.attrs.get("window", 0):
+        return "op 'mla_attention' with a window over chosen tokens"
     for name, missing in _MISSING.get(node.op, {}).items():
         if name in node.attrs and missing(node.attrs[name]):
             return f"op {node.op!r} with {name}={node.attrs[name]!r}"

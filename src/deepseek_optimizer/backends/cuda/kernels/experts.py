@@ -114,7 +114,7 @@ def group_for(routes: torch.Tensor, experts: int, stack: DeviceStack) -> PairTil
     if tokens <= MOST_ROWS:
         return None
     average = -(-tokens * top_k // experts)
-    return group_pairs(routes, experts, tile_sizes(average, stack)["BLOCK_M"])
+    return group_pairs(routes, experts, tile_sizes(average, stack, gated=True)["BLOCK_M"])
 
 
 def _products(
@@ -127,7 +127,7 @@ def _products(
             **stack.constants, GATED=gated, TOP_K=top_k, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
     else:
-        sizes = tile_sizes(tiles.block_m, stack) | {"BLOCK_M": tiles.block_m}
+        sizes = tile_sizes(tiles.block_m, stack, gated) | {"BLOCK_M": tiles.block_m}
         pair_tile_product[(len(tiles.fields), triton.cdiv(stack.rows, sizes["BLOCK_N"]))](
             ordered_rows(x, stack.cols, stack), tiles.order, tiles.fields, stack.words, stack.halves, out, stack.rows,
             stack.groups, stack.matrix_words, **stack.constants, NARROW=stack.layout.narrow, GATED=gated, TOP_K=top_k, **sizes,

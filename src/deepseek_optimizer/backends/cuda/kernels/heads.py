@@ -85,7 +85,7 @@ class HeadInputs:
                 BLOCK=block_words(rows), num_warps=4,
             )  # fmt: skip
         else:
-            sizes = tile_sizes(rows, stack)
+            sizes = tile_sizes(rows, stack, gated=False)
             grid = triton.cdiv(rows, sizes["BLOCK_M"]), triton.cdiv(stack.rows, sizes["BLOCK_N"]), heads
             head_tile_product[grid](
                 self._ordered[first:], self._x.shape[1], words, halves, out, out.stride(0), out.stride(1), rows, stack.rows,

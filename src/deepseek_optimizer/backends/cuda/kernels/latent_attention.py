@@ -32,9 +32,9 @@ _FIELDS = tl.constexpr(TILE_FIELDS)
 @triton.jit
 def attend_latents(
     absorbed, q, q_stride, cache, block_tables, tiles, ends, out, partial, stats, block_elements, layer_offset, most_blocks,
-    chunk_blocks, scale, window, sinks, heads, CHUNKS: tl.constexpr, HEAD_ROWS: tl.constexpr, NOPE: tl.constexpr,
+    chunk_blocks, scale, window, sinks, heads, chosen, CHUNKS: tl.constexpr, HEAD_ROWS: tl.constexpr, NOPE: tl.constexpr,
     ROPE: tl.constexpr, ROPE_BLOCK: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr,
-    TOKENS: tl.constexpr, PART: tl.constexpr, NARROW: tl.constexpr,
+    TOKENS: tl.constexpr, PART: tl.constexpr, NARROW: tl.constexpr, TOP_K: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(scale (absorbed C^T + q^rope R^T)) C for the visible latents C and rotated keys R. Grid (tiles, blocks of
     heads, CHUNKS).
@@ -50,6 +50,8 @@ def attend_latents(
         chunk_blocks: blocks of a chunk.
         ROPE_BLOCK, RANK_BLOCK: powers of two >= ROPE and RANK; BLOCK_Q * HEAD_ROWS >= 16.
         PART: elements of latents that are multiplied at a time without NARROW.
+        chosen: float32 [T, TOP_K], the tokens that each row attends to, ascending, -1 after the last; tiles then have one row
+            and no window. TOP_K is 0: all visible tokens.
     """
     tile, chunk = tl.program_id(0), tl.program_id(2)
     fields = tiles + tile * _FIELDS
@@ -70,6 +72,8 @@ def attend_latents(
         rows, rotated = nearest_bf16(tl.load(absorbed + place_out, mask=mask_out, other=0.0)), nearest_bf16(rotated)
 
     blocks, sink_blocks, first_block = blocks_to_read(first_token, last_end, window, sinks)
+    if TOP_K > 0:
+        blocks = (tl.minimum(last_end, TOP_K) + 31) // 32  # of chosen tokens
     begin = chunk * chunk_blocks
     stop = tl.minimum(begin + chunk_blocks, blocks)
     maximum = tl.full([BLOCK_Q * HEAD_ROWS], float("-inf"), tl.float32)
@@ -78,8 +82,14 @@ def attend_latents(
     pages = block_tables + sequence * most_blocks
     for start in range(begin * 32, stop * 32, TOKENS):
         t = start + tl.arange(0, TOKENS)
-        key, page, stored = tokens_to_read(t, stop, sink_blocks, first_block, last_end, pages)
-        place = page * block_elements + layer_offset + t % 32 * (RANK + ROPE)
+        if TOP_K > 0:
+            inside = (t < stop * 32) & (t < TOP_K)
+            key = tl.load(chosen + first_row.to(tl.int64) * TOP_K + t, mask=inside, other=-1.0).to(tl.int32)
+            stored = key >= 0
+            page = tl.load(pages + key // 32, mask=stored, other=0).to(tl.int64)
+        else:
+            key, page, stored = tokens_to_read(t, stop, sink_blocks, first_block, last_end, pages)
+        place = page * block_elements + layer_offset + key % 32 * (RANK + ROPE)
         latents = tl.load(cache + place[:, None] + c[None, :], mask=stored[:, None] & (c < RANK)[None, :], other=0.0)
         keys = tl.load(cache + place[None, :] + RANK + r[:, None], mask=stored[None, :] & (r < ROPE)[:, None], other=0.0)
         scores = tl.zeros([BLOCK_Q * HEAD_ROWS, TOKENS], tl.float32)
@@ -119,6 +129,7 @@ def attend(
     scale: float,
     window: int = 0,
     sinks: int = 0,
+    chosen: torch.Tensor | None = None,
 ) -> None:
     """See `attend_latents`: replaces the rows of `absorbed` by their sums of latents. Rows of other tiles are not changed.
 
@@ -129,16 +140,18 @@ def attend(
     (_, heads, rank), count = absorbed.shape, len(tiles.fields)
     narrow = cache.dtype == torch.bfloat16
     head_rows = min(HEAD_ROWS if narrow else max(1, 16 // tiles.block_q), triton.next_power_of_2(heads))
-    head_blocks, blocks = triton.cdiv(heads, head_rows), block_tables.shape[1]
-    chunks = chunks_of(count, tiles.blocks, head_blocks)
+    head_blocks, top_k = triton.cdiv(heads, head_rows), 0 if chosen is None else chosen.shape[1]
+    blocks = tiles.blocks if chosen is None else min(tiles.blocks, triton.cdiv(top_k, 32))
+    chunks = chunks_of(count, blocks, head_blocks)
     block_q = max(tiles.block_q, triton.cdiv(16, head_rows))
     partial, stats = chunk_memory(tiles, heads, chunks, rank, absorbed)
+    table_blocks = block_tables.shape[1]
     attend_latents[(count, head_blocks, chunks)](
         absorbed, q, q.stride(0), cache, block_tables, tiles.fields, ends, absorbed, partial, stats, cache.stride(0),
-        layer_offset, blocks, triton.cdiv(tiles.blocks, chunks) if chunks > 1 else blocks, scale, window, sinks, heads,
-        CHUNKS=chunks, HEAD_ROWS=head_rows, NOPE=q.shape[2] - rope, ROPE=rope,
+        layer_offset, table_blocks, triton.cdiv(blocks, chunks) if chunks > 1 else table_blocks, scale, window, sinks, heads,
+        absorbed if chosen is None else chosen, CHUNKS=chunks, HEAD_ROWS=head_rows, NOPE=q.shape[2] - rope, ROPE=rope,
         ROPE_BLOCK=max(16, triton.next_power_of_2(rope)), RANK=rank, RANK_BLOCK=max(16, triton.next_power_of_2(rank)),
-        BLOCK_Q=block_q, TOKENS=32 if narrow else 16, PART=32, NARROW=narrow,
+        BLOCK_Q=block_q, TOKENS=32 if narrow else 16, PART=32, NARROW=narrow, TOP_K=top_k,
         num_warps=4 if narrow and block_q * head_rows <= 16 else 8, num_stages=2,
     )  # fmt: skip
     if chunks > 1:
@@ -159,6 +172,7 @@ def latent_attention(
     scale: float,
     window: int = 0,
     sinks: int = 0,
+    chosen: torch.Tensor | None = None,
 ) -> None:
     """Latent attention of all rows of a step; see op `mla_attention`.
 
@@ -166,6 +180,7 @@ def latent_attention(
         q: float32 [T, heads, nope + rope], contiguous.
         keys: K_h^T [rank, nope] of each head.
         values: V_h [v_dim, rank] of each head.
+        chosen: as in `attend_latents`; None: all visible tokens.
         out: float32 [T, heads, v_dim], contiguous.
     """
     rows, heads, width = q.shape
@@ -177,6 +192,6 @@ def latent_attention(
         for tiles in phases:
             attend(
                 latents, q[:, first:], cache, layer_offset, block_tables, tiles, ends, rope=width - keys.cols, scale=scale,
-                window=window, sinks=sinks,
+                window=window, sinks=sinks, chosen=chosen,
             )  # fmt: skip
         HeadInputs(latents, values).products(values, 0, out[:, first : first + count], first)

@@ -138,10 +138,12 @@ def ordered_rows(x: torch.Tensor, columns: int, tiles: DeviceTiles) -> torch.Ten
     return ordered
 
 
-def tile_sizes(rows: int, tiles: DeviceTiles) -> dict[str, int]:
-    """BLOCK_M, BLOCK_N and BLOCK_J of products of this number of rows."""
+def tile_sizes(rows: int, tiles: DeviceTiles, gated: bool) -> dict[str, int]:
+    """BLOCK_M, BLOCK_N and BLOCK_J of products of this number of rows. With gate and up, programs have half as many outputs:
+    both sums must fit into registers."""
     limit = BLOCK_N if tiles.layout.narrow else _EXACT
-    return {"BLOCK_M": min(limit, block_rows(rows)), "BLOCK_N": limit, "BLOCK_J": BLOCK_J}
+    outputs = limit // 2 if gated and tiles.layout.narrow else limit
+    return {"BLOCK_M": min(limit, block_rows(rows)), "BLOCK_N": outputs, "BLOCK_J": BLOCK_J}
 
 
 def launch_tile(
@@ -153,7 +155,7 @@ def launch_tile(
     up_bias: torch.Tensor | None = None,
 ) -> None:
     """See `tile_product`: x float32 [M, K] with M > 0, out float32 [M, N]."""
-    rows, sizes, second = len(x), tile_sizes(len(x), matrix), matrix if up is None else up
+    rows, sizes, second = len(x), tile_sizes(len(x), matrix, up is not None), matrix if up is None else up
     tile_product[(triton.cdiv(rows, sizes["BLOCK_M"]), triton.cdiv(matrix.rows, sizes["BLOCK_N"]))](
         ordered_rows(x, matrix.cols, matrix), matrix.words, matrix.halves, second.words, second.halves,
         out if bias is None else bias, out if up_bias is None else up_bias, out, out.stride(0), rows, matrix.rows,
