@@ -38,7 +38,7 @@ def _create(device: torch.device, settings: BackendSettings) -> Backend:
         raise BackendError(f"the cuda backend cannot run: {reason}")
     from .backend import CudaBackend  # imports Triton
 
-    return CudaBackend(device)
+    return CudaBackend(device, settings.cuda_graphs)
 
 
 def _sizes() -> Sizes:

@@ -110,8 +110,8 @@ def merge_chunks(
     partial, stats, tiles, out, CHUNKS: tl.constexpr, CHUNK_ROWS: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Combines the chunks of tiles with one row. Grid (tiles, HEADS). Arguments as in `attend_tile`; CHUNK_ROWS: a power of two
-    >= CHUNKS."""
+    """Combines the chunks of tiles with at most one row. Grid (tiles, HEADS). Arguments as in `attend_tile`; CHUNK_ROWS: a
+    power of two >= CHUNKS."""
     tile, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     chunk, d = tl.arange(0, CHUNK_ROWS), tl.arange(0, HEAD_BLOCK)
     part = (tile * HEADS + head) * CHUNKS + chunk
@@ -121,8 +121,8 @@ def merge_chunks(
     mask = (chunk < CHUNKS)[:, None] & (d < HEAD)[None, :]
     sums = tl.load(partial + part[:, None] * HEAD + d[None, :], mask=mask, other=0.0)
     value = tl.sum(sums * fade[:, None], 0) / tl.sum(weights * fade, 0)
-    row = tl.load(tiles + tile * _FIELDS + 1).to(tl.int64)
-    tl.store(out + (row * HEADS + head) * HEAD + d, value, mask=d < HEAD)
+    row, count = tl.load(tiles + tile * _FIELDS + 1).to(tl.int64), tl.load(tiles + tile * _FIELDS + 2)
+    tl.store(out + (row * HEADS + head) * HEAD + d, value, mask=d < tl.where(count > 0, HEAD, 0))
 
 
 def attention(
@@ -142,7 +142,7 @@ def attention(
 ) -> None:
     """See `attend_tile`. Rows of other tiles are not written."""
     count, head, group = len(tiles.fields), q.shape[1] // heads, heads // kv_heads
-    chunks, blocks = chunks_of(count, tiles.blocks, kv_heads), block_tables.shape[1]
+    chunks, blocks = chunks_of(tiles.planned, tiles.blocks, kv_heads), block_tables.shape[1]
     group_rows, narrow = triton.next_power_of_2(group), cache.dtype == torch.bfloat16
     block_q = max(tiles.block_q, triton.cdiv(16, group_rows))
     head_block = max(16, triton.next_power_of_2(head))
