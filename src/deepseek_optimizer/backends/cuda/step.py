@@ -87,7 +87,8 @@ class StepIntegers:
         tables = batch.tables(groups)
         slots = tables[:, sequence, token // BLOCK_TOKENS] * BLOCK_TOKENS + token % BLOCK_TOKENS
         decoding = batch.phase == DECODE
-        one_row = _tiles(batch, starts, ends, np.flatnonzero(decoding), 1)
+        rows = batch.decoding_rows  # the first ones
+        one_row = _fields(sequence[:rows], np.arange(rows), 1, token[:rows], ends[:rows])
         many = _tiles(batch, starts, ends, np.flatnonzero(~decoding), block_q)
         ids = batch.token_ids if len(batch.token_ids) == len(token) else np.zeros_like(token)  # ignored with `inputs_embeds`
         arrays = [one_row, many, ids, batch.positions, sequence, ends, slots, tables, batch.logit_rows]
@@ -127,22 +128,31 @@ def _aligned(size: int) -> int:
 
 
 def _tiles(batch: StepBatch, starts: Integers, ends: Integers, sequences: Integers, block_q: int) -> Integers:
-    """`Tiles.fields` of these sequences."""
+    """`Tiles.fields` of these sequences, in tiles of `block_q` rows."""
+    if not len(sequences):
+        return np.empty((0, TILE_FIELDS), np.int32)
     counts = -(-batch.query_len[sequences] // block_q)
     sequence = np.repeat(sequences, counts)
     number = np.arange(len(sequence)) - np.repeat(np.cumsum(counts) - counts, counts)
     begin = number * block_q
     count = np.minimum(block_q, batch.query_len[sequence] - begin)
     row = starts[sequence] + begin
-    return np.stack((sequence, row, count, batch.context_len[sequence] + begin, ends[row + count - 1]), 1).astype(np.int32)
+    return _fields(sequence, row, count, batch.context_len[sequence] + begin, ends[row + count - 1])
+
+
+def _fields(*columns: Integers | int) -> Integers:
+    """`Tiles.fields`, column by column; the second one is an array."""
+    fields = np.empty((np.size(columns[1]), TILE_FIELDS), np.int32)
+    for column, values in enumerate(columns):
+        fields[:, column] = values
+    return fields
 
 
 def _padded(arrays: list[Any], bucket: Bucket, sequences: int, scratch: int) -> list[Any]:
     """The arrays with the sizes of their bucket."""
     one_row, many, ids, positions, sequence, ends, slots, tables, logit_rows, *frequencies = arrays
     rows, groups = bucket.rows, len(tables)
-    more = np.arange(len(ids), rows)
-    of_more = np.stack([np.full_like(more, value) if value is not None else more for value in (sequences, None, 1, 0, 1)], 1)
+    of_more = _fields(sequences, np.arange(len(ids), rows), 1, 0, 1)
     return [
         _filled((bucket.one_row, TILE_FIELDS), 0, np.concatenate((one_row, of_more))),
         _filled((bucket.tiles, TILE_FIELDS), 0, many),
