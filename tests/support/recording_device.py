@@ -19,8 +19,8 @@ class RecordingDevice:
     since other graphs use it too.
 
     Attributes:
-        events: in order, "upload", "capture", "replay N" (the Nth captured step) and "wait"; the name of every kernel that was
-            launched, and "torch.NAME" for every operation of torch, other than views, outside of a capture.
+        events: in order, "upload", "download", "capture", "replay N" (the Nth captured step) and "wait"; outside of a capture
+            also the name of every kernel that was launched, and "torch.NAME" for every operation of torch, other than views.
     """
 
     captures = True
@@ -30,6 +30,7 @@ class RecordingDevice:
         self.events: list[str] = []
         self._tape: list[Callable[[], None]] | None = None
         self._captured = 0
+        self._arriving: list[Callable[[], Any]] = []
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -52,6 +53,12 @@ class RecordingDevice:
             target.copy_(host)
             host.fill_(-1)  # a later look at the host would not find the step
 
+    def download(self, source: torch.Tensor, host: torch.Tensor) -> None:
+        self.events.append("download")
+        with _disable_current_modes():
+            made = source.clone()
+        self._arriving.append(lambda: host.copy_(made))
+
     def capture(self, launch: Callable[[], None]) -> Callable[[], None]:
         self.events.append("capture")
         self._tape = tape = []
@@ -71,6 +78,9 @@ class RecordingDevice:
 
     def wait(self) -> None:
         self.events.append("wait")
+        with _disable_current_modes():
+            while self._arriving:
+                self._arriving.pop()()
 
     def _launched(self, name: str, launch: Callable[[], None]) -> None:
         if self._tape is not None:
@@ -106,7 +116,10 @@ class _Operations(TorchDispatchMode):
         return self._device.operation(name, lambda: func(*args, **(kwargs or {})))
 
 
-def _into(held: torch.Tensor, made: torch.Tensor) -> None:
+def _into(held: Any, made: Any) -> None:
     """Results of a replayed operation are where they were when it was captured."""
-    if made is not held:
+    if isinstance(held, tuple):
+        for pair in zip(held, made, strict=True):
+            _into(*pair)
+    elif made is not held:
         held.copy_(made)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -13,6 +16,8 @@ from deepseek_optimizer.backends.base import DECODE
 from deepseek_optimizer.backends.cuda import captured
 from deepseek_optimizer.backends.cuda.backend import CudaBackend
 from deepseek_optimizer.backends.cuda.buckets import Bucket
+from deepseek_optimizer.backends.cuda.device import CudaDevice
+from deepseek_optimizer.backends.sampling import GREEDY, NOT_FINITE, TokenChoice, choose_token
 from deepseek_optimizer.errors import BackendError, NotEnoughMemoryError
 from deepseek_optimizer.graph import rules
 from deepseek_optimizer.graph.cache_groups import group_layers
@@ -89,6 +94,8 @@ def test_captured_steps_have_the_bits_of_plain_steps(family, steps, formats):
     plain, padded = runner_of(model, **formats), runner_of(model, device, **formats)
     for ours, exact in zip(steps(padded, model), steps(plain, model), strict=True):
         assert torch.equal(ours.logits, exact.logits)
+        choices = [GREEDY] * len(exact.logits)
+        assert padded.plan.choose_tokens(ours.logits, choices) == plain.plan.choose_tokens(exact.logits, choices)
         assert ours.last_hidden is exact.last_hidden is None or torch.equal(ours.last_hidden, exact.last_hidden)
     assert torch.equal(padded.store.data[: padded.store.scratch], plain.store.data[: plain.store.scratch])
     assert device.events.count("capture") == 1 and device.events.count("replay 0") == 2
@@ -105,12 +112,54 @@ def test_what_a_replay_does(model):
         assert output.logits is logits
         seen.append(list(device.events))
     first, second, *later = seen
-    assert "embedding_rows" in first and "capture" not in first and first[-2:] == ["torch.copy_", "wait"]
-    assert second == ["upload", "capture", "replay 0", "torch.copy_", "wait"]
-    assert later == [["upload", "replay 0", "torch.copy_", "wait"]] * 2
+    assert "embedding_rows" in first and "capture" not in first and first[-3:] == ["torch.copy_", "download", "wait"]
+    assert second == ["upload", "capture", "replay 0", "torch.copy_", "download", "wait"]
+    assert later == [["upload", "replay 0", "torch.copy_", "download", "wait"]] * 2
     (bucket,) = run.plan.captured.buckets(run.store)
     assert bucket == Bucket(rows=1, one_row=1, tiles=0, blocks=8, logit_rows=1, states=False)
     assert run.plan.captured.buckets(runner_of(model).store) == ()
+
+
+def test_tokens_are_chosen_from_what_came_back(model):
+    """Greedy tokens are on the host when a replay is done. Logits that were changed since, or are others, are looked at."""
+    device = RecordingDevice()
+    run, sequence = runner_of(model, device), None
+    for _ in range(2):
+        sequence = run.sequence()
+        logits = run_step(run.plan, run.store, [Part(sequence, [3, 4, 5], DECODE)]).logits
+    greedy = logits.argmax(-1).tolist()
+    run.plan._greedy[:3] = torch.tensor([7, NOT_FINITE, 9])  # others, so that it shows which ones are taken
+    assert run.plan.choose_tokens(logits, [GREEDY, GREEDY, None]) == [7, NOT_FINITE, None]
+    drawn = TokenChoice(0.7, top_k=5, u=0.4)
+    assert run.plan.choose_tokens(logits, [GREEDY, GREEDY, drawn])[2] == choose_token(logits[2].numpy(), drawn)
+    assert run.plan.choose_tokens(logits.clone(), [GREEDY] * 3) == greedy
+    logits[0, 11] = 99.0
+    assert run.plan.choose_tokens(logits, [GREEDY] * 3) == [11, *greedy[1:]]
+
+
+def test_a_cuda_device_captures_into_one_pool(monkeypatch):
+    """What is asked of torch: one pool for all graphs, other threads left alone, and one wait for one stream."""
+    asked = []
+
+    class Graph:
+        def replay(self):
+            asked.append("replay")
+
+    @contextmanager
+    def graph(made, **options):
+        asked.append(options)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda on: SimpleNamespace(synchronize=lambda: asked.append(on)))
+    device = CudaDevice(torch.device("cuda:0"))
+    for _ in range(2):
+        device.capture(lambda: asked.append("launch"))()
+    device.wait()
+    options = {"pool": "pool", "capture_error_mode": "thread_local"}
+    assert asked == [options, "launch", "replay"] * 2 + [torch.device("cuda:0")]
 
 
 def test_captured_steps_end_with_the_memory_of_the_cache(model, monkeypatch):

@@ -25,11 +25,13 @@ class Results:
     Attributes:
         logits: [R, V].
         hidden: the hidden states that were asked for, by index.
+        greedy: int32 [R], the likeliest tokens (`reference.plan.greedy_tokens`).
         held: further memory whose address kernels were given.
     """
 
     logits: torch.Tensor
     hidden: dict[int, torch.Tensor]
+    greedy: torch.Tensor | None = None
     held: tuple[torch.Tensor, ...] = ()
 
 

@@ -33,10 +33,13 @@ class Device(Protocol):
         """A context for one step: no other thread is in one, and Triton launches on this device."""
 
     def staging(self, size: int) -> torch.Tensor:
-        """Memory of the host, int32 [size], from which `upload` copies without another copy."""
+        """Memory of the host, int32 [size], from and to which is copied without another copy."""
 
     def upload(self, host: torch.Tensor, target: torch.Tensor) -> None:
         """Begins to copy memory of `staging` to the device. The host's must not change before `wait` has returned."""
+
+    def download(self, source: torch.Tensor, host: torch.Tensor) -> None:
+        """Begins to copy from the device to memory of `staging`, which has been written when `wait` has returned."""
 
     def capture(self, launch: Callable[[], None]) -> Callable[[], None]:
         """Records what a function launches, without running it.
@@ -74,6 +77,9 @@ class CudaDevice:
     def upload(self, host: torch.Tensor, target: torch.Tensor) -> None:
         target.copy_(host, non_blocking=True)
 
+    def download(self, source: torch.Tensor, host: torch.Tensor) -> None:
+        host.copy_(source, non_blocking=True)
+
     def capture(self, launch: Callable[[], None]) -> Callable[[], None]:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
@@ -104,6 +110,9 @@ class InterpreterDevice:
 
     def upload(self, host: torch.Tensor, target: torch.Tensor) -> None:
         target.copy_(host)
+
+    def download(self, source: torch.Tensor, host: torch.Tensor) -> None:
+        host.copy_(source)
 
     def capture(self, launch: Callable[[], None]) -> Callable[[], None]:
         raise NotImplementedError("Triton's interpreter has no graphs")

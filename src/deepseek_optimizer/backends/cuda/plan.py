@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ from ..decode_one import decode_one
 from ..decoding import DecodeCall, Decoded, DraftedCall, DraftedRounds
 from ..drafted_round import drafted_round
 from ..reference.checks import check_batch
-from ..reference.plan import choose_on_device
+from ..reference.plan import choose_on_device, greedy_tokens
 from ..sampling import TokenChoice, choose_tokens
-from .buckets import may_be_captured
+from .buckets import MOST_ROWS, may_be_captured
 from .captured import CapturedSteps, Results
 from .device import Device
 from .division import query_rows
@@ -43,7 +44,8 @@ class CudaPlan:
     """Implements `Plan`. Created by `CudaBackend.compile`.
 
     Values are float32 rows in buffers that values which are never alive together share (`graph/planner.py`); they grow with the
-    largest step and are kept. Only the integers of a step go to the device, in one copy.
+    largest step and are kept. Only the integers of a step go to the device, in one copy. Of a captured step, the likeliest
+    tokens come back before `run` returns, so that choosing tokens need not wait for the device again.
 
     Args:
         graph, weights: as in `Backend.compile`.
@@ -71,6 +73,8 @@ class CudaPlan:
         self._staging = device.staging(0)
         self.captured = CapturedSteps(device) if captured and device.captures else None
         self._captured_logits = self._empty(0, graph.logits_width)
+        self._greedy = device.staging(MOST_ROWS)  # the likeliest tokens of the last captured step, on the host
+        self._chosen_from: tuple[Callable[[], torch.Tensor | None], int] | None = None  # its logits, and their version
 
     @torch.no_grad()
     def run(self, batch: StepBatch, store: KvStore | None) -> StepOutput:
@@ -111,12 +115,17 @@ class CudaPlan:
 
         def launch(at: DeviceStep) -> Results:
             run = Run(None, at, store, self._weights, bucket.states)
-            return self._launch(run, self._captured_logits[: bucket.logit_rows], False)
+            made = self._launch(run, self._captured_logits[: bucket.logit_rows], False)
+            made.greedy = greedy_tokens(made.logits).to(torch.int32) if bucket.logit_rows else None
+            return made
 
         results = captured.run(integers, store, self._upload, launch)
         rows, tokens = len(batch.logit_rows), len(batch.positions)
         logits = self._empty(rows, self.graph.logits_width) if given is None else given
         logits.copy_(results.logits[:rows])
+        if results.greedy is not None:
+            self._device.download(results.greedy[:rows], self._greedy[:rows])
+            self._chosen_from = None if logits.is_inference() else (weakref.ref(logits), logits._version)
         last = results.hidden[self.graph.hidden_states - 1][:tokens].clone() if bucket.states else None
         return _output(batch, logits, last, None)
 
@@ -140,7 +149,7 @@ class CudaPlan:
                 self._execute(run, node, logits)
         if self._head is not None and not self._head.selected:
             select_rows(run.at.logit_rows, self._rows(self._head, run.at), logits)
-        return Results(logits, run.hidden, tuple(self._buffers))
+        return Results(logits, run.hidden, held=tuple(self._buffers))
 
     def _execute(self, run: Run, node: Node, logits: torch.Tensor) -> None:
         inputs = [self._rows(value, run.at) for value in node.inputs]
@@ -178,6 +187,9 @@ class CudaPlan:
         return given
 
     def choose_tokens(self, logits: torch.Tensor, choices: Sequence[TokenChoice | None]) -> list[int | None]:
+        source, version = self._chosen_from or (None, 0)
+        if source is not None and source() is logits and logits._version == version:
+            return choose_on_device(logits, choices, self._greedy[: len(logits)].tolist())
         return choose_tokens(logits.numpy(), choices) if logits.is_cpu else choose_on_device(logits, choices)
 
     def decode(self, batch: StepBatch, store: KvStore, call: DecodeCall) -> Decoded:
