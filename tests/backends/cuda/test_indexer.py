@@ -14,10 +14,10 @@ from deepseek_optimizer.backends.base import DECODE, PREFILL
 from deepseek_optimizer.backends.cuda import division
 from deepseek_optimizer.backends.cuda.kernels import indexer, latent, latent_attention
 from deepseek_optimizer.backends.cuda.latent_store import CudaLatentStore
-from deepseek_optimizer.backends.cuda.step import DeviceStep
 from deepseek_optimizer.backends.reference import latent as reference
 from deepseek_optimizer.graph.ir import LatentSpec
 
+from .test_attention import on_device
 from .test_latents import SCALE, Case, random
 
 CPU = torch.device("cpu")
@@ -64,7 +64,7 @@ def test_equal_scores():
 @pytest.mark.parametrize("top_k", [24, 33])
 def test_attention_to_chosen_tokens(top_k):
     case = Case([(DECODE, 70, 1), (PREFILL, 0, 3), (PREFILL, 33, 2)])
-    at, token = DeviceStep.of(case.batch, 1, 1, CPU), np.concatenate([[70], [0, 1, 2], [33, 34]])
+    at, token = on_device(case.batch, 1), np.concatenate([[70], [0, 1, 2], [33, 34]])
     visible = torch.arange(96) <= torch.from_numpy(token)[:, None]
     chosen = reference.choose(random(6, 96, seed=4), visible, top_k)
     out = torch.full((6, 3, case.values.rows), torch.nan)

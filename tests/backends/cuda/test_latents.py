@@ -16,13 +16,14 @@ from deepseek_optimizer.backends.cuda.kernels import heads, latent, latent_atten
 from deepseek_optimizer.backends.cuda.kv_b import absorbed_stacks
 from deepseek_optimizer.backends.cuda.latent_store import CudaLatentStore
 from deepseek_optimizer.backends.cuda.matrices import DeviceStack
-from deepseek_optimizer.backends.cuda.step import DeviceStep
 from deepseek_optimizer.backends.reference import ops
 from deepseek_optimizer.backends.reference.latent import attend_expanded
 from deepseek_optimizer.backends.reference.latent import latent as reference_latent
 from deepseek_optimizer.graph.ir import LatentSpec
 from deepseek_optimizer.graph.rope_rotation import KeyRotation, Pairs
 from deepseek_optimizer.quant import pack, unpack
+
+from .test_attention import on_device
 
 CPU = torch.device("cpu")
 SCALE = 0.3
@@ -65,7 +66,7 @@ def test_keys_are_rotated_in_place():
     """Rotating to and fro gives what was there; latents stay."""
     store, table = CudaLatentStore(LatentSpec(2, 20, 6), "fp32", 3, CPU), np.array([2, 0], np.int32)
     store.ensure(3)
-    store.data.copy_(random(3, store.data.shape[1]))
+    store.data.copy_(random(*store.data.shape))
     before = store.read(1, table, 64)[0]
     rotation = KeyRotation(np.array([1.0, 0.3, 0.1], np.float32), Pairs(6, 0, True))
     store.rotate(rotation, table, 64, 5, 7)
@@ -136,7 +137,7 @@ class Case:
 
     def made(self, window=0, sinks=0):
         count = min(division.HEAD_ROWS, self.q.shape[1])
-        at = DeviceStep.of(self.batch, 1, division.query_rows(count, division.LATENT_ROWS), CPU)
+        at = on_device(self.batch, division.query_rows(count, division.LATENT_ROWS))
         out = torch.full((*self.q.shape[:2], self.values.rows), torch.nan)
         latent_attention.latent_attention(
             self.q, self.keys, self.values, self.store.data, 0, at.tables[0], at.phases, at.ends, out, scale=SCALE,
@@ -181,8 +182,8 @@ def test_windows_and_sinks(window, sinks):
 
 def test_long_contexts_are_divided_into_chunks():
     case = Case([(DECODE, 600, 1), (DECODE, 3, 1)], 2)
-    (tiles,) = DeviceStep.of(case.batch, 1, 1, CPU).phases
-    assert division.chunks_of(2, tiles.blocks, 1) == 3
+    (tiles,) = on_device(case.batch, 1).phases
+    assert division.chunks_of(tiles.planned, tiles.blocks, 1) == 4  # of which the last has no block
     case.check()
 
 

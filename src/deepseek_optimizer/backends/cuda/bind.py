@@ -14,7 +14,7 @@ from ...quant import pack
 from ...quant.packed import PackedMatrix, PackedWeight
 from .kv_b import absorbed_stacks, key_stack, value_stack
 from .matrices import DeviceMatrix, DeviceStack
-from .ops import Weights, frequencies_name
+from .ops import Weights, frequencies_name, ropes
 from .supported import check_matrix, check_stack
 
 
@@ -52,9 +52,8 @@ def weights_on_device(graph: Graph, weights: Mapping[str, PackedWeight | torch.T
         else:
             _check_shape(name, tuple(weight.shape), shape)
             bound.vectors[name] = weight.detach().to(device, torch.float32).contiguous()
-    for node in graph.nodes:
-        if node.op == "rope_table" and not node.attrs["rope"].is_dynamic:
-            spec = node.attrs["rope"]
+    for spec in ropes(graph):
+        if not spec.is_dynamic:
             frequencies = torch.tensor(spec.inv_freq, dtype=torch.float32, device=device)
             bound.vectors[frequencies_name(spec)] = frequencies[None].contiguous()
     return bound

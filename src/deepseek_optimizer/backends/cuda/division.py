@@ -39,18 +39,21 @@ def splits_of(tile_rows: int, row_words: int) -> int:
 
 @dataclass(frozen=True)
 class Tiles:
-    """The rows of a step in one phase, divided into tiles of consecutive rows of a sequence.
+    """The rows of a step in one phase, divided into tiles of consecutive rows of a sequence. Padding tiles have no rows.
 
     Attributes:
         fields: int32 [tiles, TILE_FIELDS]: sequence, first row of the step, number of rows, token of the first row in its
             sequence, and one past the last token that the last row sees.
         block_q: at most this many rows in a tile, a power of two.
-        blocks: blocks that the longest sequence has; 0: tiles are not divided into chunks.
+        blocks: blocks that the longest sequence has, rounded up; 0: tiles are not divided into chunks.
+        planned: number of tiles that the division into chunks is for, at least as many as there are. It does not depend on
+            how many padding rows a step has.
     """
 
     fields: torch.Tensor
     block_q: int
     blocks: int
+    planned: int = 1
 
 
 def chunks_of(tiles: int, blocks: int, kv_heads: int) -> int:

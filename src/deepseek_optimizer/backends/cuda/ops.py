@@ -8,12 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
-from ...graph.ir import Node, Value
+from ...graph.ir import Graph, Node, Value
 from ...graph.ops.products import rows_of
-from ..base import StepBatch, reach_of
+from ..base import StepBatch
 from .kernels import attention as attention_kernels
 from .kernels import elementwise, linear, norm, rope, rows
 from .kernels.expert_groups import PairTiles
@@ -65,12 +64,13 @@ class Run:
 
     Attributes:
         at: the step's integers on the device.
+        batch: the step on the host; None in steps that may be captured, which depend on `at` alone.
         wants_hidden: whether hidden states are returned.
         hidden: the hidden states so far, by index.
         pairs: the pairs of tokens and experts by the routes that they are grouped by, from `experts_gate_up` to `experts_down`.
     """
 
-    batch: StepBatch
+    batch: StepBatch | None
     at: DeviceStep
     store: DeviceBlocks | None
     weights: Weights
@@ -93,8 +93,13 @@ def frequencies_name(spec: Any) -> str:
     return f"rope:{id(spec)}"
 
 
+def ropes(graph: Graph) -> list[Any]:
+    """The `RopeSpec` of each table of a graph."""
+    return [node.attrs["rope"] for node in graph.nodes if node.op == "rope_table"]
+
+
 def _embedding(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
-    if run.batch.inputs_embeds is not None:
+    if run.batch is not None and run.batch.inputs_embeds is not None:
         outputs[0].copy_(run.batch.inputs_embeds.detach())
     else:
         rows.embedding(run.at.ids, run.weights.matrices[node.weights[0]], node.attrs["scale"], outputs[0])
@@ -137,8 +142,7 @@ def _rope_table(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
     """The rows of a sequence share its frequencies, which for dynamic RoPE depend on its reach."""
     spec, at = node.attrs["rope"], run.at
     if spec.is_dynamic:
-        by_sequence = np.stack([spec.inv_freq_at(length) for length in reach_of(run.batch)])
-        frequencies, which = torch.from_numpy(by_sequence).to(at.positions.device, torch.float32), at.sequence
+        frequencies, which = at.frequencies[frequencies_name(spec)], at.sequence
     else:
         frequencies, which = run.weights.vectors[frequencies_name(spec)], torch.zeros_like(at.sequence)
     rope.rope_table(at.positions, which, frequencies, spec.scaling, outputs[0])
@@ -180,7 +184,7 @@ def _concat(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
 
 
 def _state_in(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
-    assert run.batch.states is not None  # checked by `check_batch`
+    assert run.batch is not None and run.batch.states is not None  # checked by `check_batch`; not captured
     outputs[0].copy_(run.batch.states.detach())
 
 

@@ -9,6 +9,7 @@ from ...graph.ir import Graph
 from ...graph.planner import Slot, assign_slots
 from ...quant.tiles import tile_counts
 from ..base import CompileOptions
+from .buckets import MOST_ROWS, rows_bucket
 from .division import (
     attention_scratch_bytes,
     expert_scratch_bytes,
@@ -32,10 +33,12 @@ def value_slots(graph: Graph) -> list[Slot]:
 
 
 def plan_bytes(graph: Graph, formats: Mapping[str, str], tokens: int, logit_rows: int) -> int:
-    """Bytes of a plan's buffers without logits, and of the largest scratch memory of a kernel, which they share."""
+    """Bytes of a plan's buffers, and of the largest scratch memory of a kernel, which they share. Of logits, only the rows of
+    captured steps are the plan's own."""
     rows = {True: logit_rows, False: tokens}
     slots = sum(_VALUE_BYTES * slot.width * slot.repeat * rows[slot.selected] for slot in value_slots(graph))
-    return slots + _scratch_bytes(graph, formats, tokens)
+    captured = _VALUE_BYTES * graph.logits_width * rows_bucket(min(logit_rows, MOST_ROWS))
+    return slots + captured + _scratch_bytes(graph, formats, tokens)
 
 
 def _scratch_bytes(graph: Graph, formats: Mapping[str, str], tokens: int) -> int:

@@ -12,6 +12,7 @@ from ...graph.rope_rotation import KeyRotation
 from ..base import BLOCK_TOKENS, Int32
 from ..reference.block_tensors import BlockTensors
 from ..reference.ops import rope
+from .memory import memory_errors
 
 KV_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -35,12 +36,16 @@ class DeviceBlocks(BlockTensors):
         elements: of a block.
         kv_dtype: "fp32" or "bf16".
         num_blocks: capacity in blocks of 32 tokens.
+
+    Attributes:
+        scratch: a further block, which no sequence has: padding rows of a step write to it.
     """
 
     def __init__(self, offsets: list[int], elements: int, kv_dtype: str, num_blocks: int, device: torch.device) -> None:
         dtype = KV_DTYPES[kv_dtype]
         self.offsets = offsets
         super().__init__(elements * dtype.itemsize, kv_dtype, num_blocks)
+        self.scratch = num_blocks
         self._data = [torch.zeros((0, elements), dtype=dtype, device=device)]
 
     def group_of(self, layer: int) -> int:
@@ -56,11 +61,18 @@ class DeviceBlocks(BlockTensors):
         """Allocates memory, before a step that uses blocks < `blocks`."""
         self._grow(blocks)
 
+    def release(self, from_block: int) -> None:
+        """Frees the memory if no block is left; otherwise all of it stays, at its address."""
+        if from_block == 0:
+            self._resize(0)
+
     def _grow(self, blocks: int) -> None:
         if blocks > self.num_blocks:
             raise BackendError(f"block {blocks - 1} is outside the cache of {self.num_blocks} blocks")
         if blocks > len(self.data):
-            self._resize(self.num_blocks)
+            size = (self.num_blocks + 1) * self.block_bytes
+            with memory_errors(f"the KV cache of {size / 1e9:.2f} GB on {self.data.device}", "set a smaller kv_cache_memory"):
+                self._resize(self.num_blocks + 1)
 
 
 class CudaStore(DeviceBlocks):

@@ -101,7 +101,7 @@ def attention(
 ) -> None:
     """See `attend_tile`. Rows of other tiles are not written."""
     count, head, group = len(tiles.fields), q.shape[1] // heads, heads // kv_heads
-    chunks, blocks = chunks_of(count, tiles.blocks, kv_heads), block_tables.shape[1]
+    chunks, blocks = chunks_of(tiles.planned, tiles.blocks, kv_heads), block_tables.shape[1]
     group_rows, narrow = triton.next_power_of_2(group), cache.dtype == torch.bfloat16
     block_q = max(tiles.block_q, triton.cdiv(16, group_rows))
     head_block = max(16, triton.next_power_of_2(head))

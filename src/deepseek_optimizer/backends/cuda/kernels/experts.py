@@ -113,7 +113,7 @@ def group_for(routes: torch.Tensor, experts: int, stack: DeviceStack) -> PairTil
     tokens, top_k = len(routes), routes.shape[1] // 2
     if tokens <= MOST_ROWS:
         return None
-    average = -(-tokens * top_k // experts)
+    average = triton.cdiv(triton.next_power_of_2(tokens) * top_k, experts)  # the same for all steps of a bucket
     return group_pairs(routes, experts, tile_sizes(average, stack, gated=True)["BLOCK_M"])
 
 

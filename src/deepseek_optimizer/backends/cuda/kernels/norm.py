@@ -63,7 +63,8 @@ def rms_norm(
     width = x.shape[1] // heads
     rows, block = len(x) * heads, triton.next_power_of_2(width)
     if rows:
-        block_rows = min(triton.next_power_of_2(rows), max(1, _ELEMENTS // block))
+        most = triton.next_power_of_2(len(x)) * triton.next_power_of_2(heads)  # the same for all steps of a bucket
+        block_rows = min(most, max(1, _ELEMENTS // block))
         rms_norm_rows[(triton.cdiv(rows, block_rows),)](
             x, x if delta is None else delta, x if weight is None else weight, x if total is None else total, out, rows, width,
             eps, ADDED=delta is not None, WEIGHTED=weight is not None, UNIT_OFFSET=unit_offset, ROWS=block_rows, BLOCK=block,

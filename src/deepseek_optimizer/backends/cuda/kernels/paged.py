@@ -69,7 +69,7 @@ def merge_chunks(
     partial, stats, tiles, out, CHUNKS: tl.constexpr, CHUNK_ROWS: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Combines the chunks of tiles with one row. Grid (tiles, HEADS, blocks of a head).
+    """Combines the chunks of tiles with at most one row. Grid (tiles, HEADS, blocks of a head).
 
     Args:
         partial: float32 [tiles, HEADS, CHUNKS, HEAD], sums of values that are not divided by the sum of weights yet.
@@ -87,8 +87,8 @@ def merge_chunks(
     mask = (chunk < CHUNKS)[:, None] & (d < HEAD)[None, :]
     sums = tl.load(partial + part[:, None] * HEAD + d[None, :], mask=mask, other=0.0)
     value = tl.sum(sums * fade[:, None], 0) / tl.sum(weights * fade, 0)
-    row = tl.load(tiles + tile * _FIELDS + 1).to(tl.int64)
-    tl.store(out + (row * HEADS + head) * HEAD + d, value, mask=d < HEAD)
+    row, count = tl.load(tiles + tile * _FIELDS + 1).to(tl.int64), tl.load(tiles + tile * _FIELDS + 2)
+    tl.store(out + (row * HEADS + head) * HEAD + d, value, mask=d < tl.where(count > 0, HEAD, 0))
 
 
 def chunk_memory(tiles: Tiles, heads: int, chunks: int, head: int, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
