@@ -40,6 +40,10 @@ FAMILIES = {
         **TINY | {"num_hidden_layers": 2}, use_sliding_window=True, sliding_window=5,
         layer_types=["sliding_attention", "full_attention"],
     ),
+    "deepseek_v3-experts": lambda: configs.deepseek_v3(
+        **{name: value for name, value in TINY.items() if name != "head_dim"} | {"num_key_value_heads": 2}, n_routed_experts=6,
+        num_experts_per_tok=2, moe_intermediate_size=20, first_k_dense_replace=0,
+    ),
 }  # fmt: skip
 
 
@@ -86,6 +90,8 @@ def mixed(run, model):
         ("llama-dynamic", mixed, {"format_name": "int8", "kv": "bf16"}),
         ("qwen3-groups", decoding, {"kv": "bf16"}),
         ("qwen3-groups", mixed, {}),
+        ("deepseek_v3-experts", decoding, {}),
+        ("deepseek_v3-experts", mixed, {"kv": "bf16"}),
     ],
 )
 def test_captured_steps_have_the_bits_of_plain_steps(family, steps, formats):
