@@ -23,7 +23,7 @@ from .latent_store import CudaLatentStore
 from .matrices import LAYOUTS, DeviceMatrix
 from .plan import CudaPlan
 from .sizes import CudaSizes
-from .store import KV_DTYPES, CudaStore, DeviceBlocks
+from .store import KV_DTYPES, CudaStore
 from .supported import check_cache, check_matrix
 
 
@@ -81,7 +81,7 @@ class CudaBackend(CudaSizes):
         check_graph(graph)
         return CudaPlan(graph, weights, self._seam, self._captured)
 
-    def new_store(self, graph: Graph, kv_dtype: str, num_blocks: int, num_states: int = 0) -> DeviceBlocks:
+    def new_store(self, graph: Graph, kv_dtype: str, num_blocks: int, num_states: int = 0) -> CudaStore | CudaLatentStore:
         check_cache(graph)
         if kv_dtype not in KV_DTYPES:
             raise BackendError(
@@ -154,7 +154,7 @@ class CudaBackend(CudaSizes):
         return result
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
-        rows, scale = self._rows(x), self._vector(weight)
+        rows, scale = self._rows(x), weight.detach().to(self.device, torch.float32).contiguous()
         out = torch.empty_like(rows)
         with launching_on(self.device):
             if bias is None:

@@ -36,7 +36,8 @@ def _down(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
 
 
 def _sigmoid_gate(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
-    elementwise.sigmoid_gate(*inputs, outputs[0])
+    x, gate = inputs
+    elementwise.sigmoid_gate(x, gate, outputs[0])
 
 
 EXPERT_OPS: Mapping[str, Op] = {

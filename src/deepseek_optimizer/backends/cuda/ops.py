@@ -180,7 +180,8 @@ def _select_rows(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
 
 
 def _concat(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
-    rows.concat(*inputs, outputs[0])
+    a, b = inputs
+    rows.concat(a, b, outputs[0])
 
 
 def _state_in(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
