@@ -15,9 +15,10 @@ def load_model(
     config: DeepSeekConfig | None = None,
     *,
     adapter: str | os.PathLike[str] | None = None,
+    device: Any = None,
     **fields: Any,
 ) -> Any:
-    """Loads a checkpoint as an optimized Transformers model on the CPU, ready to generate.
+    """Loads a checkpoint as an optimized Transformers model, ready to generate.
 
     A model of a supported family runs as an execution plan. Any other model that Transformers has (causal, encoder,
     encoder-decoder, classifier) takes the general path: Transformers' own forward, cache and `generate`, with linear layers
@@ -36,6 +37,9 @@ def load_model(
         adapter: a directory with an adapter of PEFT, loaded as "default" by Transformers' `load_adapter`. The plan adds
             what LoRA on linear layers adds; calls with other adapters run Transformers' own forward, with a warning. Of
             Qwen3.5 and Gemma 4, the language model is then loaded alone.
+        device: where to: "cpu", "cuda", "cuda:1", ...; weights go to a CUDA device as they are packed, and a model with a plan
+            runs on backend "cuda" there, unless `backend` names another. None: the CPU, or with backend "cuda" the first CUDA
+            device.
         fields: single fields of `DeepSeekConfig`; they override those of `config`.
 
     Returns:
@@ -46,13 +50,15 @@ def load_model(
     Raises:
         CheckpointError: a file is damaged, incomplete or inconsistent; names the file and tensor. Pickles are never opened.
         CheckpointChangedError: a file was modified while it was read.
-        ConfigError: a field, or the checkpoint's config.json, is invalid or not supported.
+        BackendError: the backend cannot run on the device; the message says what is missing.
+        ConfigError: a field, the device, or the checkpoint's config.json, is invalid or not supported.
         NotEnoughMemoryError: the weights do not fit in free memory; raised before any are read.
         UnsupportedModelError: the model has no plan, and `strict` is set or Transformers does not have it either.
     """
     from .integration.load.loader import load
 
-    model = load(path, config, fields, language_alone="" if adapter is None else "an adapter is loaded into its language model")
+    alone = "" if adapter is None else "an adapter is loaded into its language model"
+    model = load(path, config, fields, alone, device)
     if adapter is not None:
         model.load_adapter(os.fspath(adapter))
     return model

@@ -14,7 +14,7 @@ from . import serve_options as so
 _HOURS = 24.0  # a request may wait for all others
 
 
-@o.takes_model_fields
+@o.loads_model
 def batch(
     model: o.Model,
     input: Annotated[

@@ -29,7 +29,7 @@ HELP = """\
 Ctrl-C stops the answer. End a line with \\ to continue it on the next one."""
 
 
-@o.takes_model_fields
+@o.loads_model
 def chat(
     model: Annotated[str | None, typer.Argument(metavar="MODEL", help=o.MODEL_HELP)] = None,
     url: Annotated[

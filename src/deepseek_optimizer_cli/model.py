@@ -43,7 +43,7 @@ def load(model: str, fields: dict[str, Any], template: str | None = None) -> tup
 
     Args:
         model: path or name of the checkpoint.
-        fields: of `DeepSeekConfig`.
+        fields: of `DeepSeekConfig`, and `device` of `load_model`.
         template: Jinja source of a chat template that replaces the checkpoint's.
     """
     from deepseek_optimizer import load_model, load_tokenizer
@@ -63,13 +63,14 @@ def load_draft_model(model: str, draft_model: str | None, precision: str | None,
     Args:
         model: path or name of the model that it drafts for, which drafts itself if only a precision is given.
         draft_model, precision: the options `--draft-model` and `--draft-precision`.
-        fields: of the model's `DeepSeekConfig`; the draft model uses as many threads and sequences.
+        fields: of the model's `DeepSeekConfig`; the draft model uses as many threads and sequences, and the same device.
     """
     if draft_model is None and precision is None:
         return None
     from deepseek_optimizer import load_model
 
-    shared: dict[str, Any] = {name: fields[name] for name in ("threads", "batch_size_range", "prefill_chunk") if name in fields}
+    common = ("threads", "batch_size_range", "prefill_chunk", "device")
+    shared: dict[str, Any] = {name: fields[name] for name in common if name in fields}
     if precision is not None:
         shared["precision"] = precision
     return load_model(draft_model or model, mtp="off", vision="off", **shared)

@@ -110,6 +110,15 @@ Threads = Annotated[
         "--threads", min=1, metavar="N", help="Number of CPU threads. Default: all cores available to the process.", **_MODEL
     ),
 ]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="DEVICE",
+        help="cpu, or a CUDA device (cuda, cuda:1, ...), where backend cuda runs the model; not tested on a card yet.",
+        **_MODEL,
+    ),
+]
 Strict = Annotated[
     bool | None,
     typer.Option("--strict", help="Refuse models that have no execution plan and would take the general path.", **_MODEL),
@@ -239,21 +248,34 @@ _MODEL_FIELDS: dict[str, Any] = {
 }  # fmt: skip
 
 
+# What the user of a command that loads a model may set besides.
+_LOAD_OPTIONS: dict[str, Any] = {"device": Device}
+
+
 def takes_model_fields(command: Callable[..., None]) -> Callable[..., None]:
     """Replaces the parameter `fields` of a command by one option per entry of `_MODEL_FIELDS`.
 
     The command receives `fields` as a dict of those options that were given, by field name.
     """
+    return _with_options(command, _MODEL_FIELDS)
+
+
+def loads_model(command: Callable[..., None]) -> Callable[..., None]:
+    """As `takes_model_fields`, for a command that passes `fields` to `load_model`: with the options of `_LOAD_OPTIONS` too."""
+    return _with_options(command, _MODEL_FIELDS | _LOAD_OPTIONS)
+
+
+def _with_options(command: Callable[..., None], added: dict[str, Any]) -> Callable[..., None]:
     signature, options = inspect.signature(command, eval_str=True), []
     for parameter in signature.parameters.values():
         if parameter.name == "fields":
-            options += [parameter.replace(name=n, annotation=a, default=None) for n, a in _MODEL_FIELDS.items()]
+            options += [parameter.replace(name=n, annotation=a, default=None) for n, a in added.items()]
         else:
             options.append(parameter)
 
     @functools.wraps(command)
     def wrapper(**values: Any) -> None:
-        fields = not_none(**{name: values.pop(name) for name in _MODEL_FIELDS})
+        fields = not_none(**{name: values.pop(name) for name in added})
         command(**values, fields=fields)
 
     wrapper.__signature__ = signature.replace(parameters=options)  # type: ignore[attr-defined]
@@ -262,8 +284,10 @@ def takes_model_fields(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def flag_of(field: str) -> str:
-    """The command-line flag of a field of DeepSeekConfig."""
-    flag: str = _MODEL_FIELDS[field].__metadata__[0].default  # the first argument of an Annotated Option is its flag
+    """The command-line flag of an entry of `fields`."""
+    flag: str = (
+        (_MODEL_FIELDS | _LOAD_OPTIONS)[field].__metadata__[0].default
+    )  # the first argument of an Annotated Option is its flag
     return flag
 
 

@@ -12,7 +12,7 @@ import typer
 from . import options as o
 
 
-@o.takes_model_fields
+@o.loads_model
 def run(
     model: o.Model,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Prompt; - reads it from standard input.")],

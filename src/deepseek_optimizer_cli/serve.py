@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _NEEDED = ("fastapi", "httptools", "orjson", "prometheus_client", "python_multipart", "uvicorn", "xgrammar")
 
 
-@o.takes_model_fields
+@o.loads_model
 def serve(
     model: so.Model = None,
     *,
@@ -186,6 +186,8 @@ def serve(
     if models_dir is not None or model is None or len(model) > 1:
         if name is not None:
             raise ConfigError("--served-model-name names a single model; several have the names of their files")
+        if fields.get("device", "cpu") != "cpu":
+            raise ConfigError("--device: several models share the host's memory; serve a single one on a CUDA device")
         if adapters or allow_lora_loading or otlp_traces_endpoint is not None:
             raise ConfigError("--lora, --allow-lora-loading and --otlp-traces-endpoint need a single model")
         if drafting != (None, None):

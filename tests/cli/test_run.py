@@ -6,6 +6,7 @@ import json
 import signal
 
 import pytest
+import torch
 
 from deepseek_optimizer import load_model, make_engine
 from deepseek_optimizer.chat import stream
@@ -46,6 +47,14 @@ def test_prompt_from_standard_input_raw_and_system(dso, tiny_model):
     assert facts["prompt_tokens"] == len("Hello")
     facts = json.loads(dso("run", tiny_model, "Hello", "--system", "Be", "--json", "-n", "2").stdout)
     assert facts["prompt_tokens"] == len("Hello") + len("Be") + 5
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+@pytest.mark.parametrize("command", [("run", "Hello"), ("chat",), ("serve",)])
+def test_a_device_that_is_not_there(dso, tiny_model, command):
+    name, *prompt = command
+    result = dso(name, tiny_model, *prompt, "--device", "cuda")
+    assert result.exit_code == 2 and "device='cuda' is a CUDA device, but none is available; use device=" in result.stderr
 
 
 @pytest.mark.parametrize("kind", ["yarn", "dynamic"])

@@ -14,12 +14,27 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 META = torch.device("meta")
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD = 4096, 14336, 32, 8, 128  # of Llama 3.1 8B
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Sizes of a layer's experts."""
+
+    hidden: int
+    inner: int
+    experts: int
+    top_k: int
+
+
+V3, V2_LITE = Mixture(7168, 2048, 256, 8), Mixture(2048, 1408, 64, 6)
+NOPE, ROPE, RANK, V_DIM = 128, 64, 512, 128  # of both
 _TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
 
 
@@ -30,9 +45,21 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def launches() -> dict[str, Callable[[], None]]:
     """Calls of the functions that launch kernels, by a name for each; a call may launch several kernels."""
     from deepseek_optimizer.backends.cuda.division import Tiles
-    from deepseek_optimizer.backends.cuda.kernels import attention, elementwise, linear, norm, rope, rows
-    from deepseek_optimizer.backends.cuda.matrices import LAYOUTS, DeviceMatrix
-    from deepseek_optimizer.quant.packed import PackedMatrix
+    from deepseek_optimizer.backends.cuda.kernels import (
+        attention,
+        elementwise,
+        experts,
+        indexer,
+        latent,
+        latent_attention,
+        linear,
+        norm,
+        rope,
+        routing,
+        rows,
+    )
+    from deepseek_optimizer.backends.cuda.matrices import LAYOUTS, DeviceMatrix, DeviceStack
+    from deepseek_optimizer.quant.packed import PackedMatrix, PackedStack
 
     def matrix(format_name: str, outputs: int, columns: int) -> DeviceMatrix:
         tile = LAYOUTS[format_name].tile_words * 4
@@ -54,6 +81,46 @@ def launches() -> dict[str, Callable[[], None]]:
         sizes = {"heads": HEADS, "kv_heads": KV_HEADS, "scale": 0.088}
         return lambda: attention.attention(q, cache, 0, tables, fields, ends, q, **sizes)
 
+    def stack(format_name: str, count: int, outputs: int, columns: int) -> DeviceStack:
+        tile = LAYOUTS[format_name].tile_words * 4
+        data = empty(count, -(-outputs // 16), -(-columns // 32), tile, dtype=torch.uint8)
+        return DeviceStack(PackedStack(format_name, count, outputs, columns, data), META)
+
+    def mixture(format_name: str, tokens: int, sizes: Mixture, gated: bool = True) -> Callable[[], None]:
+        """Gate and up of the chosen experts, or their down."""
+        gate_up = stack(format_name, 2 * sizes.experts, sizes.inner, sizes.hidden)
+        down = stack(format_name, sizes.experts, sizes.hidden, sizes.inner)
+        x, routes = empty(tokens, sizes.hidden), empty(tokens, 2 * sizes.top_k)
+        hidden = empty(tokens * sizes.top_k, sizes.inner)
+
+        def launch() -> None:
+            tiles = experts.group_for(routes, sizes.experts, gate_up)
+            if gated:
+                experts.gate_up(x, routes, tiles, gate_up, hidden)
+            else:
+                experts.down(hidden, routes, tiles, down, x)
+
+        return launch
+
+    def attend_latents(
+        kv_dtype: torch.dtype, tiles: int, block_q: int, blocks: int, head_count: int, top_k: int = 0
+    ) -> Callable[[], None]:
+        """With the products of heads before and after it."""
+        fields, rows = Tiles(empty(tiles, 5, dtype=torch.int32), block_q, blocks), tiles * block_q
+        format_name = "fp32" if kv_dtype == torch.float32 else "bf16"
+        keys, values = stack(format_name, head_count, RANK, NOPE), stack(format_name, head_count, V_DIM, RANK)
+        q, out = empty(rows, head_count, NOPE + ROPE), empty(rows, head_count, V_DIM)
+        cache, tables = empty(999, 61 * 32 * (RANK + ROPE), dtype=kv_dtype), empty(1, 256, dtype=torch.int32)
+        ends, chosen = empty(rows, dtype=torch.int32), empty(rows, top_k) if top_k else None
+        return lambda: latent_attention.latent_attention(
+            q, keys, values, cache, 32 * (RANK + ROPE), tables, [fields], ends, out, scale=0.1, chosen=chosen
+        )
+
+    latents, routed = empty(64, RANK + ROPE), empty(64, 2 * V3.top_k)
+    routing_of_v3 = {
+        "top_k": 8, "groups": 8, "top_groups": 4, "scoring": "sigmoid", "group_score": "top2", "normalize": True, "scale": 2.5,
+    }  # fmt: skip
+    plain = routing_of_v3 | {"groups": 1, "top_groups": 1, "scoring": "softmax", "group_score": "max"}
     ints, x, heads = empty(64, dtype=torch.int32), empty(64, HIDDEN), empty(64, KV_HEADS * HEAD)
     cache, table = empty(99, 32 * 2 * KV_HEADS * HEAD, dtype=torch.bfloat16), empty(64, HEAD)
     return {
@@ -61,11 +128,34 @@ def launches() -> dict[str, Callable[[], None]]:
         "vector int4 of 4 rows, gated": gated("int4", 4),
         **{f"tile {name}": product(name, 512) for name in LAYOUTS},
         **{f"tile {name} of 16 rows, gated": gated(name, 16) for name in ("bf16", "int4")},
+        **{f"tile {name}, gated": gated(name, 512) for name in ("bf16", "int8", "int4")},
         "attention, prefill": attend(torch.bfloat16, 64, 16, 0),
         "attention, decoding": attend(torch.bfloat16, 1, 1, 128),
         "attention, decoding in fp32": attend(torch.float32, 1, 1, 128),
         "attention, prefill in fp32": attend(torch.float32, 64, 16, 0),
+        **{f"experts {name}": mixture(name, 1, V3) for name in LAYOUTS},
+        **{f"experts {name}, grouped": mixture(name, 4096, V3) for name in LAYOUTS},
+        "experts int4, down": mixture("int4", 1, V3, gated=False),
+        "experts int4, down, grouped": mixture("int4", 4096, V3, gated=False),
+        "experts int4 of V2-Lite, grouped": mixture("int4", 64, V2_LITE),
+        "routes": lambda: routing.route(empty(64, V3.experts), empty(V3.experts), None, routed, **routing_of_v3),
+        "routes without groups": lambda: routing.route(empty(64, 512), None, None, routed, **plain),
+        "sigmoid gate": lambda: elementwise.sigmoid_gate(x, empty(64, 1), x),
+        "latents, prefill": attend_latents(torch.bfloat16, 64, 2, 0, 128),
+        "latents, prefill in fp32": attend_latents(torch.float32, 64, 2, 0, 128),
+        "latents, decoding": attend_latents(torch.bfloat16, 1, 1, 128, 128),
+        "latents, decoding of V2-Lite": attend_latents(torch.bfloat16, 1, 1, 256, 16),
+        "latents, decoding in fp32": attend_latents(torch.float32, 1, 1, 128, 128),
+        "chosen latents, decoding": attend_latents(torch.bfloat16, 1, 1, 256, 128, 2048),
+        "indexer": lambda: indexer.choose(
+            empty(64, 64 * 128), empty(64, 64), empty(999, 61 * 32 * (RANK + ROPE + 128), dtype=torch.bfloat16), 0,
+            empty(1, 4096, dtype=torch.int32), ints, ints, empty(64, 2048), 0.1,
+        ),
+        "layer norm": lambda: norm.layer_norm(x, empty(HIDDEN), empty(HIDDEN), 1e-6, x),
+        "latent": lambda: latent.latent(latents, empty(RANK), empty(64, ROPE), 1e-6, True, latents),
+        "latent write": lambda: latent.store(latents, empty(99, 32 * (RANK + ROPE), dtype=torch.bfloat16), ints, 0),
         "embedding": lambda: rows.embedding(ints, matrix("int4", 128256, HIDDEN), 1.0, x),
+        "concat": lambda: rows.concat(x, x, empty(64, 2 * HIDDEN)),
         "rows": lambda: rows.select_rows(ints, x, x),
         "norm": lambda: norm.rms_norm(x, empty(HIDDEN), 1e-5, x, delta=x, total=x),
         "norm of heads": lambda: norm.rms_norm(x, empty(HEAD), 1e-5, x, heads=HEADS),

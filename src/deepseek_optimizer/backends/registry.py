@@ -29,6 +29,7 @@ class BackendSettings(Protocol):
     Attributes:
         backend: a registered name, or "auto": the best one that can run on the model's device.
         isa, threads: see `DeepSeekConfig`; None: the backend decides.
+        cuda_graphs: see `DeepSeekConfig`.
     """
 
     @property
@@ -39,6 +40,9 @@ class BackendSettings(Protocol):
 
     @property
     def threads(self) -> int | None: ...
+
+    @property
+    def cuda_graphs(self) -> bool: ...
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from ..config import DeepSeekConfig
 from ..errors import BackendError, ConfigError, RequestError, shown
 from ..integration.bind.runtime import runtime_of
 from ..integration.load.loader import load
+from ..integration.load.placement import parse_device
 from ..integration.load.resolve import resolve
 from ..optimized_model import DynamicGraphOptimizer, load_tokenizer
 
@@ -111,12 +112,12 @@ class ConversationalPipeline(Pipeline):
         from ..serving import make_engine
 
         own, fields = _split(optimizer_config)
-        where = _device(device)
+        where = None if device is None else parse_device(device)
         if isinstance(model, (str, os.PathLike)):
             model = Unloaded(os.fspath(model), {"dtype": generation.get("dtype")})
         if isinstance(model, Unloaded):
             path = _path(model)
-            model = _loaded(path, model.kwargs, fields)
+            model = _loaded(path, model.kwargs, fields, where)
         else:
             path = getattr(getattr(model, "config", None), "name_or_path", None) or ""
             model = _optimized(model, fields)
@@ -269,24 +270,6 @@ def _split(given: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return own, fields
 
 
-def _device(device: Any) -> torch.device | None:
-    """Returns the device, or None for None; raises ConfigError if it is invalid or not available."""
-    if device is None:
-        return None
-    try:
-        index = isinstance(device, int) and not isinstance(device, bool)
-        parsed = torch.device("cpu" if device == -1 else f"cuda:{device}") if index else torch.device(device)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise ConfigError(f'device={device!r} is not a device; use device="cpu"') from error
-    if parsed.type == "cuda" and torch.cuda.is_available():
-        return torch.device("cuda", parsed.index or 0)
-    if parsed.type == "cuda":
-        raise ConfigError(f'device={device!r} is a CUDA device, but none is available; use device="cpu"')
-    if parsed.type != "cpu":
-        raise ConfigError(f'device={device!r} is not supported; use device="cpu"')
-    return parsed
-
-
 def _path(unloaded: Unloaded) -> str:
     """Returns the path of the weights, downloaded if necessary.
 
@@ -305,13 +288,13 @@ def _path(unloaded: Unloaded) -> str:
     return str(path / kwargs["gguf_file"] if kwargs.get("gguf_file") else path)
 
 
-def _loaded(path: str, kwargs: Mapping[str, Any], fields: dict[str, Any]) -> Any:
+def _loaded(path: str, kwargs: Mapping[str, Any], fields: dict[str, Any], device: torch.device | None) -> Any:
     dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
     if dtype not in (None, "auto") and "precision" not in fields:
         if dtype not in _PRECISIONS:
             raise ConfigError(f"dtype={dtype} is not supported for optimized models; use float32 or bfloat16")
         fields = {**fields, "precision": _PRECISIONS[dtype]}
-    return load(path, None, fields, language_alone="the pipeline takes text")
+    return load(path, None, fields, "the pipeline takes text", device)
 
 
 def _optimized(model: Any, fields: dict[str, Any]) -> Any:

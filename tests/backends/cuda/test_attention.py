@@ -13,7 +13,7 @@ triton_interpreter.require()
 from deepseek_optimizer.backends.base import DECODE, PREFILL, StepBatch
 from deepseek_optimizer.backends.cuda import division
 from deepseek_optimizer.backends.cuda.kernels import attention, rope
-from deepseek_optimizer.backends.cuda.step import DeviceStep
+from deepseek_optimizer.backends.cuda.step import DeviceStep, StepIntegers
 from deepseek_optimizer.backends.cuda.store import CudaStore
 from deepseek_optimizer.backends.reference import ops
 from deepseek_optimizer.graph.ir import CacheSpec
@@ -30,6 +30,13 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def ints(values) -> np.ndarray:
     return np.asarray(values, dtype=np.int32)
+
+
+def on_device(batch: StepBatch, block_q: int, scratch: int | None = None) -> DeviceStep:
+    integers = StepIntegers.of(batch, 1, block_q, scratch=scratch)
+    memory = torch.empty(integers.size, dtype=torch.int32)
+    integers.write(memory.numpy())
+    return integers.on(memory)
 
 
 class Case:
@@ -61,15 +68,16 @@ class Case:
             rope.rope_cache(None, k, v, None, None, self.store.data, slots, 0, heads=heads, kv_heads=kv_heads)
         self.q = random(len(at), heads * head)
 
-    def made(self, window=0, sinks=0):
-        at = DeviceStep.of(self.batch, 1, division.query_rows(self.heads // self.kv_heads), CPU)
-        out = torch.full_like(self.q, torch.nan)
+    def made(self, window=0, sinks=0, scratch=None):
+        at = on_device(self.batch, division.query_rows(self.heads // self.kv_heads), scratch)
+        q = torch.cat((self.q, random(len(at.ids) - len(self.q), self.q.shape[1], seed=3)))
+        out = torch.full_like(q, torch.nan)
         for tiles in at.phases:
             attention.attention(
-                self.q, self.store.data, 0, at.tables[0], tiles, at.ends, out, heads=self.heads, kv_heads=self.kv_heads,
+                q, self.store.data, 0, at.tables[0], tiles, at.ends, out, heads=self.heads, kv_heads=self.kv_heads,
                 scale=SCALE, window=window, sinks=sinks,
             )  # fmt: skip
-        return out
+        return out[: len(self.q)]
 
     def exact(self, window=0, sinks=0):
         begin, outputs = 0, []
@@ -113,10 +121,18 @@ def test_windows_and_sinks(window, sinks):
 
 def test_long_contexts_are_divided_into_chunks():
     case = Case([(DECODE, 600, 1), (DECODE, 3, 1)], 2, 1, 16)
-    (tiles,) = DeviceStep.of(case.batch, 1, 1, CPU).phases
-    assert division.chunks_of(2, tiles.blocks, 1) == 3
+    (tiles,) = on_device(case.batch, 1).phases
+    assert division.chunks_of(tiles.planned, tiles.blocks, 1) == 4  # of which the last has no block
     case.check()
     case.check(window=290)
+
+
+@pytest.mark.parametrize("prompts", [(), [(PREFILL, 0, 5)]], ids=["padding rows", "padding tiles"])
+def test_padding_changes_no_bit(prompts):
+    """Of a step with several chunks: three rows are padded to four; eight rows need none, but a tile more than there are."""
+    case = Case([(DECODE, 600, 1), (DECODE, 3, 1), (DECODE, 40, 1), *prompts], 2, 1, 16)
+    case.store.data[case.store.scratch] = 0
+    assert torch.equal(case.made(scratch=case.store.scratch), case.made())
 
 
 def test_rows_that_see_later_tokens():
@@ -130,3 +146,4 @@ def test_rows_that_see_later_tokens():
 def test_chunks_fill_the_card_and_no_more():
     assert division.chunks_of(1, 4096, 8) == 64 and division.chunks_of(1, 9, 8) == 2 and division.chunks_of(64, 4096, 8) == 1
     assert [division.query_rows(group) for group in (1, 2, 3, 8, 71)] == [64, 32, 16, 8, 1]
+    assert division.query_rows(16, division.LATENT_ROWS) == 2

@@ -38,6 +38,14 @@ def test_rms_norms(count, width, unit_offset):
     close(out, ops.rms_norm(x + delta, weight, 1e-5, unit_offset))
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_layer_norms_in_place(biased):
+    x, weight, bias = random(9, 70) + 3, random(70, seed=1), random(70, seed=2) if biased else None
+    exact = ops.layer_norm(x, weight, bias, 1e-6)
+    norm.layer_norm(x, weight, bias, 1e-6, x)
+    torch.testing.assert_close(x, exact, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 def test_norms_of_heads_in_place(weighted):
     x, weight = random(9, 5 * 12), random(12, seed=1) if weighted else None
@@ -55,11 +63,11 @@ def test_angles_of_large_positions_are_exact(scaling):
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("rot", [12, 8])
-def test_rope_in_place(rot, interleaved):
+@pytest.mark.parametrize(("rot", "offset"), [(12, 0), (8, 0), (6, 5)])
+def test_rope_in_place(rot, offset, interleaved):
     x, table = random(11, 3 * 12), random(11, rot, seed=1)
-    exact = ops.rope(x, table, 3, interleaved)
-    rope.rope(x, table, 3, interleaved, x)
+    exact = ops.rope(x, table, 3, interleaved, offset)
+    rope.rope(x, table, 3, interleaved, x, offset)
     close(x, exact)
 
 
@@ -94,6 +102,13 @@ def test_selected_rows():
     rows.select_rows(index, x, out)
     assert torch.equal(out, x[index.long()])
     rows.select_rows(index[:0], x, out[:0])
+
+
+def test_rows_side_by_side():
+    a, b = random(19, 70), random(19, 30, seed=1)
+    out = torch.full((19, 100), torch.nan)
+    rows.concat(a, b, out)
+    assert torch.equal(out, ops.concat(a, b))
 
 
 @pytest.mark.parametrize("op", ["add", "swiglu"])

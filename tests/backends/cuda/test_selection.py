@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -12,32 +13,34 @@ import torch
 from deepseek_optimizer.backends import cuda
 from deepseek_optimizer.backends.registry import choose_backend, choose_spec, find
 from deepseek_optimizer.errors import BackendError
+from support.pretended_card import OLD_DRIVER, pretend
 
 CARD = torch.device("cuda:0")
 
 
 def wanted(backend="auto"):
-    return SimpleNamespace(backend=backend, isa=None, threads=None)
+    return SimpleNamespace(backend=backend, isa=None, threads=None, cuda_graphs=True)
 
 
 @pytest.fixture
 def machine(monkeypatch):
-    """machine(...): what is installed, and the card that torch finds, None for none."""
-
-    def become(triton=True, capability=(9, 0)):
-        monkeypatch.setattr(cuda, "find_spec", lambda name: SimpleNamespace() if triton else None)
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
-
-    return become
+    """See `pretended_card.pretend`."""
+    return partial(pretend, monkeypatch)
 
 
 @pytest.mark.parametrize(
     ("state", "said"),
     [
         ({"triton": False}, r'Triton is not installed: pip install "deepseek-optimizer\[cuda\]"'),
-        ({"capability": None}, "torch finds no CUDA device: install NVIDIA's driver and a build of torch for CUDA, or keep"),
+        (
+            {"failure": OLD_DRIVER},
+            "NVIDIA's driver is too old for torch .*, which is built for CUDA 13.0: update the",
+        ),
+        (
+            {"failure": "Found no NVIDIA driver"},
+            "torch finds no CUDA device: install NVIDIA's .* .Found no NVIDIA driver.",
+        ),
+        ({"build": None}, r"torch .* is a build for the CPU: install a build for CUDA .*, or keep the model on the CPU"),
         ({"capability": (7, 5)}, 'a card has compute capability 7.5, but 8.0 .* is needed: use backend="reference"'),
     ],
 )

@@ -9,7 +9,6 @@ from deepseek_optimizer import CacheFullError, NotEnoughMemoryError, PagedCache,
 from deepseek_optimizer.backends import cpu
 from deepseek_optimizer.cache import SequenceBlocks
 from deepseek_optimizer.engine.request import SamplingParams
-from deepseek_optimizer.integration.load import memory as load_memory
 from deepseek_optimizer.integration.memory import cache_size, growth
 from deepseek_optimizer.integration.memory.arena import Arena
 from deepseek_optimizer.integration.memory.growth import STEP, CheckedGrowth
@@ -169,7 +168,7 @@ def free(monkeypatch):
     """free(bytes, *limits): sets the free memory that is reported from now on."""
 
     def becomes(size, *limits):
-        for module in (memory, cpu, load_memory):
+        for module in (memory, cpu):
             monkeypatch.setattr(module, "free_memory", lambda: memory_of(size, *limits))
 
     return becomes

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 import torch
 
 from ...errors import BackendError
+from ...system.cuda_device import why_no_cuda
 from ..base import Backend, Sizes
 from ..registry import BY_NAME, BackendSettings, BackendSpec
 
@@ -23,8 +24,8 @@ def unavailable_reason(device: torch.device) -> str | None:
     """Why the backend cannot run on a device, with the remedy; None: it can."""
     if find_spec("triton") is None:
         return 'Triton is not installed: pip install "deepseek-optimizer[cuda]"'
-    if not torch.cuda.is_available():
-        return "torch finds no CUDA device: install NVIDIA's driver and a build of torch for CUDA, or keep the model on the CPU"
+    if (reason := why_no_cuda()) is not None:
+        return reason
     found = torch.cuda.get_device_capability(device)
     if found < _OLDEST:
         name = torch.cuda.get_device_name(device)
@@ -38,7 +39,7 @@ def _create(device: torch.device, settings: BackendSettings) -> Backend:
         raise BackendError(f"the cuda backend cannot run: {reason}")
     from .backend import CudaBackend  # imports Triton
 
-    return CudaBackend(device)
+    return CudaBackend(device, settings.cuda_graphs)
 
 
 def _sizes() -> Sizes:

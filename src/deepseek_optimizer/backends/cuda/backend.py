@@ -9,15 +9,17 @@ from pathlib import Path
 import torch
 
 from ...errors import BackendError
-from ...graph.ir import CacheSpec, Graph
+from ...graph.ir import CacheSpec, Graph, LatentSpec
 from ...graph.validate import check_graph
 from ...quant import products, reference_packer
 from ...quant.packed import PackedMatrix, PackedWeight
 from ...system.memory import FreeMemory, device_memory
 from ..base import DEFAULTS, PHASES, AdapterStore, Capabilities, CompileOptions, FileMapping, Norm
-from .device import launching_on
+from .buckets import MOST_ROWS
+from .device import Device, device_of, launching_on
 from .kernels import elementwise, linear, norm
 from .kernels.precision import EMULATED
+from .latent_store import CudaLatentStore
 from .matrices import LAYOUTS, DeviceMatrix
 from .plan import CudaPlan
 from .sizes import CudaSizes
@@ -30,6 +32,8 @@ class CudaBackend(CudaSizes):
 
     Args:
         device: a CUDA device; in Triton's interpreter (TRITON_INTERPRET=1) the CPU too.
+        captured: whether plans capture small steps (`DeepSeekConfig.cuda_graphs`).
+        seam: what plans ask of the device; None: the device itself.
 
     Raises:
         BackendError: another device.
@@ -39,10 +43,10 @@ class CudaBackend(CudaSizes):
     isa = threads = note = None
     maps_files = False
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, captured: bool = True, seam: Device | None = None) -> None:
         if device.type != "cuda" and not EMULATED:
             raise BackendError(f"the cuda backend cannot run on {device}; move the model with model.to('cuda')")
-        self.device = device
+        self.device, self._captured, self._seam = device, captured, seam or device_of(device)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -57,9 +61,13 @@ class CudaBackend(CudaSizes):
 
     @property
     def detail(self) -> str:
-        if self.device.type != "cuda":
-            return f"Triton's interpreter on {self.device}"
-        return f"Triton on {torch.cuda.get_device_name(self.device)}"
+        where = (
+            f" on {torch.cuda.get_device_name(self.device)}"
+            if self.device.type == "cuda"
+            else f"'s interpreter on {self.device}"
+        )
+        graphs = f"; steps of up to {MOST_ROWS} rows as CUDA graphs" if self._captured and self._seam.captures else ""
+        return f"Triton{where}{graphs}"
 
     def compile(
         self, graph: Graph, weights: Mapping[str, PackedWeight | torch.Tensor], options: CompileOptions = DEFAULTS
@@ -71,16 +79,19 @@ class CudaBackend(CudaSizes):
             GraphError: the graph is invalid.
         """
         check_graph(graph)
-        return CudaPlan(graph, weights, self.device)
+        return CudaPlan(graph, weights, self._seam, self._captured)
 
-    def new_store(self, graph: Graph, kv_dtype: str, num_blocks: int, num_states: int = 0) -> CudaStore:
+    def new_store(self, graph: Graph, kv_dtype: str, num_blocks: int, num_states: int = 0) -> CudaStore | CudaLatentStore:
         check_cache(graph)
-        assert isinstance(graph.cache, CacheSpec)
         if kv_dtype not in KV_DTYPES:
             raise BackendError(
                 f"the cuda backend does not support KV cache dtype {kv_dtype!r}; choose kv_cache among {', '.join(KV_DTYPES)}"
             )
-        return CudaStore(graph.cache, kv_dtype, num_blocks, self.device)
+        spec = graph.cache
+        if isinstance(spec, LatentSpec):
+            return CudaLatentStore(spec, kv_dtype, num_blocks, self.device)
+        assert isinstance(spec, CacheSpec)
+        return CudaStore(spec, kv_dtype, num_blocks, self.device)
 
     def new_adapters(self, graph: Graph, slots: int, rank: int, dtype: str) -> AdapterStore:
         raise self._missing("adapters")
@@ -143,12 +154,13 @@ class CudaBackend(CudaSizes):
         return result
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
-        if bias is not None:
-            raise self._missing("layer norms")
-        rows = self._rows(x)
+        rows, scale = self._rows(x), weight.detach().to(self.device, torch.float32).contiguous()
         out = torch.empty_like(rows)
         with launching_on(self.device):
-            norm.rms_norm(rows, self._vector(weight), eps, out)
+            if bias is None:
+                norm.rms_norm(rows, scale, eps, out)
+            else:
+                norm.layer_norm(rows, scale, self._vector(bias), eps, out)
         return out.view(x.shape)
 
     def attend(

@@ -1,8 +1,14 @@
-"""The device that kernels are launched on."""
+"""The device that a plan runs on: streams, copies and graphs. Everything else of a step is launched by Triton.
+
+Plans use only the interface `Device`, so that tests can put a device in its place that records what it is asked to do.
+"""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
 
 import torch
 
@@ -10,3 +16,111 @@ import torch
 def launching_on(device: torch.device) -> AbstractContextManager[object]:
     """Makes the device the current one, on which Triton launches, whatever device its arguments are on."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+class Device(Protocol):
+    """A device with one stream, on which everything runs in the order in which it was asked for.
+
+    Attributes:
+        device: torch's device.
+        captures: whether `capture` is supported.
+    """
+
+    device: torch.device
+    captures: bool
+
+    def step(self) -> AbstractContextManager[object]:
+        """A context for one step: no other thread is in one, and Triton launches on this device."""
+
+    def staging(self, size: int) -> torch.Tensor:
+        """Memory of the host, int32 [size], from and to which is copied without another copy."""
+
+    def upload(self, host: torch.Tensor, target: torch.Tensor) -> None:
+        """Begins to copy memory of `staging` to the device. The host's must not change before `wait` has returned."""
+
+    def download(self, source: torch.Tensor, host: torch.Tensor) -> None:
+        """Begins to copy from the device to memory of `staging`, which has been written when `wait` has returned."""
+
+    def capture(self, launch: Callable[[], None]) -> Callable[[], None]:
+        """Records what a function launches, without running it.
+
+        Args:
+            launch: launches kernels on memory whose addresses stay the same. The device has run the same kernels before, so
+                that none is compiled now. What it allocates shares memory with all other graphs of the device: a result is
+                valid until another graph is replayed.
+
+        Returns: launches all of it again.
+        """
+
+    def wait(self) -> None:
+        """Returns when everything has been done."""
+
+
+class CudaDevice:
+    """Implements `Device` with the current stream of torch and CUDA graphs."""
+
+    captures = True
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stepping = threading.Lock()
+        self._pool: Any = None  # the memory of all graphs
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        with self._stepping, launching_on(self.device):
+            yield
+
+    def staging(self, size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.int32, device="cpu", pin_memory=True)
+
+    def upload(self, host: torch.Tensor, target: torch.Tensor) -> None:
+        target.copy_(host, non_blocking=True)
+
+    def download(self, source: torch.Tensor, host: torch.Tensor) -> None:
+        host.copy_(source, non_blocking=True)
+
+    def capture(self, launch: Callable[[], None]) -> Callable[[], None]:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        # What other threads do with the device meanwhile, such as encoding pictures, is neither recorded nor an error.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            launch()
+        return graph.replay
+
+    def wait(self) -> None:
+        torch.cuda.current_stream(self.device).synchronize()
+
+
+class InterpreterDevice:
+    """Implements `Device` for Triton's interpreter on the CPU, which has no graphs."""
+
+    captures = False
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stepping = threading.Lock()
+
+    def step(self) -> AbstractContextManager[object]:
+        return self._stepping
+
+    def staging(self, size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.int32, device="cpu")
+
+    def upload(self, host: torch.Tensor, target: torch.Tensor) -> None:
+        target.copy_(host)
+
+    def download(self, source: torch.Tensor, host: torch.Tensor) -> None:
+        host.copy_(source)
+
+    def capture(self, launch: Callable[[], None]) -> Callable[[], None]:
+        raise NotImplementedError("Triton's interpreter has no graphs")
+
+    def wait(self) -> None:
+        """Does nothing: the interpreter is done when it returns."""
+
+
+def device_of(device: torch.device) -> Device:
+    """The implementation for a torch device."""
+    return CudaDevice(device) if device.type == "cuda" else InterpreterDevice(device)

@@ -15,6 +15,11 @@ BLOCK = 64  # words of 16 rows that a program of `vector_product` reads at a tim
 MOST_SPLITS = 8
 MOST_CHUNKS = 64
 TILE_FIELDS = 5
+PAIR_FIELDS = 3  # of a tile of pairs, see `kernels.expert_groups.PairTiles`
+HEAD_ROWS = 16  # heads of a program of latent attention, which share one key
+LATENT_ROWS = 32  # of a product of latent attention in prefill: sums of 64 rows with 512 elements do not fit into registers
+_LATENT_BYTES = 128 << 20  # of the queries in the space of latents, at most, unless HEAD_ROWS heads take more
+_SCORE_BYTES = 64 << 20  # of an indexer's scores, at most, unless one row takes more
 _CHUNK_BLOCKS = 8  # of the cache in a chunk, at least: 256 tokens
 
 
@@ -34,18 +39,21 @@ def splits_of(tile_rows: int, row_words: int) -> int:
 
 @dataclass(frozen=True)
 class Tiles:
-    """The rows of a step in one phase, divided into tiles of consecutive rows of a sequence.
+    """The rows of a step in one phase, divided into tiles of consecutive rows of a sequence. Padding tiles have no rows.
 
     Attributes:
         fields: int32 [tiles, TILE_FIELDS]: sequence, first row of the step, number of rows, token of the first row in its
             sequence, and one past the last token that the last row sees.
         block_q: at most this many rows in a tile, a power of two.
-        blocks: blocks that the longest sequence has; 0: tiles are not divided into chunks.
+        blocks: blocks that the longest sequence has, rounded up; 0: tiles are not divided into chunks.
+        planned: number of tiles that the division into chunks is for, at least as many as there are. It does not depend on
+            how many padding rows a step has.
     """
 
     fields: torch.Tensor
     block_q: int
     blocks: int
+    planned: int = 1
 
 
 def chunks_of(tiles: int, blocks: int, kv_heads: int) -> int:
@@ -54,14 +62,63 @@ def chunks_of(tiles: int, blocks: int, kv_heads: int) -> int:
     return max(1, wanted)
 
 
-def query_rows(group: int) -> int:
-    """Rows of a tile in prefill, for `group` query heads per key head: products of 64 rows."""
-    return max(1, 64 // (1 << (group - 1).bit_length()))
+def query_rows(group: int, product_rows: int = 64) -> int:
+    """Rows of a tile in prefill, for programs of `group` query heads that share a key head.
+
+    Args:
+        product_rows: rows of a product, heads included, a power of two.
+    """
+    return max(1, product_rows // (1 << (group - 1).bit_length()))
+
+
+def most_pair_tiles(pairs: int, experts: int, block_m: int) -> int:
+    """The most tiles of up to `block_m` pairs of one expert that `pairs` pairs can need, whatever their experts are."""
+    return (pairs + min(pairs, experts) * (block_m - 1)) // block_m
+
+
+def heads_at_once(rows: int, heads: int, rank: int) -> int:
+    """The number of heads whose queries are mapped to the space of latents at a time, for this number of rows."""
+    fitting = _LATENT_BYTES // (4 * rows * rank) // HEAD_ROWS * HEAD_ROWS
+    return min(heads, max(HEAD_ROWS, fitting))
+
+
+def rows_at_once(keys: int) -> int:
+    """The number of rows that an indexer chooses for at a time, from this number of tokens."""
+    return max(1, _SCORE_BYTES // (4 * keys))
 
 
 def attention_scratch_bytes(heads: int, kv_heads: int, head_dim: int) -> int:
     """The most bytes that unfinished results of chunks take."""
     return 4 * PROGRAMS * (heads // kv_heads) * (head_dim + 2)
+
+
+def latent_scratch_bytes(rows: int, heads: int, rank: int, nope: int) -> int:
+    """The most bytes that latent attention of up to `rows` rows takes: queries mapped to latents, both operands in the order of
+    words, and unfinished results of chunks.
+
+    Args:
+        nope: columns of a head's queries that are mapped.
+    """
+    latents = rows * heads_at_once(rows, heads, rank)
+    ordered = rows * heads * _padded(nope) + latents // rank * _padded(rank)
+    return 4 * (latents * rank + ordered + PROGRAMS * min(HEAD_ROWS, heads) * (rank + 2))
+
+
+def index_scratch_bytes(rows: int, keys: int) -> int:
+    """The most bytes that an indexer's scores of up to `rows` rows and `keys` tokens take."""
+    return 4 * keys * min(rows, rows_at_once(keys))
+
+
+def expert_scratch_bytes(tokens: int, top_k: int, experts: int, outputs: int, columns: int, gated: bool) -> int:
+    """The most bytes that products of experts take: rows in the order of words, and without `gated` a result for each pair. The
+    pairs in tiles count here too.
+
+    Args:
+        outputs, columns: size of a matrix.
+    """
+    pairs = tokens * top_k
+    grouped = pairs + experts + PAIR_FIELDS * most_pair_tiles(pairs, experts, 16)
+    return 4 * (grouped + (tokens if gated else pairs) * _padded(columns) + (0 if gated else pairs * outputs))
 
 
 def product_scratch_bytes(rows: int, outputs: int, columns: int, tile_rows: int, row_words: int, products: int) -> int:
@@ -74,4 +131,9 @@ def product_scratch_bytes(rows: int, outputs: int, columns: int, tile_rows: int,
     """
     splits = splits_of(tile_rows, row_words)
     partial = 0 if splits == 1 else 4 * products * splits * min(rows, MOST_ROWS) * outputs
-    return max(partial, 4 * rows * (columns + 31) // 32 * 32)
+    return max(partial, 4 * rows * _padded(columns))
+
+
+def _padded(columns: int) -> int:
+    """Columns in whole tiles."""
+    return (columns + 31) // 32 * 32

@@ -1,4 +1,4 @@
-"""Packed matrices on the device: the tiles of `quant/`, byte for byte as they are in the host's memory and on disk."""
+"""Packed matrices and stacks on the device: the tiles of `quant/`, byte for byte as they are in host memory and on disk."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ...quant.base import TILE_COLS, TILE_ROWS
-from ...quant.packed import PackedMatrix
+from ...quant.packed import PackedMatrix, PackedStack
 
 
 @dataclass(frozen=True)
@@ -44,34 +44,26 @@ LAYOUTS = {
 }
 
 
-class DeviceMatrix:
-    """A packed matrix [rows, cols] on the device.
-
-    Args:
-        matrix: in a format of LAYOUTS, its columns in the model's order.
-        device: where its tiles are copied to, unless they are there.
+class DeviceTiles:
+    """Packed tiles on the device.
 
     Attributes:
-        words: the tiles, int32 [ceil(rows/16), groups, tile_words].
+        rows, cols: size of a matrix.
+        words: the tiles, int32 [.., ceil(rows/16), groups, tile_words].
         halves: the same memory as fp16, for scales.
         groups: tiles in a row of tiles, ceil(cols/32).
     """
 
-    def __init__(self, matrix: PackedMatrix, device: torch.device) -> None:
-        self.format, self.rows, self.cols = matrix.format, matrix.rows, matrix.cols
-        self.layout = LAYOUTS[matrix.format]
-        self.words = matrix.data.detach().to(device).contiguous().view(torch.int32)
-        self.halves = self.words.view(torch.float16)
-        self.groups = self.words.shape[1]
+    def __init__(self, format_name: str, rows: int, cols: int, words: torch.Tensor) -> None:
+        self.format, self.rows, self.cols, self.words = format_name, rows, cols, words
+        self.layout = LAYOUTS[format_name]
+        self.halves = words.view(torch.float16)
+        self.groups = words.shape[-2]
 
-    def part(self, begin: int, end: int) -> DeviceMatrix:
-        """Rows [begin, end) as a view; `begin` is a multiple of 16."""
-        part = object.__new__(DeviceMatrix)
-        part.format, part.layout, part.groups = self.format, self.layout, self.groups
-        part.rows, part.cols = end - begin, self.cols
-        part.words = self.words[begin // TILE_ROWS : -(-end // TILE_ROWS)]
-        part.halves = part.words.view(torch.float16)
-        return part
+    @property
+    def tile_rows(self) -> int:
+        """Rows of tiles of a matrix."""
+        return self.words.shape[-3]
 
     @property
     def row_words(self) -> int:
@@ -88,3 +80,48 @@ class DeviceMatrix:
             "TILE_WORDS": self.layout.tile_words,
             "SCALED": self.layout.scaled,
         }
+
+
+class DeviceMatrix(DeviceTiles):
+    """A packed matrix [rows, cols] on the device.
+
+    Args:
+        matrix: in a format of LAYOUTS, its columns in the model's order.
+        device: where its tiles are copied to, unless they are there.
+    """
+
+    def __init__(self, matrix: PackedMatrix, device: torch.device) -> None:
+        super().__init__(matrix.format, matrix.rows, matrix.cols, _words(matrix.data, device))
+
+    def part(self, begin: int, end: int) -> DeviceMatrix:
+        """Rows [begin, end) as a view; `begin` is a multiple of 16."""
+        part = object.__new__(DeviceMatrix)
+        words = self.words[begin // TILE_ROWS : -(-end // TILE_ROWS)]
+        DeviceTiles.__init__(part, self.format, end - begin, self.cols, words)
+        return part
+
+
+class DeviceStack(DeviceTiles):
+    """Packed matrices of one size on the device, such as those of all experts.
+
+    Args:
+        stack: in a format of LAYOUTS.
+        device: where its tiles are copied to, unless they are there.
+    """
+
+    def __init__(self, stack: PackedStack, device: torch.device) -> None:
+        super().__init__(stack.format, stack.rows, stack.cols, _words(stack.data, device))
+
+    @property
+    def count(self) -> int:
+        """Number of matrices."""
+        return self.words.shape[0]
+
+    @property
+    def matrix_words(self) -> int:
+        """Words between two matrices."""
+        return self.words.stride(0)
+
+
+def _words(data: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return data.detach().to(device).contiguous().view(torch.int32)

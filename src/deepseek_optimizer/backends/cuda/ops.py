@@ -1,4 +1,6 @@
-"""One function per op: launches the kernels of a node on its values."""
+"""One function per op of dense decoders: launches the kernels of a node on its values. `expert_ops.py` and `latent_ops.py` have
+the others.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +8,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
-from ...graph.ir import Node
+from ...graph.ir import Graph, Node, Value
 from ...graph.ops.products import rows_of
-from ..base import StepBatch, reach_of
+from ..base import StepBatch
 from .kernels import attention as attention_kernels
 from .kernels import elementwise, linear, norm, rope, rows
-from .matrices import DeviceMatrix
+from .kernels.expert_groups import PairTiles
+from .kv_b import key_stack, value_stack
+from .matrices import DeviceMatrix, DeviceStack, DeviceTiles
 from .step import DeviceStep
-from .store import CudaStore
+from .store import DeviceBlocks
 
 
 @dataclass(frozen=True)
@@ -25,15 +28,23 @@ class Weights:
 
     Attributes:
         matrices: by name.
+        stacks: by name; of latent attention's kv_b those of `kv_b.key_stack` and `value_stack`.
         vectors: float32, by name; also the frequencies of RoPE tables whose frequencies are the same for all sequences,
             [1, rot/2], by `frequencies_name`.
     """
 
-    matrices: Mapping[str, DeviceMatrix]
-    vectors: Mapping[str, torch.Tensor]
+    matrices: dict[str, DeviceMatrix]
+    stacks: dict[str, DeviceStack]
+    vectors: dict[str, torch.Tensor]
 
     def vector(self, name: str | None) -> torch.Tensor | None:
         return None if name is None else self.vectors[name]
+
+    def tiles_of(self, name: str) -> list[DeviceTiles]:
+        """What is on the device of a packed weight."""
+        if name in self.matrices:
+            return [self.matrices[name]]
+        return [self.stacks[stack] for stack in (name, key_stack(name), value_stack(name)) if stack in self.stacks]
 
     def products(self, node: Node) -> list[tuple[DeviceMatrix, torch.Tensor | None]]:
         """Matrix and bias of each product of a node, of the rows that it uses."""
@@ -53,24 +64,28 @@ class Run:
 
     Attributes:
         at: the step's integers on the device.
+        batch: the step on the host; None in steps that may be captured, which depend on `at` alone.
         wants_hidden: whether hidden states are returned.
         hidden: the hidden states so far, by index.
+        pairs: the pairs of tokens and experts by the routes that they are grouped by, from `experts_gate_up` to `experts_down`.
     """
 
-    batch: StepBatch
+    batch: StepBatch | None
     at: DeviceStep
-    store: CudaStore | None
+    store: DeviceBlocks | None
     weights: Weights
     wants_hidden: bool
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
+    pairs: dict[Value, PairTiles | None] = field(default_factory=dict)
 
     @property
-    def cache(self) -> CudaStore:
+    def cache(self) -> DeviceBlocks:
         assert self.store is not None  # graphs that use it have a cache, for which the plan requires a store
         return self.store
 
 
 Values = list[torch.Tensor]
+Op = Callable[[Run, Node, Values, Values], None]
 
 
 def frequencies_name(spec: Any) -> str:
@@ -78,8 +93,13 @@ def frequencies_name(spec: Any) -> str:
     return f"rope:{id(spec)}"
 
 
+def ropes(graph: Graph) -> list[Any]:
+    """The `RopeSpec` of each table of a graph."""
+    return [node.attrs["rope"] for node in graph.nodes if node.op == "rope_table"]
+
+
 def _embedding(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
-    if run.batch.inputs_embeds is not None:
+    if run.batch is not None and run.batch.inputs_embeds is not None:
         outputs[0].copy_(run.batch.inputs_embeds.detach())
     else:
         rows.embedding(run.at.ids, run.weights.matrices[node.weights[0]], node.attrs["scale"], outputs[0])
@@ -90,6 +110,11 @@ def _rms_norm(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
     weight = run.weights.vector(node.weights[0] if node.weights else None)
     offset = a.get("unit_offset", False)
     norm.rms_norm(inputs[0], weight, a["eps"], outputs[0], heads=a.get("heads", 1), unit_offset=offset)
+
+
+def _layer_norm(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
+    weight, *bias = (run.weights.vectors[name] for name in node.weights)
+    norm.layer_norm(inputs[0], weight, bias[0] if bias else None, node.attrs["eps"], outputs[0])
 
 
 def _add_rms_norm(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
@@ -117,8 +142,7 @@ def _rope_table(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
     """The rows of a sequence share its frequencies, which for dynamic RoPE depend on its reach."""
     spec, at = node.attrs["rope"], run.at
     if spec.is_dynamic:
-        by_sequence = np.stack([spec.inv_freq_at(length) for length in reach_of(run.batch)])
-        frequencies, which = torch.from_numpy(by_sequence).to(at.positions.device, torch.float32), at.sequence
+        frequencies, which = at.frequencies[frequencies_name(spec)], at.sequence
     else:
         frequencies, which = run.weights.vectors[frequencies_name(spec)], torch.zeros_like(at.sequence)
     rope.rope_table(at.positions, which, frequencies, spec.scaling, outputs[0])
@@ -126,7 +150,7 @@ def _rope_table(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
 
 def _rope(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
     x, table = inputs
-    rope.rope(x, table, node.attrs["heads"], node.attrs["interleaved"], outputs[0])
+    rope.rope(x, table, node.attrs["heads"], node.attrs["interleaved"], outputs[0], node.attrs.get("offset", 0))
 
 
 def _cache_write(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
@@ -136,7 +160,7 @@ def _cache_write(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
     k, v = inputs[1:3] if rotated else inputs
     q, table = (inputs[0], inputs[3]) if rotated else (None, None)
     rope.rope_cache(
-        q, k, v, table, outputs[0] if outputs else None, store.data, run.at.slots[store.spec.group_of(a["layer"])],
+        q, k, v, table, outputs[0] if outputs else None, store.data, run.at.slots[store.group_of(a["layer"])],
         store.offsets[a["layer"]], heads=a.get("heads", 0), kv_heads=a["kv_heads"], interleaved=a.get("interleaved", False),
     )  # fmt: skip
 
@@ -145,7 +169,7 @@ def _attention(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
     a, store = node.attrs, run.cache
     for tiles in run.at.phases:
         attention_kernels.attention(
-            inputs[0], store.data, store.offsets[a["layer"]], run.at.tables[store.spec.group_of(a["layer"])], tiles,
+            inputs[0], store.data, store.offsets[a["layer"]], run.at.tables[store.group_of(a["layer"])], tiles,
             run.at.ends, outputs[0], heads=a["heads"], kv_heads=a["kv_heads"], scale=a["scale"], window=a.get("window", 0),
             sinks=a.get("sinks", 0),
         )  # fmt: skip
@@ -155,20 +179,32 @@ def _select_rows(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
     rows.select_rows(run.at.logit_rows, inputs[0], outputs[0])
 
 
+def _concat(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
+    a, b = inputs
+    rows.concat(a, b, outputs[0])
+
+
+def _state_in(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
+    assert run.batch is not None and run.batch.states is not None  # checked by `check_batch`; not captured
+    outputs[0].copy_(run.batch.states.detach())
+
+
 def _hidden_out(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
     if run.wants_hidden:
         run.hidden[node.attrs["index"]] = inputs[0].clone()
 
 
-OPS: Mapping[str, Callable[[Run, Node, Values, Values], None]] = {
+DENSE_OPS: Mapping[str, Op] = {
     "add": _pairwise,
     "add_rms_norm": _add_rms_norm,
     "attention": _attention,
     "cache_write": _cache_write,
+    "concat": _concat,
     "embedding": _embedding,
     "gate_up": _gate_up,
     "head_norm": _rms_norm,
     "hidden_out": _hidden_out,
+    "layer_norm": _layer_norm,
     "linear": _linear,
     "lm_head": _linear,
     "rms_norm": _rms_norm,
@@ -176,5 +212,6 @@ OPS: Mapping[str, Callable[[Run, Node, Values, Values], None]] = {
     "rope_cache": _cache_write,
     "rope_table": _rope_table,
     "select_rows": _select_rows,
+    "state_in": _state_in,
     "swiglu": _pairwise,
 }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ...errors import BackendError
-from ...graph.analysis import hidden_only, weight_shapes
+from ...graph.analysis import hidden_only
 from ...graph.cache_groups import group_spans
 from ...graph.ir import Graph, Node, Value
 from ...graph.planner import assign_slots
@@ -18,94 +19,171 @@ from ..decode_one import decode_one
 from ..decoding import DecodeCall, Decoded, DraftedCall, DraftedRounds
 from ..drafted_round import drafted_round
 from ..reference.checks import check_batch
-from ..reference.plan import choose_on_device
+from ..reference.plan import choose_on_device, greedy_tokens
 from ..sampling import TokenChoice, choose_tokens
-from .device import launching_on
-from .division import query_rows
+from .bind import weights_on_device
+from .buckets import MOST_ROWS, may_be_captured
+from .captured import CapturedSteps, Results
+from .device import Device
+from .division import HEAD_ROWS, LATENT_ROWS, query_rows
+from .expert_ops import EXPERT_OPS
 from .kernels.rows import select_rows
-from .matrices import DeviceMatrix
-from .ops import OPS, Run, Weights, frequencies_name
+from .latent_ops import LATENT_OPS
+from .memory import memory_errors
+from .ops import DENSE_OPS, Op, Run, frequencies_name, ropes
 from .sizes import plan_bytes
-from .step import DeviceStep
-from .store import CudaStore
-from .supported import check_graph_ops, check_matrix
+from .step import DeviceStep, StepIntegers
+from .store import DeviceBlocks
+from .stores import store_class
+from .supported import check_graph_ops
+
+OPS: Mapping[str, Op] = {**DENSE_OPS, **EXPERT_OPS, **LATENT_OPS}
+
+_STEP_REMEDY = (
+    "set a smaller kv_cache_memory, which leaves more for steps, or a smaller prefill_chunk or batch_size_range, or load the "
+    "model in a smaller format"
+)
 
 
 class CudaPlan:
     """Implements `Plan`. Created by `CudaBackend.compile`.
 
     Values are float32 rows in buffers that values which are never alive together share (`graph/planner.py`); they grow with the
-    largest step and are kept. Only the integers of a step go to the device, in one copy.
+    largest step and are kept. Only the integers of a step go to the device, in one copy. Of a captured step, the likeliest
+    tokens come back before `run` returns, so that choosing tokens need not wait for the device again.
+
+    Args:
+        graph, weights: as in `Backend.compile`.
+        device: the device that it runs on.
+        captured: whether small steps are captured and replayed, if the device supports it.
     """
 
-    def __init__(self, graph: Graph, weights: Mapping[str, PackedWeight | torch.Tensor], device: torch.device) -> None:
+    def __init__(
+        self, graph: Graph, weights: Mapping[str, PackedWeight | torch.Tensor], device: Device, captured: bool = True
+    ) -> None:
         check_graph_ops(graph)
-        self.graph, self.device = graph, device
-        self._weights = _on_device(graph, weights, device)
-        self._formats = {name: matrix.format for name, matrix in self._weights.matrices.items()}
+        self.graph, self.device, self._device = graph, device.device, device
+        self._weights = weights_on_device(graph, weights, self.device)
+        self._formats = {name: weight.format for name in graph.weights() if isinstance(weight := weights[name], PackedWeight)}
         self._spans = group_spans(graph)
         self._only_hidden = hidden_only(graph)
         self._only_earlier = hidden_only(graph, wanted=(graph.hidden_states - 1,))
         planned = assign_slots(graph)
         self._slots, self._slot_of = planned.slots, planned.slot_of
-        self._buffers = [torch.empty(0, slot.width, dtype=torch.float32, device=device) for slot in planned.slots]
+        self._buffers = [self._empty(0, slot.width) for slot in planned.slots]
         self._head = next((node.outputs[0] for node in graph.nodes if node.op == "lm_head"), None)
-        groups = [node.attrs["heads"] // node.attrs["kv_heads"] for node in graph.nodes if node.op == "attention"]
-        self._block_q = query_rows(max(groups, default=1))
+        self._block_q = _query_rows(graph)
+        self._dynamic = {frequencies_name(spec): spec for spec in ropes(graph) if spec.is_dynamic}
+        self._staging = device.staging(0)
+        self.captured = CapturedSteps(device) if captured and device.captures else None
+        self._captured_logits = self._empty(0, graph.logits_width)
+        self._greedy = device.staging(MOST_ROWS)  # the likeliest tokens of the last captured step, on the host
+        self._chosen_from: tuple[Callable[[], torch.Tensor | None], int] | None = None  # its logits, and their version
 
     @torch.no_grad()
     def run(self, batch: StepBatch, store: KvStore | None) -> StepOutput:
         """Runs one step over a store of this backend."""
-        with launching_on(self.device):
-            output = self._run(batch, store)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        check_batch(batch, self.graph, 0 if store is None else store.num_blocks, self._spans)
+        wanted = store_class(self.graph.cache)
+        if store is not None and not isinstance(store, wanted):
+            raise BackendError(f"store: the plan needs a {wanted.__name__} of its backend, got a {type(store).__name__}")
+        logits = self._given_logits(batch)
+        with self._device.step(), memory_errors(f"a step of {len(batch.positions)} tokens on {self.device}", _STEP_REMEDY):
+            if store is not None:
+                store.ensure(int(batch.block_table.max()) + 1)
+            if self.captured is not None and store is not None and may_be_captured(batch):
+                output = self._replayed(batch, store, self.captured, logits)
+            else:
+                output = self._launched(batch, store, logits)
+            self._device.wait()
         return output
 
-    def _run(self, batch: StepBatch, store: KvStore | None) -> StepOutput:
-        check_batch(batch, self.graph, 0 if store is None else store.num_blocks, self._spans)
-        if store is not None:
-            if not isinstance(store, CudaStore):
-                raise BackendError(f"store: a plan of the cuda backend needs a store of it, got a {type(store).__name__}")
-            store.ensure(int(batch.block_table.max()) + 1)
+    def _launched(self, batch: StepBatch, store: DeviceBlocks | None, given: torch.Tensor | None) -> StepOutput:
+        integers = StepIntegers.of(batch, len(self._spans), self._block_q, self._dynamic)
+        memory = torch.empty(integers.size, dtype=torch.int32, device=self.device)
+        self._upload(integers, memory)
+        logits = self._empty(len(batch.logit_rows), self.graph.logits_width) if given is None else given
         asks = batch.last_hidden or batch.draft_states
-        at = DeviceStep.of(batch, len(self._spans), self._block_q, self.device)
-        run = Run(batch, at, store, self._weights, batch.hidden or asks)
-        logits = self._logits_buffer(batch)
-        unwanted = self._only_earlier if asks else self._only_hidden
+        results = self._launch(
+            Run(batch, integers.on(memory), store, self._weights, batch.hidden or asks), logits, batch.hidden
+        )
+        states = self.graph.hidden_states
+        hidden = torch.stack([results.hidden[i] for i in range(states)]) if batch.hidden else None
+        return _output(batch, logits, results.hidden[states - 1] if asks else None, hidden)
+
+    def _replayed(
+        self, batch: StepBatch, store: DeviceBlocks, captured: CapturedSteps, given: torch.Tensor | None
+    ) -> StepOutput:
+        """A step with padding rows, whose results are copied: the next step overwrites them."""
+        integers = StepIntegers.of(batch, len(self._spans), self._block_q, self._dynamic, store.scratch)
+        bucket = integers.bucket
+        if bucket.logit_rows > len(self._captured_logits):
+            self._captured_logits = self._empty(bucket.logit_rows, self.graph.logits_width)
+
+        def launch(at: DeviceStep) -> Results:
+            run = Run(None, at, store, self._weights, bucket.states)
+            made = self._launch(run, self._captured_logits[: bucket.logit_rows], False)
+            made.greedy = greedy_tokens(made.logits).to(torch.int32) if bucket.logit_rows else None
+            return made
+
+        results = captured.run(integers, store, self._upload, launch)
+        rows, tokens = len(batch.logit_rows), len(batch.positions)
+        logits = self._empty(rows, self.graph.logits_width) if given is None else given
+        logits.copy_(results.logits[:rows])
+        if results.greedy is not None:
+            self._device.download(results.greedy[:rows], self._greedy[:rows])
+            self._chosen_from = None if logits.is_inference() else (weakref.ref(logits), logits._version)
+        last = results.hidden[self.graph.hidden_states - 1][:tokens].clone() if bucket.states else None
+        return _output(batch, logits, last, None)
+
+    def _upload(self, integers: StepIntegers, memory: torch.Tensor) -> None:
+        if integers.size > len(self._staging):
+            self._staging = self._device.staging(2 * integers.size)
+        host = self._staging[: integers.size]
+        integers.write(host.numpy())
+        self._device.upload(host, memory)
+
+    def _launch(self, run: Run, logits: torch.Tensor, all_hidden: bool) -> Results:
+        """Executes the nodes. Nothing waits for the device.
+
+        Args:
+            logits: what the logits are written to.
+            all_hidden: whether all hidden states are returned, and not the last one alone.
+        """
+        unwanted = self._only_earlier if run.wants_hidden else self._only_hidden
         for i, node in enumerate(self.graph.nodes):
-            if batch.hidden or i not in unwanted:
+            if all_hidden or i not in unwanted:
                 self._execute(run, node, logits)
         if self._head is not None and not self._head.selected:
-            select_rows(at.logit_rows, self._rows(self._head, batch), logits)
-        hidden = torch.stack([run.hidden[i] for i in range(self.graph.hidden_states)]) if batch.hidden else None
-        last = run.hidden[self.graph.hidden_states - 1] if asks else None
-        return StepOutput(logits, hidden, last if batch.last_hidden else None, last if batch.draft_states else None)
+            select_rows(run.at.logit_rows, self._rows(self._head, run.at), logits)
+        return Results(logits, run.hidden, held=tuple(self._buffers))
 
     def _execute(self, run: Run, node: Node, logits: torch.Tensor) -> None:
-        inputs = [self._rows(value, run.batch) for value in node.inputs]
+        inputs = [self._rows(value, run.at) for value in node.inputs]
         direct = node.op == "lm_head" and node.outputs[0].selected
-        outputs = [logits if direct else self._rows(value, run.batch) for value in node.outputs]
+        outputs = [logits if direct else self._rows(value, run.at) for value in node.outputs]
         OPS[node.op](run, node, inputs, outputs)
 
-    def _rows(self, value: Value, batch: StepBatch) -> torch.Tensor:
-        """The buffer of a value, float32 [T or R, width]."""
-        index, rows = self._slot_of[value], len(batch.logit_rows if value.selected else batch.positions)
+    def _rows(self, value: Value, at: DeviceStep) -> torch.Tensor:
+        """The buffer of a value, float32 [T or R, width], or with `repeat` rows per token [T * repeat, width]."""
+        index, rows = self._slot_of[value], value.repeat * len(at.logit_rows if value.selected else at.positions)
         self._grow(index, rows)
         return self._buffers[index][:rows]
 
     def _grow(self, index: int, rows: int) -> None:
+        """Captured steps hold the buffers that they were launched with."""
         if rows > len(self._buffers[index]):
-            width = self._slots[index].width
-            self._buffers[index] = torch.empty(rows, width, dtype=torch.float32, device=self.device)
+            self._buffers[index] = self._empty(rows, self._slots[index].width)
 
-    def _logits_buffer(self, batch: StepBatch) -> torch.Tensor:
-        """The tensor that the step's logits are written to, [R, V]; R is 0 if the graph has no head. The caller's is checked,
-        as kernels would write past its end."""
+    def _empty(self, rows: int, width: int) -> torch.Tensor:
+        return torch.empty(rows, width, dtype=torch.float32, device=self.device)
+
+    def _given_logits(self, batch: StepBatch) -> torch.Tensor | None:
+        """The caller's tensor for logits, which is checked, as kernels would write past its end."""
         shape = len(batch.logit_rows), self.graph.logits_width
         given = batch.logits
         if given is None:
-            return torch.empty(shape, dtype=torch.float32, device=self.device)
+            return None
         if given.shape != shape or given.dtype != torch.float32 or not given.is_contiguous():
             raise BackendError(
                 f"step.logits: must be contiguous float32 {list(shape)}, got {given.dtype} {list(given.shape)} with strides "
@@ -116,6 +194,9 @@ class CudaPlan:
         return given
 
     def choose_tokens(self, logits: torch.Tensor, choices: Sequence[TokenChoice | None]) -> list[int | None]:
+        source, version = self._chosen_from or (None, 0)
+        if source is not None and source() is logits and logits._version == version:
+            return choose_on_device(logits, choices, self._greedy[: len(logits)].tolist())
         return choose_tokens(logits.numpy(), choices) if logits.is_cpu else choose_on_device(logits, choices)
 
     def decode(self, batch: StepBatch, store: KvStore, call: DecodeCall) -> Decoded:
@@ -133,7 +214,7 @@ class CudaPlan:
         kept = {self._slot_of[value] for node in self.graph.nodes if node.op == "lm_head" for value in node.outputs}
         for index, slot in enumerate(self._slots):
             if index not in kept:
-                self._grow(index, logit_rows if slot.selected else tokens)
+                self._grow(index, slot.repeat * (logit_rows if slot.selected else tokens))
 
     def buffer_bytes(self, tokens: int, logit_rows: int) -> int:
         return plan_bytes(self.graph, self._formats, tokens, logit_rows)
@@ -147,37 +228,20 @@ class CudaPlan:
         if matrices:
             row["weights"] = matrices
             row["format"] = ",".join(dict.fromkeys(self._formats[name] for name in matrices))
-            row["bytes"] = sum(self._weights.matrices[name].words.nbytes for name in matrices)
+            row["bytes"] = sum(tiles.words.nbytes for name in matrices for tiles in self._weights.tiles_of(name))
         return row
 
 
-def _on_device(graph: Graph, weights: Mapping[str, PackedWeight | torch.Tensor], device: torch.device) -> Weights:
-    """Copies a graph's weights: matrices as they are packed, once for tied names, and vectors as float32.
+def _query_rows(graph: Graph) -> int:
+    """Rows of a tile in prefill."""
+    latent = [min(HEAD_ROWS, node.attrs["heads"]) for node in graph.nodes if node.op == "mla_attention"]
+    if any(node.op == "mla_attention" and len(node.inputs) > 1 for node in graph.nodes):
+        return 1  # each row attends to tokens of its own
+    if latent:
+        return query_rows(max(latent), LATENT_ROWS)
+    groups = [node.attrs["heads"] // node.attrs["kv_heads"] for node in graph.nodes if node.op == "attention"]
+    return query_rows(max(groups, default=1))
 
-    Raises:
-        BackendError: a weight is missing or does not fit.
-    """
-    vectors: dict[str, torch.Tensor] = {}
-    matrices: dict[str, DeviceMatrix] = {}
-    copies: dict[int, DeviceMatrix] = {}
-    for name, shape in weight_shapes(graph).items():
-        weight = weights.get(name)
-        if len(shape) == 2:
-            weight = check_matrix(name, weight, graph.family)
-        elif not isinstance(weight, torch.Tensor):
-            raise BackendError(f"the graph needs weight {name!r} as a vector, got {type(weight).__name__}")
-        if tuple(weight.shape) != shape:
-            raise BackendError(f"weight {name!r} has shape {tuple(weight.shape)}, but the graph needs {shape}")
-        if isinstance(weight, torch.Tensor):
-            vectors[name] = weight.detach().to(device, torch.float32).contiguous()
-        else:
-            key = id(weight.data)
-            if key not in copies:
-                copies[key] = DeviceMatrix(weight, device)
-            matrices[name] = copies[key]
-    for node in graph.nodes:
-        if node.op == "rope_table" and not node.attrs["rope"].is_dynamic:
-            spec = node.attrs["rope"]
-            frequencies = torch.tensor(spec.inv_freq, dtype=torch.float32, device=device)
-            vectors[frequencies_name(spec)] = frequencies[None].contiguous()
-    return Weights(matrices, vectors)
+
+def _output(batch: StepBatch, logits: torch.Tensor, last: torch.Tensor | None, hidden: torch.Tensor | None) -> StepOutput:
+    return StepOutput(logits, hidden, last if batch.last_hidden else None, last if batch.draft_states else None)

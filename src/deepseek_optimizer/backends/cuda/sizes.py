@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ...graph.analysis import weight_shapes
-from ...graph.ir import CacheSpec, Graph
+from ...graph.analysis import stack_shapes, weight_shapes
+from ...graph.ir import Graph
 from ...graph.planner import Slot, assign_slots
 from ...quant.tiles import tile_counts
 from ..base import CompileOptions
-from .division import attention_scratch_bytes, product_scratch_bytes
+from .buckets import MOST_ROWS, rows_bucket
+from .division import (
+    attention_scratch_bytes,
+    expert_scratch_bytes,
+    index_scratch_bytes,
+    latent_scratch_bytes,
+    product_scratch_bytes,
+)
 from .matrices import LAYOUTS
-from .store import KV_DTYPES, layer_offsets
+from .store import KV_DTYPES
+from .stores import block_elements
 from .supported import check_cache
 
 _VALUE_BYTES = 4  # values are float32; products round their rows themselves
@@ -25,9 +33,12 @@ def value_slots(graph: Graph) -> list[Slot]:
 
 
 def plan_bytes(graph: Graph, formats: Mapping[str, str], tokens: int, logit_rows: int) -> int:
-    """Bytes of a plan's buffers without logits, and of the largest scratch memory of a kernel, which they share."""
-    slots = sum(_VALUE_BYTES * slot.width * (logit_rows if slot.selected else tokens) for slot in value_slots(graph))
-    return slots + _scratch_bytes(graph, formats, tokens)
+    """Bytes of a plan's buffers, and of the largest scratch memory of a kernel, which they share. Of logits, only the rows of
+    captured steps are the plan's own."""
+    rows = {True: logit_rows, False: tokens}
+    slots = sum(_VALUE_BYTES * slot.width * slot.repeat * rows[slot.selected] for slot in value_slots(graph))
+    captured = _VALUE_BYTES * graph.logits_width * rows_bucket(min(logit_rows, MOST_ROWS))
+    return slots + captured + _scratch_bytes(graph, formats, tokens)
 
 
 def _scratch_bytes(graph: Graph, formats: Mapping[str, str], tokens: int) -> int:
@@ -37,6 +48,17 @@ def _scratch_bytes(graph: Graph, formats: Mapping[str, str], tokens: int) -> int
         if node.op == "attention":
             a = node.attrs
             sizes.append(attention_scratch_bytes(a["heads"], a["kv_heads"], a["head_dim"]))
+        if node.op == "mla_attention":
+            a = node.attrs
+            sizes.append(latent_scratch_bytes(tokens, a["heads"], a["rank"], a["nope"]))
+        if node.op == "index_choose":
+            sizes.append(index_scratch_bytes(tokens, graph.max_positions))
+        if node.op in ("experts_gate_up", "experts_down"):
+            rows, cols = stack_shapes(graph)[node.weights[0]][1:]
+            a, gated = node.attrs, node.op == "experts_gate_up"
+            sizes.append(expert_scratch_bytes(tokens, a["top_k"], a["experts"], rows, cols, gated))
+        if node.op == "router":  # scores beside the product's own
+            sizes.append(_VALUE_BYTES * tokens * (node.attrs["experts"] + 32 + node.inputs[0].width))
         if node.op in ("linear", "gate_up", "lm_head"):
             products = 2 if node.op == "gate_up" else 1
             apart = products == 2 and len({formats.get(name) for name in node.weights}) == 2  # `up` has its own buffer
@@ -54,8 +76,7 @@ class CudaSizes:
 
     def block_bytes(self, graph: Graph, kv_dtype: str) -> int:
         check_cache(graph)
-        assert isinstance(graph.cache, CacheSpec)
-        return layer_offsets(graph.cache)[1] * KV_DTYPES[kv_dtype].itemsize
+        return block_elements(graph.cache) * KV_DTYPES[kv_dtype].itemsize
 
     def state_bytes(self, graph: Graph) -> int:
         """Zero: graphs with states are refused."""

@@ -1,23 +1,26 @@
-"""The integers of a step on the device."""
+"""The integers of a step: made on the host, and copied to the device at once."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..base import BLOCK_TOKENS, DECODE, StepBatch
-from .division import Tiles
+from ..base import BLOCK_TOKENS, DECODE, StepBatch, reach_of
+from .buckets import Bucket
+from .division import TILE_FIELDS, Tiles
 
 Integers = npt.NDArray[np.signedinteger[Any]]
+_ALIGNED = 32  # integers: Triton compiles another kernel for a pointer that is not aligned to 16 bytes
 
 
 @dataclass(frozen=True)
 class DeviceStep:
-    """What kernels read of a step's batch, int32 on the device; it arrives in one transfer.
+    """What kernels read of a step's batch, int32 on the device.
 
     Attributes:
         phases: the rows in phase DECODE, in tiles of one row, and those in phase PREFILL; without phases that have no rows.
@@ -27,6 +30,7 @@ class DeviceStep:
         slots: [G, T], 32 * block + place in it, of each row in each group of layers.
         tables: [G, S, blocks].
         logit_rows: [R].
+        frequencies: float32 [S, rot/2] of each RoPE whose frequencies depend on the sequence, by name.
     """
 
     phases: tuple[Tiles, ...]
@@ -37,45 +41,134 @@ class DeviceStep:
     slots: torch.Tensor
     tables: torch.Tensor
     logit_rows: torch.Tensor
+    frequencies: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StepIntegers:
+    """The same on the host.
+
+    A padded step has the sizes of its bucket, so that every array has the same place in memory whatever the step is. Its rows
+    after those of the batch belong to one more sequence, all of them to its first token, which is in a block of the cache that
+    no real sequence has. Further tiles have no rows.
+
+    Attributes:
+        arrays: tiles of one row, tiles of prompts, and then as in `DeviceStep`.
+        names: of the frequencies, which are the last arrays.
+    """
+
+    arrays: tuple[npt.NDArray[Any], ...]
+    names: tuple[str, ...]
+    bucket: Bucket
+    block_q: int
 
     @classmethod
-    def of(cls, batch: StepBatch, groups: int, block_q: int, device: torch.device) -> DeviceStep:
-        """Copies a batch.
+    def of(
+        cls,
+        batch: StepBatch,
+        groups: int,
+        block_q: int,
+        dynamic: Mapping[str, Any] | None = None,
+        scratch: int | None = None,
+    ) -> StepIntegers:
+        """The integers of a batch.
 
         Args:
             groups: groups of the cache's layers.
             block_q: rows of a tile in prefill.
+            dynamic: by name each `RopeSpec` whose frequencies depend on the sequence.
+            scratch: the block of padding rows; None: the step is not padded.
         """
-        sequence = np.repeat(np.arange(len(batch.query_len)), batch.query_len)
+        bucket, sequences = Bucket.of(batch, block_q), len(batch.query_len)
+        sequence = np.repeat(np.arange(sequences), batch.query_len)
         starts = np.cumsum(batch.query_len) - batch.query_len
         token = batch.context_len[sequence] + np.arange(len(sequence)) - starts[sequence]
         ends = token + 1 if batch.visible_to is None else batch.visible_to
         tables = batch.tables(groups)
         slots = tables[:, sequence, token // BLOCK_TOKENS] * BLOCK_TOKENS + token % BLOCK_TOKENS
         decoding = batch.phase == DECODE
-        one_row = _tiles(batch, starts, ends, np.flatnonzero(decoding), 1)
+        rows = batch.decoding_rows  # the first ones
+        one_row = _fields(sequence[:rows], np.arange(rows), 1, token[:rows], ends[:rows])
         many = _tiles(batch, starts, ends, np.flatnonzero(~decoding), block_q)
         ids = batch.token_ids if len(batch.token_ids) == len(token) else np.zeros_like(token)  # ignored with `inputs_embeds`
-        arrays = [ids, batch.positions, sequence, ends, slots, tables, batch.logit_rows, one_row, many]
-        on_device = _transferred(arrays, device)
-        longest = int((-(-(batch.context_len + batch.query_len)[decoding] // BLOCK_TOKENS)).max(initial=0))
-        phases = (Tiles(on_device[7], 1, longest), Tiles(on_device[8], block_q, 0))
-        return cls(tuple(phase for phase in phases if len(phase.fields)), *on_device[:7])
+        arrays = [one_row, many, ids, batch.positions, sequence, ends, slots, tables, batch.logit_rows]
+        for spec in (dynamic or {}).values():
+            arrays.append(np.stack([spec.inv_freq_at(length) for length in reach_of(batch)]).astype(np.float32).view(np.int32))
+        if scratch is not None:
+            arrays = _padded(arrays, bucket, sequences, scratch)
+        return cls(tuple(arrays), tuple(dynamic or ()), bucket, block_q)
+
+    @property
+    def size(self) -> int:
+        """Integers of all arrays, each of which is aligned."""
+        return sum(_aligned(array.size) for array in self.arrays)
+
+    def write(self, memory: Integers) -> None:
+        """Copies the arrays to int32 [size]."""
+        begin = 0
+        for array in self.arrays:
+            memory[begin : begin + array.size] = array.ravel()
+            begin += _aligned(array.size)
+
+    def on(self, memory: torch.Tensor) -> DeviceStep:
+        """Views of memory [size] that has been written."""
+        views, begin = [], 0
+        for array in self.arrays:
+            views.append(memory[begin : begin + array.size].view(array.shape))
+            begin += _aligned(array.size)
+        one_row, many, ids, positions, sequence, ends, slots, tables, logit_rows, *rest = views
+        tiles = Tiles(one_row, 1, self.bucket.blocks, self.bucket.one_row), Tiles(many, self.block_q, 0)
+        frequencies = {name: view.view(torch.float32) for name, view in zip(self.names, rest, strict=True)}
+        phases = tuple(each for each in tiles if len(each.fields))
+        return DeviceStep(phases, ids, positions, sequence, ends, slots, tables, logit_rows, frequencies)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNED) * _ALIGNED
 
 
 def _tiles(batch: StepBatch, starts: Integers, ends: Integers, sequences: Integers, block_q: int) -> Integers:
-    """`Tiles.fields` of these sequences."""
+    """`Tiles.fields` of these sequences, in tiles of `block_q` rows."""
+    if not len(sequences):
+        return np.empty((0, TILE_FIELDS), np.int32)
     counts = -(-batch.query_len[sequences] // block_q)
     sequence = np.repeat(sequences, counts)
     number = np.arange(len(sequence)) - np.repeat(np.cumsum(counts) - counts, counts)
     begin = number * block_q
     count = np.minimum(block_q, batch.query_len[sequence] - begin)
     row = starts[sequence] + begin
-    return np.stack((sequence, row, count, batch.context_len[sequence] + begin, ends[row + count - 1]), 1).astype(np.int32)
+    return _fields(sequence, row, count, batch.context_len[sequence] + begin, ends[row + count - 1])
 
 
-def _transferred(arrays: list[Integers], device: torch.device) -> list[torch.Tensor]:
-    """The arrays on the device as int32, in one copy."""
-    flat = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]).astype(np.int32))
-    parts = flat.to(device).split([array.size for array in arrays])
-    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
+def _fields(*columns: Integers | int) -> Integers:
+    """`Tiles.fields`, column by column; the second one is an array."""
+    fields = np.empty((np.size(columns[1]), TILE_FIELDS), np.int32)
+    for column, values in enumerate(columns):
+        fields[:, column] = values
+    return fields
+
+
+def _padded(arrays: list[Any], bucket: Bucket, sequences: int, scratch: int) -> list[Any]:
+    """The arrays with the sizes of their bucket."""
+    one_row, many, ids, positions, sequence, ends, slots, tables, logit_rows, *frequencies = arrays
+    rows, groups = bucket.rows, len(tables)
+    of_more = _fields(sequences, np.arange(len(ids), rows), 1, 0, 1)
+    return [
+        _filled((bucket.one_row, TILE_FIELDS), 0, np.concatenate((one_row, of_more))),
+        _filled((bucket.tiles, TILE_FIELDS), 0, many),
+        _filled((rows,), 0, ids),
+        _filled((rows,), 0, positions),
+        _filled((rows,), sequences, sequence),
+        _filled((rows,), 1, ends),
+        _filled((groups, rows), scratch * BLOCK_TOKENS, slots),
+        _filled((groups, rows, bucket.blocks), scratch, tables[..., : bucket.blocks]),
+        _filled((bucket.logit_rows,), 0, logit_rows),
+        *(_filled((rows, part.shape[1]), 0, part) for part in frequencies),
+    ]
+
+
+def _filled(shape: tuple[int, ...], value: int, part: Integers) -> Integers:
+    """An array with `part` at its beginning, and `value` elsewhere."""
+    whole = np.full(shape, value, np.int32)
+    whole[tuple(map(slice, part.shape))] = part
+    return whole

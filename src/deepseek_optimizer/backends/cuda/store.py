@@ -12,6 +12,7 @@ from ...graph.rope_rotation import KeyRotation
 from ..base import BLOCK_TOKENS, Int32
 from ..reference.block_tensors import BlockTensors
 from ..reference.ops import rope
+from .memory import memory_errors
 
 KV_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -26,24 +27,30 @@ def layer_offsets(spec: CacheSpec) -> tuple[list[int], int]:
     return offsets, max(ends)
 
 
-class CudaStore(BlockTensors):
-    """Implements `KvStore`: a row of elements per block, [blocks, block_elements].
-
-    In a block, the layers of a group follow each other: the keys [kv_heads, 32, head_dim], then the values likewise. So the 32
-    keys of a head are consecutive, which is what one load of attention reads. All memory is allocated at the first write, since
-    a larger copy would not fit beside it on a card that is nearly full; later, only `release` frees some.
+class DeviceBlocks(BlockTensors):
+    """Blocks as rows of elements, [blocks, block_elements]. All memory is allocated at the first write, since a larger copy
+    would not fit beside it on a card that is nearly full; later, only `release` frees some.
 
     Args:
-        spec: the model's cache, without summaries and copies.
+        offsets: where each layer begins in a block.
+        elements: of a block.
         kv_dtype: "fp32" or "bf16".
         num_blocks: capacity in blocks of 32 tokens.
+
+    Attributes:
+        scratch: a further block, which no sequence has: padding rows of a step write to it.
     """
 
-    def __init__(self, spec: CacheSpec, kv_dtype: str, num_blocks: int, device: torch.device) -> None:
+    def __init__(self, offsets: list[int], elements: int, kv_dtype: str, num_blocks: int, device: torch.device) -> None:
         dtype = KV_DTYPES[kv_dtype]
-        self.spec, (self.offsets, elements) = spec, layer_offsets(spec)
+        self.offsets = offsets
         super().__init__(elements * dtype.itemsize, kv_dtype, num_blocks)
+        self.scratch = num_blocks
         self._data = [torch.zeros((0, elements), dtype=dtype, device=device)]
+
+    def group_of(self, layer: int) -> int:
+        """The group that a layer is in."""
+        raise NotImplementedError
 
     @property
     def data(self) -> torch.Tensor:
@@ -54,11 +61,36 @@ class CudaStore(BlockTensors):
         """Allocates memory, before a step that uses blocks < `blocks`."""
         self._grow(blocks)
 
+    def release(self, from_block: int) -> None:
+        """Frees the memory if no block is left; otherwise all of it stays, at its address."""
+        if from_block == 0:
+            self._resize(0)
+
     def _grow(self, blocks: int) -> None:
         if blocks > self.num_blocks:
             raise BackendError(f"block {blocks - 1} is outside the cache of {self.num_blocks} blocks")
         if blocks > len(self.data):
-            self._resize(self.num_blocks)
+            size = (self.num_blocks + 1) * self.block_bytes
+            with memory_errors(f"the KV cache of {size / 1e9:.2f} GB on {self.data.device}", "set a smaller kv_cache_memory"):
+                self._resize(self.num_blocks + 1)
+
+
+class CudaStore(DeviceBlocks):
+    """Implements `KvStore` for keys and values.
+
+    In a block, the layers of a group follow each other: the keys [kv_heads, 32, head_dim], then the values likewise. So the 32
+    keys of a head are consecutive, which is what one load of attention reads.
+
+    Args:
+        spec: the model's cache, without summaries and copies.
+    """
+
+    def __init__(self, spec: CacheSpec, kv_dtype: str, num_blocks: int, device: torch.device) -> None:
+        super().__init__(*layer_offsets(spec), kv_dtype, num_blocks, device)
+        self.spec = spec
+
+    def group_of(self, layer: int) -> int:
+        return self.spec.group_of(layer)
 
     def _part(self, layer: int, value: bool) -> torch.Tensor:
         """A view of the keys or values of a layer, [blocks, kv_heads, 32, head_dim]."""

@@ -1,25 +1,33 @@
-"""What the backend runs so far: graphs of dense decoders. Anything else is refused by name before anything is compiled."""
+"""What the backend runs so far: graphs of decoders with dense layers or experts, and keys and values or latents in the cache.
+Anything else is refused by name before anything is compiled.
+"""
 
 from __future__ import annotations
 
 from ...errors import BackendError
-from ...graph.ir import CacheSpec, Graph, Node
+from ...graph.ir import CacheSpec, Graph, LatentSpec, Node
 from ...graph.ops.products import rows_of
 from ...quant.base import TILE_ROWS
-from ...quant.packed import PackedMatrix, PackedWeight
+from ...quant.packed import PackedMatrix, PackedStack, PackedWeight
 from .matrices import LAYOUTS
 
 # Values of attributes that the kernels do not have, by op; an op has all other values of its attributes.
 _MISSING = {
     "attention": {"softcap": lambda value: value != 0, "chunked": bool, "causal": bool},
+    "experts_down": {"biases": any, "weigh_input": bool},
+    "experts_gate_up": {
+        "activation": lambda value: value != "silu", "biases": any, "limit": lambda value: value > 0, "weigh_input": bool,
+    },
     "gate_up": {"activation": lambda value: value != "silu"},
     "lm_head": {"scale": lambda value: value != 1, "softcap": lambda value: value != 0},
-    "rope": {"offset": lambda value: value != 0},
+    "router": {"scoring": lambda value: value not in ("softmax", "sigmoid")},
     "rope_table": {"rope": lambda value: bool(value.axes)},
-}
+}  # fmt: skip
 OPS = (
-    "add", "add_rms_norm", "attention", "cache_write", "embedding", "gate_up", "head_norm", "hidden_out", "linear", "lm_head",
-    "rms_norm", "rope", "rope_cache", "rope_table", "select_rows", "swiglu",
+    "add", "add_rms_norm", "attention", "cache_write", "concat", "embedding", "experts_down", "experts_gate_up", "gate_up",
+    "head_norm", "hidden_out", "index_choose", "index_write", "latent", "latent_write", "layer_norm", "linear", "lm_head",
+    "mla_attention", "rms_norm", "rope", "rope_cache", "rope_table", "router", "select_rows", "sigmoid_gate", "state_in",
+    "swiglu",
 )  # fmt: skip
 
 
@@ -44,10 +52,11 @@ def check_graph_ops(graph: Graph) -> None:
 
 
 def check_cache(graph: Graph) -> None:
-    """Raises BackendError if the graph's cache is of another kind than keys and values."""
-    if not isinstance(graph.cache, CacheSpec):
-        raise refuse("the latent cache" if hasattr(graph.cache, "rank") else "the cache of compressed attention", graph.family)
-    if graph.cache.summaries or graph.cache.newest:
+    """Raises BackendError if the graph's cache is of another kind than keys and values or latents."""
+    cache = graph.cache
+    if not isinstance(cache, (CacheSpec, LatentSpec)):
+        raise refuse("the cache of compressed attention", graph.family)
+    if cache.summaries or cache.newest:
         raise refuse("a cache with summaries of blocks or copies of the newest tokens", graph.family)
 
 
@@ -55,6 +64,8 @@ def _missing(node: Node) -> str | None:
     """What the kernels of a node's op do not have."""
     if node.op == "attention" and (node.weights or len(node.inputs) > 1):
         return "op 'attention' with sinks that were learned or chosen blocks"
+    if node.op == "mla_attention" and len(node.inputs) > 1 and node.attrs.get("window", 0):
+        return "op 'mla_attention' with a window over chosen tokens"
     for name, missing in _MISSING.get(node.op, {}).items():
         if name in node.attrs and missing(node.attrs[name]):
             return f"op {node.op!r} with {name}={node.attrs[name]!r}"
@@ -69,12 +80,25 @@ def check_matrix(name: str, weight: object, family: str) -> PackedMatrix:
     Raises:
         BackendError: it is missing, not packed, or in a format or an order that they do not read.
     """
+    packed = _check_packed(name, weight)
+    if not isinstance(packed, PackedMatrix) or packed.order is not None:
+        raise refuse(f"stacks and matrices with another order of columns ({name!r})", family)
+    return packed
+
+
+def check_stack(name: str, weight: object) -> PackedStack:
+    """The weight, if it is a stack of matrices that the kernels read. Raises BackendError as `check_matrix` does."""
+    packed = _check_packed(name, weight)
+    if not isinstance(packed, PackedStack):
+        raise BackendError(f"weight {name!r} must be a packed stack for the cuda backend, got a {type(packed).__name__}")
+    return packed
+
+
+def _check_packed(name: str, weight: object) -> PackedWeight:
     if weight is None:
         raise BackendError(f"the graph needs weight {name!r}, which the model does not have")
     if not isinstance(weight, PackedWeight):
         raise BackendError(f"weight {name!r} must be packed for the cuda backend, got a {type(weight).__name__}")
-    if not isinstance(weight, PackedMatrix) or weight.order is not None:
-        raise refuse(f"stacks and matrices with another order of columns ({name!r})", family)
     if weight.format not in LAYOUTS:
         raise BackendError(
             f"the cuda backend does not support weight format {weight.format!r} of {name!r}; choose precision among "

@@ -69,14 +69,15 @@ def _check_blocks(batch: StepBatch, num_blocks: int, spans: tuple[Span, ...]) ->
     shape = (len(spans), len(needed)) if len(spans) > 1 else (len(needed),)
     _require(batch.block_table.shape[:-1] == shape, "block_table", f"must have shape {[*shape, 'max_blocks']}")
     _require(int(np.max(needed)) <= batch.block_table.shape[-1], "block_table", "has too few blocks for a sequence")
+    block = np.arange(batch.block_table.shape[-1])
     for tables, span in zip(batch.tables(len(spans)), spans, strict=True):
-        for table, count, context in zip(tables, needed, batch.context_len, strict=True):
-            used = table[:count]
-            if span is not None:
-                window, sinks = span
-                unseen = slice(-(-sinks // BLOCK_TOKENS), max(0, context + 1 - window) // BLOCK_TOKENS)
-                used = np.delete(used, unseen)
-            _require(((used >= 0) & (used < num_blocks)).all(), "block_table", f"has block ids outside [0, {num_blocks})")
+        used = block < needed[:, None]
+        if span is not None:
+            window, sinks = span
+            seen_from = np.maximum(0, batch.context_len + 1 - window) // BLOCK_TOKENS
+            used &= (block < -(-sinks // BLOCK_TOKENS)) | (block >= seen_from[:, None])
+        valid = (tables >= 0) & (tables < num_blocks)
+        _require((valid | ~used).all(), "block_table", f"has block ids outside [0, {num_blocks})")
 
 
 def _check_states(batch: StepBatch, graph: Graph, slots: int) -> None:

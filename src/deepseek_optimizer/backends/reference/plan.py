@@ -532,10 +532,23 @@ _OPS: Mapping[str, Callable[..., tuple[torch.Tensor, ...]]] = {
 }
 
 
-def choose_on_device(logits: torch.Tensor, choices: Sequence[TokenChoice | None]) -> list[int | None]:
-    """See `Plan.choose_tokens`. Only rows with sampling are copied to the host, for `sampling.choose_token`."""
+def greedy_tokens(logits: torch.Tensor) -> torch.Tensor:
+    """What `sampling.choose_token` returns for each row without sampling, on the device of the logits."""
     largest, tokens = logits.max(-1)
-    greedy = torch.where(largest.isfinite(), tokens, NOT_FINITE).tolist()
+    return torch.where(largest.isfinite(), tokens, NOT_FINITE)
+
+
+def choose_on_device(
+    logits: torch.Tensor, choices: Sequence[TokenChoice | None], greedy: list[int] | None = None
+) -> list[int | None]:
+    """See `Plan.choose_tokens`. Only rows with sampling are copied to the host, for `sampling.choose_token`.
+
+    Args:
+        logits, choices: as there.
+        greedy: `greedy_tokens` of the logits, if they are on the host already.
+    """
+    if greedy is None:
+        greedy = greedy_tokens(logits).tolist()
     chosen: list[int | None] = []
     for row, token, choice in zip(logits, greedy, choices, strict=True):
         if choice is None:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...backends.registry import choose_backend
 from ...checkpoint import (
     METHODS,
     Checkpoint,
@@ -38,12 +37,13 @@ from ..bind.graphs import whole_graph
 from ..bind.swap import expected_tensors, order_columns, swap_on_meta
 from ..compat import causal_lm_class
 from ..configs import check_config
+from ..memory.weights import check_memory
 from ..model.bind_plan import bind
 from .calibrate import calibrate, calibration_for, without_rounding
 from .general import load_general, why_general_path, why_language_alone
 from .kl_budget import adapt, calibration_tokens
-from .memory import check_memory
 from .mtp_layers import add_mtp_layers, own_tensors, same_tensor, stored_mtp_layers
+from .placement import packing_backend, parse_device, placed
 from .quantizer import mark_quantized
 from .resolve import resolve
 
@@ -54,7 +54,13 @@ _DTYPES = {
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: dict[str, Any], language_alone: str = "") -> Any:
+def load(
+    path: str | os.PathLike[str],
+    config: DeepSeekConfig | None,
+    fields: dict[str, Any],
+    language_alone: str = "",
+    device: Any = None,
+) -> Any:
     """Implements `load_model`, which documents the arguments.
 
     Args:
@@ -62,33 +68,43 @@ def load(path: str | os.PathLike[str], config: DeepSeekConfig | None, fields: di
         fields: override those of `config`.
         language_alone: why of a multimodal checkpoint its language model is to be loaded alone, if it can; "": the settings
             decide.
+        device: as there.
     """
     with open_to_load(path, config, fields, language_alone) as (checkpoint, no_plan):
         if no_plan is not None:
+            target = None if device is None else parse_device(device)
             section = checkpoint.config().get("quantization_config")
-            return load_general(checkpoint, _settings(section, checkpoint, config, fields), no_plan)
+            general = load_general(checkpoint, _settings(section, checkpoint, config, fields), no_plan)
+            return general if target is None else general.to(target)
         model, settings, dtype = sketch(checkpoint, config, fields)
-        backend, _ = choose_backend(settings, torch.device("cpu"))
+        settings, target = placed(settings, device)
+        backend = packing_backend(settings)
         checkpoint.mapper = backend.map_file if backend.maps_files else None
         manifest = checkpoint.manifest if isinstance(checkpoint, PackedCheckpoint) else None
         texts = None
         if settings.kl_budget is not None and manifest is None:
             texts = calibration_tokens(settings, load_tokenizer(checkpoint), model.config.max_position_embeddings)
-        _check_memory(model, checkpoint)
+        _check_memory(model, checkpoint, target, settings.kv_cache_memory)
         calibration, notes = calibration_for(
             checkpoint, settings, *expected_tensors(model), model.config.max_position_embeddings
         )
+        if target.type != "cpu" and (calibration is not None or texts is not None):
+            raise ConfigError(
+                f"calibration and kl_budget run the model on the CPU; convert it first with `dso convert`, and load the result "
+                f"with device={str(target)!r}"
+            )
         if calibration is not None:
             original = load(checkpoint.path, None, without_rounding(settings), language_alone="it is calibrated")
             calibrate(original, settings, calibration)
             return original
         with show_reading(checkpoint) as progress:
-            _fill(model, weights_for(model, checkpoint, backend.pack, progress))
+            _fill(model, weights_for(model, checkpoint, backend.pack, progress), target)
         checkpoint.check_unchanged()
         name_source(model, checkpoint, dtype)
         notes += checkpoint.remarks()
         notes += checkpoint.conversions() if settings.precision == "auto" else []
         total = sum(info.nbytes for info in checkpoint.tensors.values())
+    model.to(target)  # buffers; the weights are there
     mark_quantized(model, settings)
     bind(model.eval(), settings, earlier=manifest, bytes_before=total, notes=notes)
     model.dso.mappings.update(checkpoint.mappings())
@@ -127,12 +143,12 @@ def open_to_load(
         yield checkpoint, why_general_path(checkpoint, config, fields)
 
 
-def _check_memory(model: Any, checkpoint: Checkpoint) -> None:
-    """Raises NotEnoughMemoryError if the weights do not fit in memory; those of a packed checkpoint are mapped instead."""
-    if isinstance(checkpoint, PackedCheckpoint):
+def _check_memory(model: Any, checkpoint: Checkpoint, device: torch.device, cache: int | None) -> None:
+    """See `check_memory`. Those of a packed checkpoint are mapped into the host's memory instead."""
+    if isinstance(checkpoint, PackedCheckpoint) and device.type == "cpu":
         return
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
-    check_memory(tensors[name] for name in expected_tensors(model)[0])
+    check_memory((tensors[name] for name in expected_tensors(model)[0]), device, cache)
 
 
 def sketch(
@@ -247,14 +263,15 @@ def _float_dtype(checkpoint: Checkpoint, config: Any) -> torch.dtype:
     return next((_FLOATS[dtype] for dtype in stored if dtype in _FLOATS), torch.bfloat16)
 
 
-def _fill(model: Any, weights: Iterable[tuple[str, PackedWeight | torch.Tensor]]) -> None:
+def _fill(model: Any, weights: Iterable[tuple[str, PackedWeight | torch.Tensor]], device: torch.device) -> None:
+    """Sets a model's weights. Each goes to the device before the next one is read."""
     for name, value in weights:
         path, _, leaf = name.rpartition(".")
-        module = model.get_submodule(path)
+        module, data = model.get_submodule(path), value.data.to(device)
         if leaf in module._buffers:
-            module._buffers[leaf] = value.data
+            module._buffers[leaf] = data
         else:
-            module._parameters[leaf] = nn.Parameter(value.data, requires_grad=False)
+            module._parameters[leaf] = nn.Parameter(data, requires_grad=False)
     for target, source in dict(model.all_tied_weights_keys or {}).items():
         path, _, leaf = target.rpartition(".")
         model.get_submodule(path)._parameters[leaf] = model.get_parameter(source)

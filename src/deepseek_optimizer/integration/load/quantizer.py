@@ -36,6 +36,8 @@ from ...config import DeepSeekConfig
 from ...errors import CheckpointError, ConfigError
 from ...graph.min_formats import fp32_weights
 from ...quant import QUANT_METHOD, PackedStack, PackedWeight
+from ...system.backend_entries import AUTO
+from ...system.cuda_device import why_no_cuda
 from .. import encoder, general, multimodal
 from ..attention.registration import check_attention_name
 from ..bind.classes import check_class, renamed_for, stored_as
@@ -43,13 +45,14 @@ from ..bind.context_extension import extended
 from ..bind.graphs import has_head, plan_graph, whole_graph
 from ..bind.modules import Packed
 from ..bind.swap import expected_tensors, float_shape, order_columns, swap_on_meta
+from ..memory.weights import check_memory
 from ..model.bind_plan import bind
 from .calibrate import Calibration, calibrate, calibration_for, without_rounding
 from .kl_budget import adapt, calibration_tokens
 from .mapped import MappedFiles
-from .memory import check_memory
 from .mtp_layers import add_mtp_layers, ignored_keys, own_tensors, renamings, stored_mtp_layers
 from .pack_op import PackWeight, unmerged
+from .placement import device_of, packing_backend
 from .resolve import resolve
 
 _QUANTIZED = (
@@ -84,8 +87,7 @@ class PackingQuantizer(HfQuantizer):
         return self.quantization_config.kl_budget is not None and not self.pre_quantized
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        backend, _ = choose_backend(self.quantization_config, torch.device("cpu"))
-        self.packer = backend.pack
+        self.packer = packing_backend(self.quantization_config).pack
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -113,15 +115,28 @@ class PackingQuantizer(HfQuantizer):
         return config
 
     def update_device_map(self, device_map: Any) -> Any:
-        """Chooses a single device: a plan cannot span several."""
+        """Chooses a single device: a plan cannot span several. Without a device map, it is one that the backend can run on.
+
+        Raises:
+            ConfigError: several devices are named, or one that is not available.
+            BackendError: the backend cannot run there.
+        """
+        if device_map is None and device_of(self.quantization_config.backend) != "cpu":
+            device_map = {"": device_of(self.quantization_config.backend)}
         if isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
             gpu = torch.cuda.is_available() and runs_on(self.quantization_config.backend, "cuda")
             return {"": "cuda:0" if gpu else "cpu"}
         if isinstance(device_map, dict) and len({str(device) for device in device_map.values()}) > 1:
             raise ConfigError(f"device_map must name one device for an optimized model, got {device_map}")
         named = set(map(str, device_map.values())) if isinstance(device_map, dict) else {str(device_map)}
-        if not torch.cuda.is_available() and any(name.isdigit() or name.startswith("cuda") for name in named):
-            raise ConfigError(f'device_map {device_map} names a CUDA device, but none is available; use device_map="cpu"')
+        on_cuda = [name for name in named if name.isdigit() or name.startswith("cuda")]
+        if on_cuda and (reason := why_no_cuda()) is not None:
+            raise ConfigError(
+                f'device_map {device_map} names a CUDA device, but none is available; use device_map="cpu". {reason}'
+            )
+        if on_cuda and self.quantization_config.backend != AUTO:
+            name = on_cuda[0]
+            choose_backend(self.quantization_config, torch.device(f"cuda:{name}" if name.isdigit() else name))
         return device_map
 
     def get_new_dtype(self, *args: Any, **kwargs: Any) -> Any:
@@ -272,7 +287,7 @@ class PackingQuantizer(HfQuantizer):
             if self.pre_quantized and _is_standard(self.files):
                 whole = self.no_plan is not None
                 checkpoint = opened.enter_context(open_checkpoint(Path(self.files[0]).parent, whole))
-                backend, _ = choose_backend(self.quantization_config, torch.device("cpu"))
+                backend = packing_backend(self.quantization_config)
                 checkpoint.mapper = backend.map_file if backend.maps_files else None
                 stored = (stored_as if self.no_plan is None else general.stored_as)(checkpoint.tensors, model)
                 for path, module in packed:

@@ -6,19 +6,43 @@ from typing import Any
 
 import torch
 
+from ...backends.registry import choose_backend
+from ...errors import BackendError
+from ...system.cuda_device import why_no_cuda
 from ..bind.instance_method import InstanceMethod
+from ..memory.weights import check_memory
 
 
 class Apply(InstanceMethod):
     """`model._apply`, which `.to()` calls: after a move to another device another backend computes; otherwise the runtime
-    discards what was made from the parameters' old storage."""
+    discards what was made from the parameters' old storage. Packed weights move to a CUDA device as they are.
+
+    Raises (nothing has moved then):
+        BackendError: the backend that the settings name cannot run on that device.
+        NotEnoughMemoryError: the weights do not fit in its free memory.
+    """
 
     def __call__(self, fn: Any, recurse: bool = True) -> Any:
         model = self.runtime.model
         before = model.device
+        target = _target(fn, before)
+        if target.type == "cuda" and target != before:
+            choose_backend(self.runtime.config, target)
+            check_memory([*model.parameters(), *model.buffers()], target, self.runtime.config.kv_cache_memory)
         torch.nn.Module._apply(model, fn, recurse)
         if model.device != before:
             self.runtime.move()
         else:
             self.runtime.rebind()
         return model
+
+
+def _target(fn: Any, device: torch.device) -> torch.device:
+    """Where `fn` moves tensors of a device to."""
+    try:
+        found: torch.device = fn(torch.empty(0, device=device)).device
+    except (AssertionError, RuntimeError) as error:  # AssertionError: torch's own, for a build without CUDA
+        if (reason := why_no_cuda()) is None:
+            raise
+        raise BackendError(f"the model cannot move to a CUDA device: {reason}") from error
+    return found

@@ -1,4 +1,4 @@
-"""Element-wise ops of two inputs."""
+"""Element-wise ops of two inputs, one of which may have one element per row."""
 
 from __future__ import annotations
 
@@ -26,3 +26,28 @@ def apply(op: str, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
     """See `pairwise`; contiguous tensors of one shape."""
     if out.numel():
         pairwise[(triton.cdiv(out.numel(), _BLOCK),)](a, b, out, out.numel(), OP=op, BLOCK=_BLOCK, num_warps=4)
+
+
+@triton.jit
+def gate_rows(x, gate, out, width, SHARED: tl.constexpr, BLOCK: tl.constexpr):
+    """out = x * sigmoid(gate). Grid (rows, blocks of columns). The output may be x.
+
+    Args:
+        x, out: float32 [rows, width].
+        gate: float32 like x, or one element per row if SHARED.
+    """
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < width
+    if SHARED:
+        factor = tl.load(gate + row)
+    else:
+        factor = tl.load(gate + row * width + column, mask=mask, other=0.0)
+    value = tl.load(x + row * width + column, mask=mask, other=0.0) * tl.sigmoid(factor)
+    tl.store(out + row * width + column, value, mask=mask)
+
+
+def sigmoid_gate(x: torch.Tensor, gate: torch.Tensor, out: torch.Tensor) -> None:
+    """See `gate_rows`."""
+    rows, width = x.shape
+    if rows:
+        gate_rows[(rows, triton.cdiv(width, _BLOCK))](x, gate, out, width, SHARED=gate.shape[1] == 1, BLOCK=_BLOCK, num_warps=4)

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..matrices import DeviceMatrix
+from ..matrices import DeviceMatrix, DeviceTiles
 from .epilogue import finished
 from .precision import add_product, nearest_bf16
 from .tiles import decode, scale_place, word_place
@@ -60,6 +60,41 @@ def weight_block(
 
 
 @triton.jit
+def tile_sums(
+    ordered, source, real, words, halves, up_words, up_halves, n, outputs, groups, FORMAT: tl.constexpr, WORDS: tl.constexpr,
+    PER_WORD: tl.constexpr, TILE_WORDS: tl.constexpr, SCALED: tl.constexpr, NARROW: tl.constexpr, GATED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """Products of some rows with rows n of W, and with GATED of U: float32 [BLOCK_M, BLOCK_N] each; without GATED twice the
+    first.
+
+    Args:
+        ordered: rows as `order_rows` writes them, [.., PER_WORD, groups * WORDS].
+        source: int64 [BLOCK_M], which of them; real: bool [BLOCK_M], False where there is no row.
+        words, halves, up_words, up_halves: the tiles of W and U, see `DeviceTiles`.
+        n: [BLOCK_N], numbers of the outputs.
+    """
+    row_words = groups * WORDS
+    x_rows = ordered + source[:, None] * (PER_WORD * row_words)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    up = total
+    for start in range(0, row_words, BLOCK_J):
+        j = start + tl.arange(0, BLOCK_J)
+        inside = (j < row_words)[:, None] & (n // 16 < (outputs + 15) // 16)[None, :]  # whole tiles, so that loads are wide
+        word, scale = weight_block(words, halves, j, n, groups, inside, FORMAT, WORDS, TILE_WORDS, SCALED)
+        up_word, up_scale = word, scale
+        if GATED:
+            up_word, up_scale = weight_block(up_words, up_halves, j, n, groups, inside, FORMAT, WORDS, TILE_WORDS, SCALED)
+        for part in tl.static_range(PER_WORD):
+            mask = real[:, None] & (j < row_words)[None, :]
+            values = tl.load(x_rows + part * row_words + j[None, :], mask=mask, other=0.0)
+            total = add_product(total, values, decode(word, part, FORMAT) * scale, NARROW)
+            if GATED:
+                up = add_product(up, values, decode(up_word, part, FORMAT) * up_scale, NARROW)
+    return total, up
+
+
+@triton.jit
 def tile_product(
     ordered, words, halves, up_words, up_halves, bias, up_bias, out, out_stride, rows, outputs, groups, FORMAT: tl.constexpr,
     WORDS: tl.constexpr, PER_WORD: tl.constexpr, TILE_WORDS: tl.constexpr, SCALED: tl.constexpr, NARROW: tl.constexpr,
@@ -77,23 +112,10 @@ def tile_product(
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_words = groups * WORDS
-    x_rows = ordered + m[:, None].to(tl.int64) * (PER_WORD * row_words)
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    up = total
-    for start in range(0, row_words, BLOCK_J):
-        j = start + tl.arange(0, BLOCK_J)
-        inside = (j < row_words)[:, None] & (n // 16 < (outputs + 15) // 16)[None, :]  # whole tiles, so that loads are wide
-        word, scale = weight_block(words, halves, j, n, groups, inside, FORMAT, WORDS, TILE_WORDS, SCALED)
-        up_word, up_scale = word, scale
-        if GATED:
-            up_word, up_scale = weight_block(up_words, up_halves, j, n, groups, inside, FORMAT, WORDS, TILE_WORDS, SCALED)
-        for part in tl.static_range(PER_WORD):
-            mask = (m < rows)[:, None] & (j < row_words)[None, :]
-            values = tl.load(x_rows + part * row_words + j[None, :], mask=mask, other=0.0)
-            total = add_product(total, values, decode(word, part, FORMAT) * scale, NARROW)
-            if GATED:
-                up = add_product(up, values, decode(up_word, part, FORMAT) * up_scale, NARROW)
+    total, up = tile_sums(
+        ordered, m.to(tl.int64), m < rows, words, halves, up_words, up_halves, n, outputs, groups, FORMAT, WORDS, PER_WORD,
+        TILE_WORDS, SCALED, NARROW, GATED, BLOCK_M, BLOCK_N, BLOCK_J,
+    )  # fmt: skip
     value = finished(total, up, bias, up_bias, n, outputs, GATED, BIASED, UP_BIASED)
     tl.store(out + m[:, None].to(tl.int64) * out_stride + n[None, :], value, mask=(m < rows)[:, None] & (n < outputs)[None, :])
 
@@ -101,6 +123,27 @@ def tile_product(
 def block_rows(rows: int) -> int:
     """BLOCK_M for this number of rows: few rows leave few idle lanes of tensor cores, many read weights less often."""
     return min(64, max(16, triton.next_power_of_2(rows)))
+
+
+def ordered_rows(x: torch.Tensor, columns: int, tiles: DeviceTiles) -> torch.Tensor:
+    """The first columns of x, float32 [M, >= columns], as products with these matrices read them; see `order_rows`."""
+    rows, layout, row_words = len(x), tiles.layout, tiles.row_words
+    ordered = torch.empty(
+        (rows, layout.per_word, row_words), dtype=torch.bfloat16 if layout.narrow else torch.float32, device=x.device
+    )
+    order_rows[(triton.cdiv(rows, _ORDERED_ROWS), layout.per_word, triton.cdiv(row_words, _ORDERED))](
+        x, x.stride(0), ordered, rows, columns, row_words, PER_WORD=layout.per_word, NARROW=layout.narrow,
+        ROWS=_ORDERED_ROWS, BLOCK=_ORDERED, num_warps=4,
+    )  # fmt: skip
+    return ordered
+
+
+def tile_sizes(rows: int, tiles: DeviceTiles, gated: bool) -> dict[str, int]:
+    """BLOCK_M, BLOCK_N and BLOCK_J of products of this number of rows. With gate and up, programs have half as many outputs:
+    both sums must fit into registers."""
+    limit = BLOCK_N if tiles.layout.narrow else _EXACT
+    outputs = limit // 2 if gated and tiles.layout.narrow else limit
+    return {"BLOCK_M": min(limit, block_rows(rows)), "BLOCK_N": outputs, "BLOCK_J": BLOCK_J}
 
 
 def launch_tile(
@@ -112,19 +155,10 @@ def launch_tile(
     up_bias: torch.Tensor | None = None,
 ) -> None:
     """See `tile_product`: x float32 [M, K] with M > 0, out float32 [M, N]."""
-    rows, layout, row_words = len(x), matrix.layout, matrix.row_words
-    ordered = torch.empty(
-        (rows, layout.per_word, row_words), dtype=torch.bfloat16 if layout.narrow else torch.float32, device=x.device
-    )
-    order_rows[(triton.cdiv(rows, _ORDERED_ROWS), layout.per_word, triton.cdiv(row_words, _ORDERED))](
-        x, x.stride(0), ordered, rows, matrix.cols, row_words, PER_WORD=layout.per_word, NARROW=layout.narrow,
-        ROWS=_ORDERED_ROWS, BLOCK=_ORDERED, num_warps=4,
-    )  # fmt: skip
-    limit, second = BLOCK_N if layout.narrow else _EXACT, matrix if up is None else up
-    block_m = min(limit, block_rows(rows))
-    tile_product[(triton.cdiv(rows, block_m), triton.cdiv(matrix.rows, limit))](
-        ordered, matrix.words, matrix.halves, second.words, second.halves, out if bias is None else bias,
-        out if up_bias is None else up_bias, out, out.stride(0), rows, matrix.rows, matrix.groups, **matrix.constants,
-        NARROW=layout.narrow, GATED=up is not None, BIASED=bias is not None, UP_BIASED=up_bias is not None, BLOCK_M=block_m,
-        BLOCK_N=limit, BLOCK_J=BLOCK_J, num_warps=4, num_stages=2,
+    rows, sizes, second = len(x), tile_sizes(len(x), matrix, up is not None), matrix if up is None else up
+    tile_product[(triton.cdiv(rows, sizes["BLOCK_M"]), triton.cdiv(matrix.rows, sizes["BLOCK_N"]))](
+        ordered_rows(x, matrix.cols, matrix), matrix.words, matrix.halves, second.words, second.halves,
+        out if bias is None else bias, out if up_bias is None else up_bias, out, out.stride(0), rows, matrix.rows,
+        matrix.groups, **matrix.constants, NARROW=matrix.layout.narrow, GATED=up is not None, BIASED=bias is not None,
+        UP_BIASED=up_bias is not None, **sizes, num_warps=4, num_stages=2,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""RMS norms of rows or heads, with the addition of a residual before them.
+"""RMS norms of rows or heads, with the addition of a residual before them, and layer norms.
 
 One program reads its rows (or heads) into registers, which takes one pass over memory: one long row, or several short ones.
 """
@@ -63,9 +63,39 @@ def rms_norm(
     width = x.shape[1] // heads
     rows, block = len(x) * heads, triton.next_power_of_2(width)
     if rows:
-        block_rows = min(triton.next_power_of_2(rows), max(1, _ELEMENTS // block))
+        most = triton.next_power_of_2(len(x)) * triton.next_power_of_2(heads)  # the same for all steps of a bucket
+        block_rows = min(most, max(1, _ELEMENTS // block))
         rms_norm_rows[(triton.cdiv(rows, block_rows),)](
             x, x if delta is None else delta, x if weight is None else weight, x if total is None else total, out, rows, width,
             eps, ADDED=delta is not None, WEIGHTED=weight is not None, UNIT_OFFSET=unit_offset, ROWS=block_rows, BLOCK=block,
             num_warps=min(8, max(1, block_rows * block // 256)),
+        )  # fmt: skip
+
+
+@triton.jit
+def layer_norm_rows(x, weight, bias, out, width, eps, BIASED: tl.constexpr, BLOCK: tl.constexpr):
+    """out = (x - mean) / sqrt(variance + eps) * weight + bias. Grid (rows). The output may be the input.
+
+    Args:
+        x, out: float32 [rows, width], contiguous.
+        weight, bias: float32 [width]; `bias` is read if BIASED.
+        BLOCK: a power of two >= width.
+    """
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside = column < width
+    z = tl.load(x + row * width + column, mask=inside, other=0.0)
+    z = tl.where(inside, z - tl.sum(z, 0) / width, 0.0)
+    value = z / tl.sqrt_rn(tl.sum(z * z, 0) / width + eps) * tl.load(weight + column, mask=inside, other=0.0)
+    if BIASED:
+        value += tl.load(bias + column, mask=inside, other=0.0)
+    tl.store(out + row * width + column, value, mask=inside)
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, out: torch.Tensor) -> None:
+    """See `layer_norm_rows`."""
+    rows, width = x.shape
+    if rows:
+        layer_norm_rows[(rows,)](
+            x, weight, x if bias is None else bias, out, width, eps, BIASED=bias is not None,
+            BLOCK=triton.next_power_of_2(width), num_warps=4,
         )  # fmt: skip

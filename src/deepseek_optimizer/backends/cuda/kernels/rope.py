@@ -62,9 +62,10 @@ def store_as(out, value, mask):
 
 @triton.jit
 def move_heads(
-    x, out, angles, real, HEAD: tl.constexpr, ROT: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr
+    x, out, angles, real, HEAD: tl.constexpr, ROT: tl.constexpr, OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out = x with the first ROT of HEAD elements rotated, for a block of rows.
+    """out = x with ROT of HEAD elements rotated, from OFFSET on, for a block of rows.
 
     Args:
         x: pointers to float32 [HEAD] of each row, [ROWS, 1]; out: likewise, of any float type, possibly to the same elements.
@@ -75,20 +76,21 @@ def move_heads(
     i = tl.arange(0, BLOCK)[None, :]
     if ROT > 0:
         pair = real & (i < ROT // 2)
-        first = i * 2 if INTERLEAVED else i
+        first = OFFSET + (i * 2 if INTERLEAVED else i)
         second = first + 1 if INTERLEAVED else first + ROT // 2
         a, b = tl.load(x + first, mask=pair, other=0.0), tl.load(x + second, mask=pair, other=0.0)
         cos, sin = tl.load(angles + i, mask=pair, other=0.0), tl.load(angles + ROT // 2 + i, mask=pair, other=0.0)
         store_as(out + first, a * cos - b * sin, pair)
         store_as(out + second, b * cos + a * sin, pair)
-    rest = real & (i >= ROT) & (i < HEAD)
+    rest = real & ((i < OFFSET) | (i >= OFFSET + ROT)) & (i < HEAD)
     store_as(out + i, tl.load(x + i, mask=rest, other=0.0), rest)
 
 
 @triton.jit
 def rotate_and_store(
     q, k, v, table, y, cache, slots, tokens, block_elements, layer_offset, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
-    HEAD: tl.constexpr, ROT: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    HEAD: tl.constexpr, ROT: tl.constexpr, OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """y = rope(q); the cache's keys = rope(k), its values = v. Grid (blocks of tokens, HEADS + 2 * KV_HEADS).
 
@@ -104,23 +106,23 @@ def rotate_and_store(
     angles, real = table + token * ROT, token < tokens
     if head < HEADS:
         at = (token * HEADS + head) * HEAD
-        move_heads(q + at, y + at, angles, real, HEAD, ROT, INTERLEAVED, BLOCK)
+        move_heads(q + at, y + at, angles, real, HEAD, ROT, OFFSET, INTERLEAVED, BLOCK)
     else:
         row = head - HEADS  # keys' heads, then values'
         slot = tl.load(slots + token, mask=real, other=0)
         place = cache + (slot // 32).to(tl.int64) * block_elements + layer_offset + (row * 32 + slot % 32) * HEAD
         if row < KV_HEADS:
-            move_heads(k + (token * KV_HEADS + row) * HEAD, place, angles, real, HEAD, ROT, INTERLEAVED, BLOCK)
+            move_heads(k + (token * KV_HEADS + row) * HEAD, place, angles, real, HEAD, ROT, OFFSET, INTERLEAVED, BLOCK)
         else:
-            move_heads(v + (token * KV_HEADS + row - KV_HEADS) * HEAD, place, angles, real, HEAD, 0, INTERLEAVED, BLOCK)
+            move_heads(v + (token * KV_HEADS + row - KV_HEADS) * HEAD, place, angles, real, HEAD, 0, 0, INTERLEAVED, BLOCK)
 
 
-def rope(x: torch.Tensor, table: torch.Tensor, heads: int, interleaved: bool, y: torch.Tensor) -> None:
-    """y = x, float32 [T, heads * head], with the first elements of each head rotated; y may be x."""
+def rope(x: torch.Tensor, table: torch.Tensor, heads: int, interleaved: bool, y: torch.Tensor, offset: int = 0) -> None:
+    """y = x, float32 [T, heads * head], with elements of each head rotated, from `offset` on; y may be x."""
     head = x.shape[1] // heads
     rotate_and_store[(triton.cdiv(len(x), _ROWS), heads)](
-        x, x, x, table, y, x, x, len(x), 0, 0, HEADS=heads, KV_HEADS=0, HEAD=head, ROT=table.shape[1], INTERLEAVED=interleaved,
-        ROWS=_ROWS, BLOCK=triton.next_power_of_2(head), num_warps=4,
+        x, x, x, table, y, x, x, len(x), 0, 0, HEADS=heads, KV_HEADS=0, HEAD=head, ROT=table.shape[1], OFFSET=offset,
+        INTERLEAVED=interleaved, ROWS=_ROWS, BLOCK=triton.next_power_of_2(head), num_warps=4,
     )  # fmt: skip
 
 
@@ -144,5 +146,5 @@ def rope_cache(
     rotate_and_store[(triton.cdiv(tokens, _ROWS), heads + 2 * kv_heads)](
         k if q is None else q, k, v, k if table is None else table, k if y is None else y, cache, slots, tokens,
         cache.stride(0), layer_offset, HEADS=heads, KV_HEADS=kv_heads, HEAD=head, ROT=0 if table is None else table.shape[1],
-        INTERLEAVED=interleaved, ROWS=_ROWS, BLOCK=triton.next_power_of_2(head), num_warps=4,
+        OFFSET=0, INTERLEAVED=interleaved, ROWS=_ROWS, BLOCK=triton.next_power_of_2(head), num_warps=4,
     )  # fmt: skip

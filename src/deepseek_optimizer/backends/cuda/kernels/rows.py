@@ -1,4 +1,4 @@
-"""Rows by index: of packed embeddings, and of values."""
+"""Rows by index, of packed embeddings and of values, and rows of two values side by side."""
 
 from __future__ import annotations
 
@@ -63,3 +63,24 @@ def select_rows(index: torch.Tensor, x: torch.Tensor, out: torch.Tensor) -> None
     if rows:
         grid = triton.cdiv(rows, _ROWS), triton.cdiv(width, _BLOCK)
         copy_rows[grid](index, x, out, rows, width, ROWS=_ROWS, BLOCK=_BLOCK, num_warps=4)
+
+
+@triton.jit
+def join_rows(a, b, out, rows, first, second, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """out[r] = a[r], then b[r]: float32 [rows, first], [rows, second], [rows, first + second], contiguous. Grid (blocks of
+    rows, and of columns)."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    column = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    from_a = (row < rows) & (column < first)
+    from_b = (row < rows) & (column >= first) & (column < first + second)
+    place = out + row * (first + second) + column
+    tl.store(place, tl.load(a + row * first + column, mask=from_a, other=0.0), mask=from_a)
+    tl.store(place, tl.load(b + row * second + column - first, mask=from_b, other=0.0), mask=from_b)
+
+
+def concat(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    """See `join_rows`."""
+    rows, width = out.shape
+    if rows:
+        grid = triton.cdiv(rows, _ROWS), triton.cdiv(width, _BLOCK)
+        join_rows[grid](a, b, out, rows, a.shape[1], b.shape[1], ROWS=_ROWS, BLOCK=_BLOCK, num_warps=4)

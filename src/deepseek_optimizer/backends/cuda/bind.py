@@ -1,0 +1,69 @@
+"""A graph's weights on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ...errors import BackendError
+from ...graph.analysis import stack_shapes, weight_shapes
+from ...graph.ir import Graph
+from ...graph.min_formats import exact_weights
+from ...quant import pack
+from ...quant.packed import PackedMatrix, PackedWeight
+from .kv_b import absorbed_stacks, key_stack, value_stack
+from .matrices import DeviceMatrix, DeviceStack
+from .ops import Weights, frequencies_name, ropes
+from .supported import check_matrix, check_stack
+
+
+def weights_on_device(graph: Graph, weights: Mapping[str, PackedWeight | torch.Tensor], device: torch.device) -> Weights:
+    """Copies a graph's weights: matrices and stacks as they are packed, once for tied names, and vectors as float32. Matrices
+    that stay floats, such as routers', are packed as fp32; of latent attention's, the stacks of `kv_b` are copied instead.
+
+    Raises:
+        BackendError: a weight is missing or does not fit.
+    """
+    bound = Weights({}, {}, {})
+    stacks, exact = stack_shapes(graph), exact_weights(graph)
+    latent = {node.weights[0]: node.attrs for node in graph.nodes if node.op == "mla_attention"}
+    copies: dict[int, DeviceMatrix] = {}
+    for name, shape in weight_shapes(graph).items():
+        weight = weights.get(name)
+        if name in stacks:
+            stack = check_stack(name, weight)
+            _check_shape(name, stack.shape, stacks[name])
+            bound.stacks[name] = DeviceStack(stack, device)
+        elif len(shape) == 2:
+            if name in exact and isinstance(weight, torch.Tensor):
+                weight = pack(weight.detach().float(), "fp32")
+            matrix = check_matrix(name, weight, graph.family)
+            _check_shape(name, matrix.shape, shape)
+            if name in latent:
+                _add_absorbed(bound, name, matrix, latent[name], device)
+            else:
+                key = id(matrix.data)
+                if key not in copies:
+                    copies[key] = DeviceMatrix(matrix, device)
+                bound.matrices[name] = copies[key]
+        elif not isinstance(weight, torch.Tensor):
+            raise BackendError(f"the graph needs weight {name!r} as a vector, got {type(weight).__name__}")
+        else:
+            _check_shape(name, tuple(weight.shape), shape)
+            bound.vectors[name] = weight.detach().to(device, torch.float32).contiguous()
+    for spec in ropes(graph):
+        if not spec.is_dynamic:
+            frequencies = torch.tensor(spec.inv_freq, dtype=torch.float32, device=device)
+            bound.vectors[frequencies_name(spec)] = frequencies[None].contiguous()
+    return bound
+
+
+def _add_absorbed(bound: Weights, name: str, kv_b: PackedMatrix, sizes: Mapping[str, int], device: torch.device) -> None:
+    keys, values = absorbed_stacks(kv_b, sizes["heads"], sizes["nope"], sizes["v_dim"])
+    bound.stacks[key_stack(name)], bound.stacks[value_stack(name)] = DeviceStack(keys, device), DeviceStack(values, device)
+
+
+def _check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    if found != wanted:
+        raise BackendError(f"weight {name!r} has shape {found}, but the graph needs {wanted}")

@@ -1,0 +1,161 @@
+"""Products of the chosen experts: gate and up of each pair of a token and an expert, then down, and a token's sum over experts.
+
+Few tokens hardly share experts, so each pair is a product of one row with its expert's matrices, as in `linear_vector`. Many
+tokens are grouped by expert (`expert_groups`), so that an expert's weights are read once for a tile of pairs, as in
+`linear_tile`. Both write down's result of each pair, and `add_pairs` weighs and adds them in ascending order of experts, so
+that sums do not depend on how pairs were grouped.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..division import BLOCK, MOST_ROWS, PAIR_FIELDS
+from ..matrices import DeviceStack
+from .epilogue import finished
+from .expert_groups import PairTiles, chosen_by, group_pairs
+from .linear_tile import ordered_rows, tile_sizes, tile_sums
+from .linear_vector import tile_row_sums
+
+_FIELDS = tl.constexpr(PAIR_FIELDS)
+_SUM_BLOCK = 256  # columns of a program of `add_pairs`
+
+
+@triton.jit
+def pair_vector_product(
+    x, routes, words, halves, out, pairs, outputs, columns, groups, matrix_words, FORMAT: tl.constexpr, WORDS: tl.constexpr,
+    PER_WORD: tl.constexpr, TILE_WORDS: tl.constexpr, SCALED: tl.constexpr, GATED: tl.constexpr, TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out[p] = silu(gate_e x_t) * (up_e x_t) of each pair p = (t, e), or down_e x_p without GATED. Grid (rows of tiles, pairs).
+
+    Args:
+        x: float32 [T, columns], or without GATED [pairs, columns].
+        routes: float32 [T, 2 * TOP_K].
+        words, halves: the tiles of all experts, see `DeviceStack`; with GATED gate and up of each expert in turn.
+        out: float32 [pairs, outputs].
+        matrix_words: words between two matrices.
+    """
+    tile_row, pair = tl.program_id(0), tl.program_id(1)
+    expert = chosen_by(routes, pair, pairs, TOP_K).to(tl.int64)
+    matrix = words + expert * matrix_words
+    scales = halves + expert * matrix_words * 2
+    row = pair.to(tl.int64)
+    if GATED:
+        matrix += expert * matrix_words
+        scales += expert * matrix_words * 2
+        row = row // TOP_K
+    total = tile_row_sums(
+        x + row * columns, 0, 1, columns, matrix, scales, tile_row, groups, 0, groups * WORDS, FORMAT, WORDS, PER_WORD,
+        TILE_WORDS, SCALED, 1, BLOCK,
+    )  # fmt: skip
+    up = total
+    if GATED:
+        up = tile_row_sums(
+            x + row * columns, 0, 1, columns, matrix + matrix_words, scales + matrix_words * 2, tile_row, groups, 0,
+            groups * WORDS, FORMAT, WORDS, PER_WORD, TILE_WORDS, SCALED, 1, BLOCK,
+        )  # fmt: skip
+    n = tile_row * 16 + tl.arange(0, 16)
+    value = finished(total, up, x, x, n, outputs, GATED, False, False)
+    tl.store(out + pair.to(tl.int64) * outputs + n[None, :], value, mask=(n < outputs)[None, :])
+
+
+@triton.jit
+def pair_tile_product(
+    ordered, order, fields, words, halves, out, outputs, groups, matrix_words, FORMAT: tl.constexpr, WORDS: tl.constexpr,
+    PER_WORD: tl.constexpr, TILE_WORDS: tl.constexpr, SCALED: tl.constexpr, NARROW: tl.constexpr, GATED: tl.constexpr,
+    TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """As `pair_vector_product`, for tiles of pairs of one expert. Grid (tiles, blocks of outputs): programs next to each other
+    read the same weights, if an expert has several tiles.
+
+    Args:
+        ordered: x as `order_rows` writes it.
+        order, fields: see `PairTiles`.
+    """
+    place = fields + tl.program_id(0) * _FIELDS
+    expert, first, count = tl.load(place).to(tl.int64), tl.load(place + 1), tl.load(place + 2)
+    if count == 0:
+        return
+    m = tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    pair = tl.load(order + first + m, mask=m < count, other=0).to(tl.int64)
+    matrix = words + expert * matrix_words
+    scales = halves + expert * matrix_words * 2
+    source = pair
+    if GATED:
+        matrix += expert * matrix_words
+        scales += expert * matrix_words * 2
+        source = pair // TOP_K
+    total, up = tile_sums(
+        ordered, source, m < count, matrix, scales, matrix + matrix_words, scales + matrix_words * 2, n, outputs, groups,
+        FORMAT, WORDS, PER_WORD, TILE_WORDS, SCALED, NARROW, GATED, BLOCK_M, BLOCK_N, BLOCK_J,
+    )  # fmt: skip
+    value = finished(total, up, out, out, n, outputs, GATED, False, False)
+    tl.store(out + pair[:, None] * outputs + n[None, :], value, mask=(m < count)[:, None] & (n < outputs)[None, :])
+
+
+@triton.jit
+def add_pairs(results, routes, out, outputs, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    """out[t] = sum over j, ascending, of weight[t, j] * results[t * TOP_K + j]. Grid (tokens, blocks of outputs)."""
+    token, n = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for j in range(TOP_K):
+        weight = tl.load(routes + token * (2 * TOP_K) + TOP_K + j)
+        total += weight * tl.load(results + (token * TOP_K + j) * outputs + n, mask=n < outputs, other=0.0)
+    tl.store(out + token * outputs + n, total, mask=n < outputs)
+
+
+def group_for(routes: torch.Tensor, experts: int, stack: DeviceStack) -> PairTiles | None:
+    """The pairs of a step by expert, in tiles for products with a stack; None: few tokens, which are not grouped."""
+    tokens, top_k = len(routes), routes.shape[1] // 2
+    if tokens <= MOST_ROWS:
+        return None
+    average = triton.cdiv(triton.next_power_of_2(tokens) * top_k, experts)  # the same for all steps of a bucket
+    return group_pairs(routes, experts, tile_sizes(average, stack, gated=True)["BLOCK_M"])
+
+
+def _products(
+    x: torch.Tensor, routes: torch.Tensor, tiles: PairTiles | None, stack: DeviceStack, gated: bool, out: torch.Tensor
+) -> None:
+    top_k = routes.shape[1] // 2
+    if tiles is None:
+        pair_vector_product[(stack.tile_rows, len(out))](
+            x, routes, stack.words, stack.halves, out, len(out), stack.rows, stack.cols, stack.groups, stack.matrix_words,
+            **stack.constants, GATED=gated, TOP_K=top_k, BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip
+    else:
+        sizes = tile_sizes(tiles.block_m, stack, gated) | {"BLOCK_M": tiles.block_m}
+        pair_tile_product[(len(tiles.fields), triton.cdiv(stack.rows, sizes["BLOCK_N"]))](
+            ordered_rows(x, stack.cols, stack), tiles.order, tiles.fields, stack.words, stack.halves, out, stack.rows,
+            stack.groups, stack.matrix_words, **stack.constants, NARROW=stack.layout.narrow, GATED=gated, TOP_K=top_k, **sizes,
+            num_warps=4, num_stages=2,
+        )  # fmt: skip
+
+
+def gate_up(x: torch.Tensor, routes: torch.Tensor, tiles: PairTiles | None, stack: DeviceStack, out: torch.Tensor) -> None:
+    """out[t * top_k + j] = silu(gate_e x_t) * (up_e x_t) for the j-th expert e of token t.
+
+    Args:
+        x: float32 [T, columns], contiguous.
+        tiles: of `group_for`.
+        stack: gate and up of each expert in turn.
+        out: float32 [T * top_k, rows].
+    """
+    _products(x, routes, tiles, stack, True, out)
+
+
+def down(hidden: torch.Tensor, routes: torch.Tensor, tiles: PairTiles | None, stack: DeviceStack, out: torch.Tensor) -> None:
+    """out[t] = sum over j of weight * down_e hidden[t * top_k + j], for the j-th expert e of token t and its weight.
+
+    Args:
+        hidden: float32 [T * top_k, columns], contiguous.
+        out: float32 [T, rows].
+    """
+    results = torch.empty((len(hidden), stack.rows), dtype=torch.float32, device=hidden.device)
+    _products(hidden, routes, tiles, stack, False, results)
+    add_pairs[(len(out), triton.cdiv(stack.rows, _SUM_BLOCK))](
+        results, routes, out, stack.rows, TOP_K=routes.shape[1] // 2, BLOCK=_SUM_BLOCK, num_warps=2
+    )

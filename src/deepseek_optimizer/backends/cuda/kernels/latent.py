@@ -1,0 +1,73 @@
+"""The rows of a latent cache: a norm of the latent and a rotation of the key, then the write to the paged cache."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .rope import move_heads, store_as
+
+_ROWS = 16  # tokens of a program of `store_rows`
+
+
+@triton.jit
+def latent_rows(
+    x, weight, table, out, eps, RANK: tl.constexpr, ROPE: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr,
+    ROPE_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out = the RMS norm of the first RANK elements of x, then its other ROPE elements rotated. Grid (tokens).
+
+    Args:
+        x, out: float32 [T, RANK + ROPE]; out may be x.
+        weight: float32 [RANK].
+        table: float32 [T, ROPE] of `rope_angles`.
+        BLOCK, ROPE_BLOCK: powers of two >= RANK and >= ROPE.
+    """
+    token, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    row, target = x + token * (RANK + ROPE), out + token * (RANK + ROPE)
+    z = tl.load(row + i, mask=i < RANK, other=0.0)
+    normed = z / tl.sqrt_rn(tl.sum(z * z, 0) / RANK + eps) * tl.load(weight + i, mask=i < RANK, other=0.0)
+    tl.store(target + i, normed, mask=i < RANK)
+    real = tl.full([1, 1], 1, tl.int1)
+    move_heads(row + RANK, target + RANK, table + token * ROPE, real, ROPE, ROPE, 0, INTERLEAVED, ROPE_BLOCK)
+
+
+def latent(
+    x: torch.Tensor, weight: torch.Tensor, table: torch.Tensor, eps: float, interleaved: bool, out: torch.Tensor
+) -> None:
+    """See `latent_rows`."""
+    rank, rope = len(weight), table.shape[1]
+    latent_rows[(len(x),)](
+        x, weight, table, out, eps, RANK=rank, ROPE=rope, INTERLEAVED=interleaved, BLOCK=triton.next_power_of_2(rank),
+        ROPE_BLOCK=triton.next_power_of_2(rope), num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def store_rows(
+    x, cache, slots, tokens, block_elements, layer_offset, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Writes the rows of x to their slots. Grid (blocks of tokens, blocks of columns).
+
+    Args:
+        x: float32 [tokens, WIDTH].
+        cache: float32 or bf16 [blocks, block_elements], see `latent_store.CudaLatentStore`.
+        slots: int32 [tokens], 32 * block + place of each token.
+        layer_offset: where the layer begins in a block, in elements.
+    """
+    token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    i = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    slot = tl.load(slots + token, mask=token < tokens, other=0)
+    place = cache + (slot // 32).to(tl.int64) * block_elements + layer_offset + slot % 32 * WIDTH
+    mask = (token < tokens) & (i < WIDTH)
+    store_as(place + i, tl.load(x + token * WIDTH + i, mask=mask, other=0.0), mask)
+
+
+def store(x: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor, layer_offset: int) -> None:
+    """See `store_rows`."""
+    tokens, width = x.shape
+    block = min(128, triton.next_power_of_2(width))
+    store_rows[(triton.cdiv(tokens, _ROWS), triton.cdiv(width, block))](
+        x, cache, slots, tokens, cache.stride(0), layer_offset, WIDTH=width, ROWS=_ROWS, BLOCK=block, num_warps=4
+    )

@@ -1,0 +1,111 @@
+"""What kernels of attention over a paged cache share: which blocks a tile reads, and a softmax in one pass over them.
+
+A tile reads blocks of 32 tokens from first to last with a running maximum and sum (Milakov and Gimelshein 2018, Dao et al.
+2022). Decoding has tiles of one row and hence few programs. With several chunks, the blocks of a tile are divided among
+programs, whose unfinished results go to memory, and `merge_chunks` combines them (Flash-Decoding, Dao et al. 2023).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..division import TILE_FIELDS, Tiles
+
+_FIELDS = tl.constexpr(TILE_FIELDS)
+_MERGED = 8192  # elements of all chunks that a program of `merge_chunks` combines, at most, if a head has more
+
+
+@triton.jit
+def blocks_to_read(first_token, last_end, window, sinks):
+    """The number of blocks that a tile reads, how many of them belong to the sinks, and the block of the sequence that follows
+    these: those between the sinks and the first row's window are left out."""
+    first_block = 0
+    sink_blocks = 0
+    if window > 0:
+        first_block = tl.maximum(first_token + 1 - window, 0) // 32
+        sink_blocks = tl.minimum((sinks + 31) // 32, first_block)
+    return sink_blocks + (last_end + 31) // 32 - first_block, sink_blocks, first_block
+
+
+@triton.jit
+def tokens_to_read(t, stop, sink_blocks, first_block, last_end, block_tables):
+    """Of tokens t, numbered as they are read: the numbers in the sequence, their blocks of the cache in int64, and whether they
+    are stored and before block `stop`."""
+    number = t // 32
+    block = tl.where(number < sink_blocks, number, first_block + number - sink_blocks)
+    key = block * 32 + t % 32
+    stored = (number < stop) & (key < last_end)
+    return key, tl.load(block_tables + block, mask=stored, other=0).to(tl.int64), stored
+
+
+@triton.jit
+def seen_by_rows(key, stored, token, end, window, sinks):
+    """bool [rows, keys]: a row that is token i sees the tokens j < end; with a window, of these only j > i - window and
+    j < sinks."""
+    seen = stored[None, :] & (key[None, :] < end[:, None])
+    if window > 0:
+        seen = seen & ((key[None, :] > token[:, None] - window) | (key < sinks)[None, :])
+    return seen
+
+
+@triton.jit
+def next_weights(scores, seen, maximum, weights):
+    """One step of the softmax over keys.
+
+    Returns: the weights of these keys, [rows, keys]; the factor of earlier sums; the new maximum and sum of weights.
+    """
+    scores = tl.where(seen, scores, float("-inf"))
+    top = tl.maximum(maximum, tl.max(scores, 1))
+    shift = tl.where(top == float("-inf"), 0.0, top)  # a row that has seen nothing yet: e^(-inf - 0) is 0, not NaN
+    weight = tl.exp(scores - shift[:, None])
+    fade = tl.exp(maximum - shift)
+    return weight, fade, top, weights * fade + tl.sum(weight, 1)
+
+
+@triton.jit
+def merge_chunks(
+    partial, stats, tiles, out, CHUNKS: tl.constexpr, CHUNK_ROWS: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Combines the chunks of tiles with at most one row. Grid (tiles, HEADS, blocks of a head).
+
+    Args:
+        partial: float32 [tiles, HEADS, CHUNKS, HEAD], sums of values that are not divided by the sum of weights yet.
+        stats: float32 [tiles, HEADS, CHUNKS, 2], the maximum, and the sum of weights.
+        tiles: see `division.Tiles`.
+        out: float32 [T, HEADS * HEAD].
+        CHUNK_ROWS: a power of two >= CHUNKS.
+    """
+    tile, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    chunk, d = tl.arange(0, CHUNK_ROWS), tl.program_id(2) * HEAD_BLOCK + tl.arange(0, HEAD_BLOCK)
+    part = (tile * HEADS + head) * CHUNKS + chunk
+    maximum = tl.load(stats + part * 2, mask=chunk < CHUNKS, other=float("-inf"))
+    weights = tl.load(stats + part * 2 + 1, mask=chunk < CHUNKS, other=0.0)
+    fade = tl.exp(maximum - tl.max(maximum, 0))
+    mask = (chunk < CHUNKS)[:, None] & (d < HEAD)[None, :]
+    sums = tl.load(partial + part[:, None] * HEAD + d[None, :], mask=mask, other=0.0)
+    value = tl.sum(sums * fade[:, None], 0) / tl.sum(weights * fade, 0)
+    row, count = tl.load(tiles + tile * _FIELDS + 1).to(tl.int64), tl.load(tiles + tile * _FIELDS + 2)
+    tl.store(out + (row * HEADS + head) * HEAD + d, value, mask=d < tl.where(count > 0, HEAD, 0))
+
+
+def chunk_memory(tiles: Tiles, heads: int, chunks: int, head: int, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`partial` and `stats` of `merge_chunks`; `out` twice if there is one chunk, which needs neither."""
+    if chunks == 1:
+        return out, out
+    count = len(tiles.fields)
+    partial = torch.empty((count, heads, chunks, head), dtype=torch.float32, device=out.device)
+    return partial, torch.empty((count, heads, chunks, 2), dtype=torch.float32, device=out.device)
+
+
+def launch_merge(partial: torch.Tensor, stats: torch.Tensor, tiles: Tiles, out: torch.Tensor) -> None:
+    """See `merge_chunks`."""
+    count, heads, chunks, head = partial.shape
+    chunk_rows = triton.next_power_of_2(chunks)
+    block = min(triton.next_power_of_2(head), max(16, _MERGED // chunk_rows))
+    merge_chunks[(count, heads, triton.cdiv(head, block))](
+        partial, stats, tiles.fields, out, CHUNKS=chunks, CHUNK_ROWS=chunk_rows, HEADS=heads, HEAD=head, HEAD_BLOCK=block,
+        num_warps=2,
+    )  # fmt: skip

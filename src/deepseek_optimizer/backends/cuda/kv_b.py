@@ -1,0 +1,43 @@
+"""kv_b in the form that absorbed attention reads: one stack of heads for the queries, and one for the values.
+
+Head h of kv_b has `nope` key rows, then `v_dim` value rows, each of `rank` columns. Queries are multiplied along the key rows,
+so those are transposed: [rank, nope], in fp32 if kv_b is fp32, else in bf16, since a format's groups would run along the other
+axis. Value rows are unchanged: kv_b's own tiles if a head's rows fill whole tiles, else repacked as bf16 (or fp32).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ...quant import pack, products
+from ...quant.base import TILE_ROWS
+from ...quant.packed import PackedMatrix, PackedStack
+
+
+def key_stack(kv_b: str) -> str:
+    """A plan's name for the stack of keys of this weight."""
+    return f"{kv_b}:keys"
+
+
+def value_stack(kv_b: str) -> str:
+    """A plan's name for the stack of values of this weight."""
+    return f"{kv_b}:values"
+
+
+def absorbed_stacks(kv_b: PackedMatrix, heads: int, nope: int, v_dim: int) -> tuple[PackedStack, PackedStack]:
+    """The stacks of keys, [rank, nope] of each head, and of values, [v_dim, rank]."""
+    rows = products.unpack_rows(kv_b, 0, None).unflatten(0, (heads, nope + v_dim))
+    repacked = "fp32" if kv_b.format == "fp32" else "bf16"
+    keys = _stack(rows[:, :nope].transpose(1, 2), repacked)
+    if nope % TILE_ROWS == 0 and v_dim % TILE_ROWS == 0:
+        tiles = kv_b.data.unflatten(0, (heads, -1))[:, nope // TILE_ROWS :].contiguous()
+        return keys, PackedStack(kv_b.format, heads, v_dim, kv_b.cols, tiles)
+    return keys, _stack(rows[:, nope:], repacked)
+
+
+def _stack(matrices: torch.Tensor, format_name: str) -> PackedStack:
+    """Packs matrices [count, rows, cols] in one call, as one matrix in which each begins with a tile."""
+    count, rows, cols = matrices.shape
+    padded = F.pad(matrices, (0, 0, 0, -rows % TILE_ROWS)).flatten(0, 1).contiguous()
+    return PackedStack(format_name, count, rows, cols, pack(padded, format_name).data.unflatten(0, (count, -1)))

@@ -1,0 +1,20 @@
+"""The store for each kind of cache."""
+
+from __future__ import annotations
+
+from ...graph.ir import CacheSpec, LatentSpec, RowsSpec
+from .latent_store import CudaLatentStore, latent_offsets
+from .store import CudaStore, layer_offsets
+
+
+def store_class(spec: CacheSpec | LatentSpec | RowsSpec) -> type[CudaStore] | type[CudaLatentStore]:
+    """The class of stores of a cache that `supported.check_cache` lets pass."""
+    return CudaLatentStore if isinstance(spec, LatentSpec) else CudaStore
+
+
+def block_elements(spec: CacheSpec | LatentSpec | RowsSpec) -> int:
+    """Elements of a block of the cache."""
+    if isinstance(spec, LatentSpec):
+        return latent_offsets(spec)[1]
+    assert isinstance(spec, CacheSpec)
+    return layer_offsets(spec)[1]

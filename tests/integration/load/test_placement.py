@@ -1,0 +1,135 @@
+"""Models on CUDA devices: how they get there, and what is said where they cannot. There is no card: nothing runs on it."""
+
+from __future__ import annotations
+
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from deepseek_optimizer import DeepSeekConfig, load_model
+from deepseek_optimizer.backends.cuda import backend as cuda_backend
+from deepseek_optimizer.errors import BackendError, ConfigError, NotEnoughMemoryError
+from deepseek_optimizer.integration.load import loader, placement
+from deepseek_optimizer.integration.load.quantizer import PackingQuantizer
+from support.pretended_card import OLD_DRIVER, pretend
+
+pytest.importorskip("triton")
+CARD = torch.device("cuda:0")
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """card(...): see `pretended_card.pretend`."""
+    return partial(pretend, monkeypatch)
+
+
+def ways(path):
+    """The ways to a model on a card, by name; each loads one."""
+    fields = {"precision": "int8", "backend": "cuda"}
+    quantization = DeepSeekConfig(**fields)
+    return {
+        "device": lambda: load_model(path, device="cuda"),
+        "backend": lambda: load_model(path, **fields),
+        "device_map": lambda: LlamaForCausalLM.from_pretrained(path, device_map="cuda", quantization_config=quantization),
+        "no device_map": lambda: LlamaForCausalLM.from_pretrained(path, quantization_config=quantization),
+    }
+
+
+@pytest.mark.parametrize("way", ["device", "backend", "device_map", "no device_map"])
+def test_why_a_model_cannot_be_there(tiny_model, card, way):
+    load = ways(tiny_model)[way]
+    for state, said in (
+        ({"failure": OLD_DRIVER}, "NVIDIA's driver is too old for torch .* update the driver"),
+        ({"build": None}, "is a build for the CPU: install a build for CUDA"),
+        ({"triton": False}, r'Triton is not installed: pip install "deepseek-optimizer\[cuda\]"'),
+        ({"capability": (7, 5)}, 'a card has compute capability 7.5, but 8.0 .* use backend="reference"'),
+    ):
+        card(**state)
+        with pytest.raises((BackendError, ConfigError), match=said):
+            load()
+
+
+def test_weights_that_do_not_fit_are_refused_before_any_are_read(tiny_model, card, monkeypatch):
+    card(free=1000)
+    monkeypatch.setattr(loader, "weights_for", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(NotEnoughMemoryError, match=r"the model's weights: .*cuda:0 has 80,000 MB, of which 0 MB are free"):
+        load_model(tiny_model, device="cuda")
+    card(free=10_000_000)
+    said = "the model's weights and a KV cache of 20 MB: .* set a smaller kv_cache_memory, choose a smaller precision"
+    with pytest.raises(NotEnoughMemoryError, match=said):
+        load_model(tiny_model, device="cuda", kv_cache_memory=20_000_000)
+
+
+def test_calibration_runs_on_the_cpu(tiny_model, card):
+    card()
+    with pytest.raises(ConfigError, match="convert it first with `dso convert`, and load the result with device='cuda:0'"):
+        load_model(tiny_model, device="cuda", kl_budget=0.1)
+
+
+def test_weights_go_to_the_device_one_by_one(tiny_model):
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "b": torch.nn.Linear(2, 2)})
+    model.all_tied_weights_keys = {"b.weight": "a.weight"}
+
+    def weights():
+        yield "a.weight", torch.ones(2, 2)
+        assert model.a.weight.is_meta
+        yield "a.bias", torch.ones(2)
+
+    loader._fill(model, weights(), torch.device("meta"))
+    assert model.a.bias.is_meta and model.b.weight is model.a.weight
+
+
+def test_where_models_are_placed(card):
+    card()
+    settings, device = placement.placed(DeepSeekConfig(), "cuda")
+    assert (settings.backend, device) == ("cuda", CARD)
+    assert placement.placed(DeepSeekConfig(backend="reference"), "cuda:0")[0].backend == "reference"
+    assert placement.placed(DeepSeekConfig(backend="cuda"), None)[1] == CARD
+    assert placement.placed(DeepSeekConfig(), None) == (DeepSeekConfig(), torch.device("cpu"))
+    assert placement.placed(DeepSeekConfig(), "cpu")[0].backend == "auto"
+    with pytest.raises(ConfigError, match="device='cuda:3': there are 1 CUDA devices, numbered from 0"):
+        placement.parse_device("cuda:3")
+    with pytest.raises(BackendError, match=r"the cpu backend cannot run a model on cuda:0; move it with model.to\('cpu'\)"):
+        placement.placed(DeepSeekConfig(backend="cpu"), "cuda")
+    quantizer = PackingQuantizer(DeepSeekConfig(backend="cuda"))
+    assert quantizer.update_device_map(None) == {"": "cuda"} and quantizer.update_device_map({"": 0}) == {"": 0}
+    assert PackingQuantizer(DeepSeekConfig()).update_device_map(None) is None
+
+
+def test_graphs_are_chosen_in_the_settings(card):
+    card()
+    for on in (True, False):
+        backend = placement.choose_backend(DeepSeekConfig(backend="cuda", cuda_graphs=on), CARD)[0]
+        assert isinstance(backend, cuda_backend.CudaBackend)
+        assert ("of up to 256 rows as CUDA graphs" in backend.detail) == on
+
+
+def test_moving_a_model(tiny_model, card):
+    """`model.to("cuda")`, which calls `_apply`: everything is checked before a weight moves."""
+    model = load_model(tiny_model, kv_cache_memory=20_000_000)
+    card(build=None)
+    with pytest.raises(BackendError, match="the model cannot move to a CUDA device: torch .* is a build for the CPU"):
+        model.to("cuda")
+    card(free=10_000_000)
+    with pytest.raises(NotEnoughMemoryError, match="the model's weights and a KV cache of 20 MB"):
+        model._apply(lambda tensor: SimpleNamespace(device=CARD))
+    native = load_model(tiny_model, backend="reference")
+    native.dso.config.backend = "cpu"
+    with pytest.raises(BackendError, match="the cpu backend cannot run a model on cuda:0"):
+        native._apply(lambda tensor: SimpleNamespace(device=CARD))
+    assert model.device.type == native.device.type == "cpu"
+    moved = []
+    native.dso.config.backend = "cuda"
+    card()
+    with pytest.raises(RuntimeError, match="the first weight"):
+        native._apply(lambda tensor: moved.append(tensor) or _moved(tensor))
+    assert [tensor.numel() > 0 for tensor in moved].count(True) == 1
+
+
+def _moved(tensor):
+    if tensor.numel():
+        raise RuntimeError("the first weight")
+    return SimpleNamespace(device=CARD, dtype=tensor.dtype)
