@@ -192,18 +192,24 @@ LAYERS = (
         levels=(("known",), (REST,)),
     ),
     Layer(
+        "batch",
+        "batch jobs: a file of requests, answered by the routes of the server; results that survive interruptions",
+        may=("checkpoint",),
+        levels=(("requests", "results"), (REST,)),
+    ),
+    Layer(
         "server",
         "the HTTP server. `http/`: connections, bodies, queues; `tokens/`: tokenization; `documents/`: uploaded files; "
-        "`stored_responses/`: responses that later requests continue; `protocol/`: requests and responses of OpenAI's and "
-        "other protocols, one per file or folder; `chat/`: from requests to the engine and back; `document_chats/`: chats with "
-        "documents; `search/`: embeddings and scores; `pool/`: several models in one server; `routes/`: one route per file; "
-        "`page/`: the chat page",
-        may=("..chat", "longdoc"),
+        "`stored_responses/`: responses that later requests continue; `batches/`: uploaded files of requests; `protocol/`: "
+        "requests and responses of OpenAI's and other protocols, one per file or folder; `chat/`: from requests to the engine "
+        "and back; `document_chats/`: chats with documents; `search/`: embeddings and scores; `pool/`: several models in one "
+        "server; `routes/`: one route per file; `page/`: the chat page",
+        may=("..chat", "longdoc", "batch"),
         levels=(
             ("keys", "remote_pictures"),
             ("settings",),
             ("http",),
-            ("adapters", "documents", "pictures", "stored_responses", "tokens"),
+            ("adapters", "batches", "documents", "pictures", "stored_responses", "tokens"),
             ("protocol",),
             ("shared",),
             ("openapi", "state"),
@@ -213,12 +219,6 @@ LAYERS = (
             ("routes",),
             (REST,),
         ),
-    ),
-    Layer(
-        "batch",
-        "batch jobs: a file of requests, answered by the routes of the server without HTTP; results that survive interruptions",
-        may=("checkpoint",),
-        levels=(("requests", "results"), (REST,)),
     ),
     Layer("__init__", "the public names", may=("..server",)),
     Layer(CLI, "the commands; a package of its own, so that `dso --help` starts fast", may=("..__init__",)),

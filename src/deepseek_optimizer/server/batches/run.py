@@ -18,7 +18,7 @@ from ...batch.results import Results, encoded
 from ...batch.run import BASE_URL, answer_all
 from ...errors import DataError, EngineDeadError
 from ..http.caller import FOR_OWNER
-from ..protocol.sampling import MAX_PRIORITY
+from ..settings import MAX_PRIORITY
 from .file_store import BatchFiles
 from .job import Batch
 

@@ -17,6 +17,7 @@ from ...engine.request import (
     SamplingParams,
 )
 from ..http.problems import ApiError
+from ..settings import MAX_PRIORITY
 from .base import TOKEN_ID
 from .reports import Reports
 from .samplers import Samplers
@@ -33,7 +34,6 @@ _NONE_IF_NEGATIVE = AfterValidator(lambda value: None if value == -1 else value)
 MaxTokens = Annotated[Literal[-1] | _Tokens | None, _NONE_IF_NEGATIVE]
 MaxTokensOrZero = Annotated[Annotated[int, Field(ge=-1, le=(1 << 31) - 1)] | None, _NONE_IF_NEGATIVE]
 Seed = Annotated[Annotated[int, Field(ge=-1, le=_MAX_SEED)] | None, _NONE_IF_NEGATIVE]
-MAX_PRIORITY = 1000  # the value of requests that come last
 Priority = Annotated[
     Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None,
     AfterValidator(lambda value: value and max(value, 0)),  # no request comes before those without a priority
