@@ -47,7 +47,7 @@ def test_windows_line_ends(tmp_path):
         ('{"custom_id": "\\ud800"}', "line 2: not valid JSON"),
         ("[]", "line 2: must be a JSON object with custom_id"),
         ({**LINE, "custom_id": "b", "Url": "x"}, "line 2, Url: the field is not known; the fields are body, custom_id"),
-        ({**LINE, "custom_id": 7}, "line 2, custom_id: must be a text that names the request, got 7"),
+        ({**LINE, "custom_id": 7}, "line 2, custom_id: must be a text of 1 to 512 characters, got 7"),
         ({**LINE, "custom_id": ""}, "line 2, custom_id"),
         (LINE, "line 2, custom_id: 'a' is the name of line 1 too"),
         ({**LINE, "custom_id": "b", "method": "GET"}, "line 2, method: must be POST, got 'GET'"),

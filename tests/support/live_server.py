@@ -6,7 +6,7 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any
 
@@ -65,6 +65,10 @@ class LiveServer:
             return work()
 
         return asyncio.run_coroutine_threadsafe(run(), self.server._loop).result(10)
+
+    def wait(self, work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+        """Awaits `work()` on the server's event loop."""
+        return asyncio.run_coroutine_threadsafe(work(), self.server._loop).result(10)
 
     def connect(self, timeout: float = 10) -> socket.socket:
         """A plain socket to the server."""

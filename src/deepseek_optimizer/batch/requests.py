@@ -12,6 +12,7 @@ from ..errors import DataError, excerpt, shown
 
 GENERATING = ("/v1/chat/completions", "/v1/completions")  # these sample, so that they have a seed
 ENDPOINTS = (*GENERATING, "/v1/embeddings")
+_MAX_NAME = 512  # characters
 _FIELDS = frozenset({"custom_id", "method", "url", "body"})
 
 
@@ -47,8 +48,12 @@ class BatchInput:
     written: int
 
 
-def read_requests(path: Path) -> BatchInput:
+def read_requests(path: Path, max_line: int | None = None) -> BatchInput:
     """Reads and checks a file of requests. Empty lines are skipped.
+
+    Args:
+        path: the file.
+        max_line: maximum bytes of a line; None: any number.
 
     Raises:
         DataError: a line is not a valid request, or there is none; it names line and field.
@@ -60,6 +65,8 @@ def read_requests(path: Path) -> BatchInput:
     for number, line in enumerate(data.split(b"\n"), 1):
         if not line.strip():
             continue
+        if max_line is not None and len(line) > max_line:
+            raise DataError(f"the line has {len(line):,} bytes, but may have at most {max_line:,}", file=path, line=number)
         request = _request(line, len(requests), path, number)
         if (first := lines.setdefault(request.custom_id, number)) != number:
             message = f"{excerpt(request.custom_id)!r} is the name of line {first:,} too; give each request its own"
@@ -84,8 +91,8 @@ def _request(line: bytes, index: int, path: Path, number: int) -> BatchRequest:
     if unknown := sorted(value.keys() - _FIELDS):
         raise error(f"the field is not known; the fields are {', '.join(sorted(_FIELDS))}", excerpt(unknown[0]))
     custom_id, url, body = value.get("custom_id"), value.get("url"), value.get("body")
-    if not isinstance(custom_id, str) or not custom_id:
-        raise error(f"must be a text that names the request, got {shown(custom_id)}", "custom_id")
+    if not isinstance(custom_id, str) or not 1 <= len(custom_id) <= _MAX_NAME:
+        raise error(f"must be a text of 1 to {_MAX_NAME} characters, got {shown(custom_id)}", "custom_id")
     if value.get("method", "POST") != "POST":
         raise error(f"must be POST, got {shown(value['method'])}", "method")
     if url not in ENDPOINTS:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -59,6 +60,7 @@ async def answer_all(
     at_once: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
     priority: int = 0,
+    patient: bool = False,
 ) -> None:
     """Answers all requests that have no results yet, and adds their results. If it is cancelled, no result is being written
     when it has ended.
@@ -67,6 +69,7 @@ async def answer_all(
         client: its base URL is that of the server.
         job, results, at_once, progress: see `run_batch`.
         priority: the lowest value for a request's `priority`; those with lower values come first.
+        patient: try as long as the server has no memory or no model for a request.
 
     Raises:
         EngineDeadError: the engine has stopped; requests without an answer have no results.
@@ -75,9 +78,8 @@ async def answer_all(
     waiting = iter([request for request in job.requests if request.index not in results.done])
     progress(len(results.done), len(job.requests))
     with ThreadPoolExecutor(1, "dso-batch") as writer:  # writing may wait for the disk
-        tasks = [
-            asyncio.create_task(_answer_some(client, job, waiting, results, progress, priority, writer)) for _ in range(at_once)
-        ]
+        more = (client, job, waiting, results, progress, priority, patient, writer)
+        tasks = [asyncio.create_task(_answer_some(*more)) for _ in range(at_once)]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
             for task in done:
@@ -97,18 +99,19 @@ async def _answer_some(
     results: Results,
     progress: Callable[[int, int], None],
     priority: int,
+    patient: bool,
     writer: ThreadPoolExecutor,
 ) -> None:
     for request in waiting:
-        line = await answer(client, job, request, results.written, priority)
+        line = await answer(client, job, request, results.written, priority, patient)
         await asyncio.get_running_loop().run_in_executor(writer, results.add, request.index, line)
         progress(len(results.done), len(job.requests))
 
 
 async def answer(
-    client: httpx.AsyncClient, job: BatchInput, request: BatchRequest, created: int, priority: int = 0
+    client: httpx.AsyncClient, job: BatchInput, request: BatchRequest, created: int, priority: int = 0, patient: bool = False
 ) -> dict[str, Any]:
-    """The line of the output for a request; `created`: the time in its answer; `priority`: see `answer_all`.
+    """The line of the output for a request; `created`: the time in its answer; `priority`, `patient`: see `answer_all`.
 
     Raises:
         EngineDeadError: the engine has stopped.
@@ -116,18 +119,19 @@ async def answer(
     body = request.body
     if request.url in GENERATING and body.get("seed") is None:
         body = {**body, "seed": int(_digest(job, request, "seed")[:7], 16)}
-    own = body.get("priority") or 0
-    if isinstance(own, int) and own < priority:  # another type is an error of the request
+    if priority and _number(body.get("priority")) < priority:
         body = {**body, "priority": priority}
     tries, wait = 0, 0.5
     while True:
         response = await client.post(request.url, json=body)
+        counts = response.status_code == _TIMED_OUT
         if response.status_code == _UNAVAILABLE:
             error = json.loads(response.content)["error"]
             if error["code"] in _DEAD:
                 raise EngineDeadError(f"{error['message']}; start the same command again to continue")
+            counts = not patient or error["code"] == "worker_lost"
         if response.status_code in (_UNAVAILABLE, _TIMED_OUT):
-            tries += 1
+            tries += counts
             wait = min(2 * wait, _LONGEST_WAIT)
         if response.status_code not in (_FULL, _UNAVAILABLE, _TIMED_OUT) or tries == _TRIES:
             break
@@ -138,10 +142,18 @@ async def answer(
         "response": {
             "status_code": response.status_code,
             "request_id": _digest(job, request, "request")[:32],
-            "body": _settled(json.loads(response.content), job, request, created),
+            "body": _settled(await asyncio.to_thread(json.loads, response.content), job, request, created),
         },
         "error": None,
     }
+
+
+def _number(value: Any) -> float:
+    """A number as the server may read it, which also accepts texts; infinity if it is none, which is the request's error."""
+    try:
+        return 0.0 if value is None else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.inf
 
 
 def _settled(body: Any, job: BatchInput, request: BatchRequest, created: int) -> Any:

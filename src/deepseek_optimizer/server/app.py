@@ -106,7 +106,7 @@ def create_app(
         await engine.start()
         tasks = [asyncio.ensure_future(_sweep(state))]
         if state.generates:
-            state.batches.start(app, lambda: state.accepting, max(1, engine.max_running // 2))
+            state.batches.start(app, lambda: state.accepting, max(1, engine.max_running // 2), state.bodies.max_bytes)
         if settings.idle_sleep is not None:
             tasks.append(asyncio.ensure_future(sleep_when_idle(state, settings.idle_sleep)))
         try:
@@ -265,7 +265,7 @@ async def _sweep(state: ServerState) -> None:
         state.files.sweep()
         state.documents.sweep()
         await asyncio.to_thread(state.responses.sweep)
-        await asyncio.to_thread(state.batches.sweep)
+        await state.batches.sweep()
 
 
 async def _wrong_parameter(request: Request, error: Exception) -> Response:

@@ -42,6 +42,10 @@ class ApiKeys:
     def __len__(self) -> int:
         return len(self._hashes)
 
+    def has(self, salt: str) -> bool:
+        """Whether `salt` is that of an accepted key; without keys, whether it is ""."""
+        return any(known.hex() == salt for known in self._hashes) if self._hashes else salt == ""
+
     def salt(self, authorization: bytes | None) -> str | None:
         """The prefix cache's salt for the key in an Authorization header.
 

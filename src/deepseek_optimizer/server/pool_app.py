@@ -29,7 +29,7 @@ from .shared import Shared
 from .state import ServerState
 
 _SWEEP_SECONDS = 60.0
-_BATCH_REQUESTS = 16  # of a client's batches in flight
+_BATCH_REQUESTS = 16  # of batches in flight
 
 
 def opener(load: Callable[[ModelFile], tuple[Any, ServerSettings, int]]) -> Open:
@@ -62,7 +62,7 @@ def create_pool_app(pool: ModelPool) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         pool.start()
-        pool.batches.start(app, lambda: not pool.draining, _BATCH_REQUESTS)
+        pool.batches.start(app, lambda: not pool.draining, _BATCH_REQUESTS, pool.shared.bodies.max_bytes)
         sweeping = asyncio.ensure_future(_sweep(pool))
         try:
             yield
@@ -116,7 +116,7 @@ async def _sweep(pool: ModelPool) -> None:
         await asyncio.sleep(_SWEEP_SECONDS)
         pool.shared.files.sweep()
         await asyncio.to_thread(pool.responses.sweep)
-        await asyncio.to_thread(pool.batches.sweep)
+        await pool.batches.sweep()
         for model in pool.loaded:
             if model.loaded is not None:
                 model.loaded.state.engine.log_replaced_files()

@@ -103,6 +103,7 @@ class Server(uvicorn.Server):
 
     async def _stop(self) -> None:
         print("dso: stopping when requests in flight are done; a second signal stops at once", file=sys.stderr, flush=True)
+        await self._state.batches.stop()  # they continue after a restart
         try:
             if not await self._state.drain(self._state.settings.drain_seconds):
                 logger.warning(

@@ -23,7 +23,7 @@ from deepseek_optimizer import (
     report,
 )
 from deepseek_optimizer.integration.general.modules import GeneralLinear
-from deepseek_optimizer.integration.load import memory
+from deepseek_optimizer.integration.memory import weights
 from deepseek_optimizer.system.memory import FreeMemory, Limit
 from support.general_models import inputs_of, random_general
 
@@ -242,7 +242,9 @@ def test_other_quantization_and_unknown_types(saved, tmp_path):
 
 
 def test_memory_is_checked_before_weights_are_read(saved, monkeypatch):
-    monkeypatch.setattr(memory, "free_memory", lambda: FreeMemory((Limit("machine", "this test", "memory", 10_000, 10_000),)))
+    monkeypatch.setattr(
+        weights, "device_memory", lambda _: FreeMemory((Limit("machine", "this test", "memory", 10_000, 10_000),))
+    )
     with pytest.raises(NotEnoughMemoryError, match="the model's weights"):
         load_model(saved("bert")[0], precision="int8")
 

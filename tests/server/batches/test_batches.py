@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
@@ -57,7 +58,7 @@ def test_openai_client(server):
     ("data", "line", "message"),
     [
         (b"", None, "there are no requests"),
-        (b"{}\nnot JSON\n", 1, "must be a text that names the request"),
+        (b"{}\nnot JSON\n", 1, "must be a text of 1 to 512 characters"),
         (lines(2) + b"not JSON\n", 3, "not valid JSON"),
         (lines(1) + lines(1), 2, "'r0' is the name of line 1 too"),
         (lines(1).replace(b"/v1/completions", b"/v1/embeddings"), None, "but the batch is for /v1/completions"),
@@ -100,7 +101,7 @@ def test_cancelled(make_server):
     waiting = server.client.get(f"/v1/batches/{second['id']}").json()
     assert waiting["status"] == "validating"
     cancelled = server.client.post(f"/v1/batches/{first['id']}/cancel")
-    assert cancelled.json()["status"] in ("cancelling", "cancelled") and cancelled.json()["cancelling_at"]
+    assert cancelled.json()["status"] in ("cancelling", "finalizing", "cancelled") and cancelled.json()["cancelling_at"]
     first = ended(server.client, first)
     assert first["status"] == "cancelled" and 3 < first["request_counts"]["completed"] < 500
     answers = content(server.client, first["output_file_id"])
@@ -120,9 +121,9 @@ def test_expired(make_server):
         batches.get("", batch["id"]).expires = 0
 
     server.call(restart_later)
-    server.call(lambda: batches._running[""].cancel())
-    wait_for(lambda: not batches._running)
-    server.call(lambda: batches.start(server.app, lambda: True, 2))
+    server.call(lambda: batches._tasks[""].cancel())
+    wait_for(lambda: not batches.running)
+    server.call(lambda: batches.start(server.app, lambda: True, 2, 1 << 20))
     batch = ended(server.client, batch)
     assert batch["status"] == "expired" and batch["expired_at"]
     answers, errors = content(server.client, batch["output_file_id"]), content(server.client, batch["error_file_id"])
@@ -156,11 +157,13 @@ def test_limits(make_server):
     upload(server.client, b"x" * 2000)
     form = {"files": {"file": ("a", b"x" * 1500)}, "data": {"purpose": "batch"}}
     assert_error(server.client.post("/v1/files", **form), 413, "file")
-    for _ in range(2):
-        file = upload(server.client, lines(1))
-    assert_error(server.client.post("/v1/files", **form), 400, "file")
-    server.call(lambda: setattr(server.app.state.server.batches, "_app", None))  # nothing runs
+    file = upload(server.client, lines(1))
+    server.call(lambda: setattr(server.app.state.server.batches, "_runner", None))  # nothing runs
     create(server.client, file)
+    upload(server.client, lines(1))
+    assert_error(server.client.post("/v1/files", **form), 400, "file")
+    server.client.delete(f"/v1/files/{file}")
+    file = server.client.get("/v1/files?purpose=batch").json()["data"][0]["id"]
     body = {"input_file_id": file, "endpoint": COMPLETIONS, "completion_window": "24h"}
     assert_error(server.client.post("/v1/batches", json=body), 429)
 
@@ -208,12 +211,12 @@ def test_expired_files_and_old_batches_are_deleted(make_server):
     batches._clock = batches.files._clock = lambda: at["now"]
     for hours, left in ((0.9, 2), (1.5, 1), (2.5, 0)):
         at["now"] = start + 3600 * hours
-        batches.sweep()
+        server.wait(batches.sweep)
         assert len(server.client.get("/v1/files").json()["data"]) == left
     assert not list(batches.files._folder.iterdir())
     assert server.client.get(f"/v1/batches/{batch['id']}").status_code == 200
     at["now"] = start + 40 * 86_400
-    batches.sweep()
+    server.wait(batches.sweep)
     assert_error(server.client.get(f"/v1/batches/{batch['id']}"), 404)
 
 
@@ -226,7 +229,7 @@ def test_clients_come_first(make_server):
         return "x"
 
     server = make_server(script=script)
-    ended(server.client, create(server.client, upload(server.client, lines(1) + lines(2, priority=7).split(b"\n", 1)[1])))
+    ended(server.client, create(server.client, upload(server.client, lines(1) + lines(2, priority="7").split(b"\n", 1)[1])))
     server.client.post(COMPLETIONS, json={"prompt": "x", "priority": 7})
     assert sorted(seen) == [7, 1000, 1000]
 
@@ -270,8 +273,74 @@ def test_a_full_disk_delays_the_batch(server, monkeypatch):
     file = upload(server.client, lines(3, max_tokens=1))
     first = create(server.client, file)
     batches = server.app.state.server.batches
-    wait_for(lambda: not batches._running)
+    wait_for(lambda: not batches.running)
     assert server.client.get(f"/v1/batches/{first['id']}").json()["status"] == "in_progress"
     failing["now"] = False
     second = create(server.client, file)
     assert [ended(server.client, one)["request_counts"]["completed"] for one in (first, second)] == [3, 3]
+
+
+def test_batches_one_after_the_other(server):
+    """A batch that is created when the one before has just ended is run, too."""
+    file = upload(server.client, lines(1, max_tokens=1))
+    for _ in range(40):
+        batch = create(server.client, file)
+        while server.client.get(f"/v1/batches/{batch['id']}").json()["status"] != "completed":
+            pass
+    assert len(server.client.get("/v1/batches?limit=100").json()["data"]) == 40
+
+
+def test_a_waiting_batch_is_cancelled_at_once(make_server):
+    server = make_server(step_seconds=0.005, capacity=4)
+    first = create(server.client, upload(server.client, lines(500, max_tokens=4)))
+    second = create(server.client, upload(server.client, lines(3)))
+    assert server.client.post(f"/v1/batches/{second['id']}/cancel").json()["status"] == "cancelled"
+    third = create(server.client, upload(server.client, lines(3)))
+    batches = server.app.state.server.batches
+    batches.get("", third["id"]).expires = 0
+    server.wait(batches.sweep)
+    assert server.client.get(f"/v1/batches/{third['id']}").json()["status"] == "expired"
+    assert server.client.get(f"/v1/batches/{first['id']}").json()["status"] == "in_progress"
+
+
+def test_requests_are_kept_until_the_batch_ends(make_server, tmp_path):
+    """The file of a batch that runs may be deleted."""
+    server = make_server(ServerSettings(state_dir=tmp_path), step_seconds=0.005, capacity=4)
+    file = upload(server.client, lines(30, max_tokens=2))
+    first, second = create(server.client, file), create(server.client, file)
+    server.client.delete(f"/v1/files/{file}")
+    assert [ended(server.client, one)["request_counts"]["completed"] for one in (first, second)] == [30, 30]
+    wait_for(lambda: {path.suffix for path in tmp_path.glob("batches/jobs/*")} == {".json"})
+
+
+def test_a_key_that_is_not_accepted_any_more(make_server, tmp_path):
+    """A server that is started without the key of a batch does not run it; stray files are deleted."""
+    keys = {"Authorization": "Bearer one"}
+    first = make_server(ServerSettings(state_dir=tmp_path, keys=ApiKeys(["one"])), step_seconds=0.005, capacity=4)
+    batch = create(first.client, upload(first.client, lines(500, max_tokens=4), keys), keys)
+    wait_for(lambda: first.client.get(f"/v1/batches/{batch['id']}", headers=keys).json()["status"] == "in_progress")
+    first.__exit__()
+    (tmp_path / "batches/files/file-stray.jsonl").write_text("killed during the upload")
+    second = make_server(ServerSettings(state_dir=tmp_path, keys=ApiKeys(["two"])))
+    batches = second.app.state.server.batches
+    (stopped,) = batches._batches.values()
+    assert stopped.status == "failed" and stopped.errors[0]["code"] == "invalid_api_key" and not batches.running
+    assert not (tmp_path / "batches/files/file-stray.jsonl").exists()
+
+
+def test_creating_many_at_once(make_server):
+    """The limit holds for batches that are created at the same time."""
+    server = make_server(ServerSettings(max_batches_per_client=3))
+    file = upload(server.client, lines(1))
+    server.call(lambda: setattr(server.app.state.server.batches, "_runner", None))  # nothing runs
+    body = {"input_file_id": file, "endpoint": COMPLETIONS, "completion_window": "24h"}
+    with ThreadPoolExecutor(12) as pool:
+        statuses = list(pool.map(lambda _: server.client.post("/v1/batches", json=body).status_code, range(12)))
+    assert sorted(statuses) == [200] * 3 + [429] * 9
+
+
+@pytest.mark.parametrize("data", [lines(1, suffix="x" * 3000), lines(1).replace(b'"r0"', b'"' + b"r" * 600 + b'"')])
+def test_long_lines_and_names(make_server, data):
+    server = make_server(ServerSettings(max_body_bytes=2000))
+    (error,) = ended(server.client, create(server.client, upload(server.client, data)))["errors"]["data"]
+    assert error["line"] == 1 and len(error["message"]) < 300

@@ -92,7 +92,7 @@ class CountingActivations(SavedActivations):
 
     def _pack(self, tensor):
         packed = super()._pack(tensor)
-        self.bytes_recomputed += 0 if packed is tensor else tensor.nbytes
+        self.bytes_recomputed += 0 if isinstance(packed, torch.Tensor) else tensor.nbytes
         return packed
 
 

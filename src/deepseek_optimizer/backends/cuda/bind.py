@@ -28,7 +28,7 @@ def weights_on_device(graph: Graph, weights: Mapping[str, PackedWeight | torch.T
     bound = Weights({}, {}, {})
     stacks, exact = stack_shapes(graph), exact_weights(graph)
     latent = {node.weights[0]: node.attrs for node in graph.nodes if node.op == "mla_attention"}
-    copies: dict[int, DeviceMatrix] = {}
+    copies: dict[int, tuple[torch.Tensor, DeviceMatrix]] = {}  # by id of the tensor, which is kept alive
     for name, shape in weight_shapes(graph).items():
         weight = weights.get(name)
         if name in stacks:
@@ -45,8 +45,8 @@ def weights_on_device(graph: Graph, weights: Mapping[str, PackedWeight | torch.T
             else:
                 key = id(matrix.data)
                 if key not in copies:
-                    copies[key] = DeviceMatrix(matrix, device)
-                bound.matrices[name] = copies[key]
+                    copies[key] = matrix.data, DeviceMatrix(matrix, device)
+                bound.matrices[name] = copies[key][1]
         elif not isinstance(weight, torch.Tensor):
             raise BackendError(f"the graph needs weight {name!r} as a vector, got {type(weight).__name__}")
         else:

@@ -107,7 +107,8 @@ class CapturedSteps:
             held = self._stores[store] = _OfStore(address)
         bucket, steps = integers.bucket, held.steps
         if bucket not in steps:
-            steps[bucket] = _Step(torch.empty(integers.size, dtype=torch.int32, device=store.data.device))
+            with torch.inference_mode(False):  # later steps may write to it outside of inference mode
+                steps[bucket] = _Step(torch.empty(integers.size, dtype=torch.int32, device=store.data.device))
             if len(steps) > MOST_CAPTURED:
                 steps.popitem(last=False)
         steps.move_to_end(bucket)

@@ -72,7 +72,8 @@ class CudaDevice:
             yield
 
     def staging(self, size: int) -> torch.Tensor:
-        return torch.empty(size, dtype=torch.int32, device="cpu", pin_memory=True)
+        with torch.inference_mode(False):  # later steps may write to it outside of inference mode
+            return torch.empty(size, dtype=torch.int32, device="cpu", pin_memory=True)
 
     def upload(self, host: torch.Tensor, target: torch.Tensor) -> None:
         target.copy_(host, non_blocking=True)
@@ -106,7 +107,8 @@ class InterpreterDevice:
         return self._stepping
 
     def staging(self, size: int) -> torch.Tensor:
-        return torch.empty(size, dtype=torch.int32, device="cpu")
+        with torch.inference_mode(False):
+            return torch.empty(size, dtype=torch.int32, device="cpu")
 
     def upload(self, host: torch.Tensor, target: torch.Tensor) -> None:
         target.copy_(host)

@@ -79,6 +79,7 @@ class CudaPlan:
         self._captured_logits = self._empty(0, graph.logits_width)
         self._greedy = device.staging(MOST_ROWS)  # the likeliest tokens of the last captured step, on the host
         self._chosen_from: tuple[Callable[[], torch.Tensor | None], int] | None = None  # its logits, and their version
+        self._chosen: tuple[Callable[[], torch.Tensor | None], int, list[int]] | None = None  # the same with these tokens
 
     @torch.no_grad()
     def run(self, batch: StepBatch, store: KvStore | None) -> StepOutput:
@@ -89,6 +90,7 @@ class CudaPlan:
             raise BackendError(f"store: the plan needs a {wanted.__name__} of its backend, got a {type(store).__name__}")
         logits = self._given_logits(batch)
         with self._device.step(), memory_errors(f"a step of {len(batch.positions)} tokens on {self.device}", _STEP_REMEDY):
+            self._chosen, self._chosen_from = None, None
             if store is not None:
                 store.ensure(int(batch.block_table.max()) + 1)
             if self.captured is not None and store is not None and may_be_captured(batch):
@@ -96,6 +98,8 @@ class CudaPlan:
             else:
                 output = self._launched(batch, store, logits)
             self._device.wait()
+            if self._chosen_from is not None:
+                self._chosen = (*self._chosen_from, self._greedy[: len(batch.logit_rows)].tolist())
         return output
 
     def _launched(self, batch: StepBatch, store: DeviceBlocks | None, given: torch.Tensor | None) -> StepOutput:
@@ -176,7 +180,8 @@ class CudaPlan:
             self._buffers[index] = self._empty(rows, self._slots[index].width)
 
     def _empty(self, rows: int, width: int) -> torch.Tensor:
-        return torch.empty(rows, width, dtype=torch.float32, device=self.device)
+        with torch.inference_mode(False):  # later steps may write to it outside of inference mode
+            return torch.empty(rows, width, dtype=torch.float32, device=self.device)
 
     def _given_logits(self, batch: StepBatch) -> torch.Tensor | None:
         """The caller's tensor for logits, which is checked, as kernels would write past its end."""
@@ -189,14 +194,14 @@ class CudaPlan:
                 f"step.logits: must be contiguous float32 {list(shape)}, got {given.dtype} {list(given.shape)} with strides "
                 f"{list(given.stride())}"
             )
-        if given.device.type != self.device.type:
+        if (given.device.type, given.device.index or 0) != (self.device.type, self.device.index or 0):
             raise BackendError(f"step.logits: must be on {self.device}, as the plan is, got a tensor on {given.device}")
         return given
 
     def choose_tokens(self, logits: torch.Tensor, choices: Sequence[TokenChoice | None]) -> list[int | None]:
-        source, version = self._chosen_from or (None, 0)
-        if source is not None and source() is logits and logits._version == version:
-            return choose_on_device(logits, choices, self._greedy[: len(logits)].tolist())
+        chosen = self._chosen  # another thread's step may replace it
+        if chosen is not None and chosen[0]() is logits and logits._version == chosen[1]:
+            return choose_on_device(logits, choices, chosen[2])
         return choose_tokens(logits.numpy(), choices) if logits.is_cpu else choose_on_device(logits, choices)
 
     def decode(self, batch: StepBatch, store: KvStore, call: DecodeCall) -> Decoded:

@@ -77,6 +77,7 @@ def load(
             general = load_general(checkpoint, _settings(section, checkpoint, config, fields), no_plan)
             return general if target is None else general.to(target)
         model, settings, dtype = sketch(checkpoint, config, fields)
+        backend_asked_for = settings.backend  # saved with the model, which another machine may load
         settings, target = placed(settings, device)
         backend = packing_backend(settings)
         checkpoint.mapper = backend.map_file if backend.maps_files else None
@@ -105,7 +106,7 @@ def load(
         notes += checkpoint.conversions() if settings.precision == "auto" else []
         total = sum(info.nbytes for info in checkpoint.tensors.values())
     model.to(target)  # buffers; the weights are there
-    mark_quantized(model, settings)
+    mark_quantized(model, DeepSeekConfig(**{**settings.to_dict(), "backend": backend_asked_for}))
     bind(model.eval(), settings, earlier=manifest, bytes_before=total, notes=notes)
     model.dso.mappings.update(checkpoint.mappings())
     if texts is not None:

@@ -55,7 +55,7 @@ def placed(settings: DeepSeekConfig, device: Any) -> tuple[DeepSeekConfig, torch
     parsed = parse_device(device)
     if parsed.type == "cuda" and settings.backend == AUTO:
         settings = DeepSeekConfig(**{**settings.to_dict(), "backend": "cuda"})
-    if parsed.type != "cpu":
+    if parsed.type != "cpu" or settings.backend != AUTO:
         choose_backend(settings, parsed)
     return settings, parsed
 

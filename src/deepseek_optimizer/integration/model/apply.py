@@ -42,7 +42,8 @@ def _target(fn: Any, device: torch.device) -> torch.device:
     try:
         found: torch.device = fn(torch.empty(0, device=device)).device
     except (AssertionError, RuntimeError) as error:  # AssertionError: torch's own, for a build without CUDA
-        if (reason := why_no_cuda()) is None:
+        reason = why_no_cuda()
+        if reason is None or "cuda" not in str(error).lower():  # of another device, or of the function itself
             raise
         raise BackendError(f"the model cannot move to a CUDA device: {reason}") from error
     return found

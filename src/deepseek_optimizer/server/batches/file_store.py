@@ -62,6 +62,9 @@ class BatchFiles:
                 found.append(BatchFile(**json.loads(path.read_bytes())))
             except (OSError, ValueError, TypeError):
                 logger.error("the description of a file of a batch, %s, is damaged; the file is not listed", path)
+        for path in [*folder.glob(".*.tmp"), *folder.glob("*.jsonl")]:  # of a server that was killed
+            if not path.with_suffix(".json").exists():
+                path.unlink()
         self._files = {file.id: file for file in sorted(found, key=lambda file: file.created)}
 
     def path(self, file: BatchFile) -> Path:
@@ -81,7 +84,7 @@ class BatchFiles:
         Raises:
             ApiError: 413, the owner's files would exceed the limit; 503, all files would; 507, it cannot be written.
         """
-        self._check_room(owner, len(data))
+        self.check_room(owner, len(data))
         try:
             with self.writing(owner, id, name, REQUESTS, seconds) as out:
                 out.write(data)
@@ -90,7 +93,9 @@ class BatchFiles:
             raise ApiError(507, "file: the server's disk cannot be written", param="file", code="storage_failed") from None
         return self._files[id]
 
-    def _check_room(self, owner: str, size: int) -> None:
+    def check_room(self, owner: str, size: int = 0) -> None:
+        """Checks whether an owner may add a file of `size` bytes. Results count for their owner, but do not keep others from
+        adding files. Raises ApiError as `add` does."""
         settings, files = self._settings, list(self._files.values())
         if sum(file.owner == owner for file in files) >= (count := settings.max_files_per_client):
             raise ApiError(
@@ -102,7 +107,7 @@ class BatchFiles:
                 413, f"file: your files for batches would exceed the {most:,.0f} MB that a key may use; delete some",
                 param="file", code="file_storage", headers={"Connection": "close"},
             )  # fmt: skip
-        if size + sum(file.size for file in files) > settings.max_batch_bytes_total:
+        if size + sum(file.size for file in files if file.purpose == REQUESTS) > settings.max_batch_bytes_total:
             raise busy("the server has no room for more files of batches now", 60)
 
     @contextmanager

@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from ...checkpoint.atomic import atomic_file
-
 ENDED: Final = frozenset({"completed", "failed", "expired", "cancelled"})
 
 
@@ -55,6 +53,11 @@ class Batch:
         """Whether the status is final."""
         return self.status in ENDED
 
+    @property
+    def cancelled(self) -> bool:
+        """Whether the client cancelled it, and it had not ended."""
+        return "cancelling" in self.times
+
     def file_id(self, kind: str) -> str:
         """The id of its file of a kind; always the same, so that writing it again replaces it."""
         return f"file-{hashlib.sha256(f'{self.id} {kind}'.encode()).hexdigest()[:24]}"
@@ -64,14 +67,18 @@ class Batch:
         self.status = status
         self.times[status] = int(now)
 
-    def save(self, folder: Path) -> None:
-        """Writes it to `folder`, as a whole or not at all."""
-        with atomic_file(folder / f"{self.id}.json") as out:
-            out.write(json.dumps(asdict(self)).encode())
+    def fail(self, now: float, code: str, message: str, line: int | None = None, param: str | None = None) -> None:
+        """Ends it with an error. `line`: of the file of requests; `param`: the field of the request there."""
+        self.errors = [{"code": code, "line": line, "message": message, "param": param}]
+        self.begin("cancelled" if self.cancelled else "failed", now)
+
+    def to_json(self) -> bytes:
+        """For `load_batch`."""
+        return json.dumps(asdict(self)).encode()
 
 
 def load_batch(path: Path) -> Batch:
-    """The batch that `save` wrote.
+    """The batch in a file that has the bytes of `Batch.to_json`.
 
     Raises:
         OSError, ValueError, TypeError: it cannot be read.

@@ -1,12 +1,11 @@
-"""Runs one batch: validates its requests, has the server's application answer them, and writes the files of results."""
+"""Runs batches: validates their requests, has the server's application answer them, and writes the files of results."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 import logging
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ...batch.requests import BatchInput, read_requests
 from ...batch.results import Results, encoded
 from ...batch.run import BASE_URL, answer_all
-from ...errors import DataError, EngineDeadError
+from ...errors import DataError, EngineDeadError, excerpt
 from ..http.caller import FOR_OWNER
 from ..settings import MAX_PRIORITY
 from .file_store import BatchFiles
@@ -27,150 +26,166 @@ _PAUSE = 0.5  # seconds between looks whether the server accepts requests again
 _EXPIRED = {"code": "batch_expired", "message": "This request could not be executed before the completion window expired."}
 
 
-async def run_batch_job(
-    batch: Batch,
-    files: BatchFiles,
-    jobs: Path,
-    end: asyncio.Event,
-    app: ASGIApp,
-    accepting: Callable[[], bool],
-    at_once: int,
-    clock: Callable[[], float],
-) -> None:
-    """Runs a batch to its end, from where an earlier run stopped. If the engine stops, the batch has not ended.
-
-    Args:
-        batch: changed in place.
-        files: with its requests, and for its results.
-        jobs: the folder of batches.
-        end: set when the client cancels the batch.
-        app: the server's application.
-        accepting: whether it accepts requests now.
-        at_once: maximum number of requests in flight.
-        clock: Unix time in seconds.
-
-    Raises:
-        OSError: a file cannot be written.
-    """
-    job = await asyncio.to_thread(_read, batch, files)
-    if job is not None:
-        batch.total = len(job.requests)
-        if batch.status == "validating":
-            batch.begin("in_progress", clock())
-        await asyncio.to_thread(batch.save, jobs)
-        ended = await _answer(batch, job, files, jobs, end, _Internal(app, batch.owner, accepting), at_once, clock)
-        if not ended:
-            return
-    else:
-        batch.begin("cancelled" if batch.status == "cancelling" else "failed", clock())
-    await asyncio.to_thread(batch.save, jobs)
-    _results_of(batch, jobs).with_suffix(".results.partial").unlink(missing_ok=True)
+def requests_of(batch: Batch, jobs: Path) -> Path:
+    """Where a batch has its requests until it ends."""
+    return jobs / f"{batch.id}.requests.jsonl"
 
 
-def _read(batch: Batch, files: BatchFiles) -> BatchInput | None:
-    """The requests; None: they are not valid, and the batch says why."""
-    file = files.find(batch.owner, batch.input_file)
-    try:
-        if file is None:
-            raise DataError("the file of requests was deleted, or has expired")
-        job = read_requests(files.path(file))
-        for request in job.requests:
-            if request.url != batch.endpoint:
-                message = f"the request {request.custom_id!r} is for {request.url}, but the batch is for {batch.endpoint}"
-                raise DataError(message, field="url")
-    except (DataError, FileNotFoundError) as error:
-        # A DataError names the file on the server's disk, which is nobody's business.
-        known = isinstance(error, DataError)
-        message = str(getattr(error, "message", error)) if known else "the file of requests was deleted"
-        line, param = (getattr(error, name, None) for name in ("line", "field"))
-        batch.errors = [{"code": "invalid_request", "line": line, "message": message, "param": param}]
-        return None
-    digest = hashlib.sha256(f"{batch.id} {job.digest}".encode()).hexdigest()  # ids of answers differ between batches
-    return replace(job, digest=digest, written=batch.created)
-
-
-async def _answer(
-    batch: Batch,
-    job: BatchInput,
-    files: BatchFiles,
-    jobs: Path,
-    end: asyncio.Event,
-    app: ASGIApp,
-    at_once: int,
-    clock: Callable[[], float],
-) -> bool:
-    """Answers requests until all have results, the batch is cancelled, or its time is over, and writes the files of results;
-    returns False if the engine has stopped."""
-    with ExitStack() as opened:
-        identity = {"batch": batch.id}
-        results = await asyncio.to_thread(Results, _results_of(batch, jobs), identity, batch.total, batch.created)
-        opened.enter_context(results)
-
-        def count(_done: int, _total: int) -> None:
-            batch.failed = len(results.failed)
-            batch.completed = len(results.done) - batch.failed
-
-        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url=BASE_URL, timeout=None) as client:
-            work = asyncio.ensure_future(answer_all(client, job, results, at_once, count, MAX_PRIORITY))
-            cancelled = asyncio.ensure_future(end.wait())
-            try:
-                if batch.status != "cancelling":
-                    seconds = max(0.0, batch.expires - clock())
-                    await asyncio.wait({work, cancelled}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                complete = work.done()
-                for task in (work, cancelled):
-                    task.cancel()
-                await asyncio.gather(work, cancelled, return_exceptions=True)
-        count(0, 0)
-        error = None if work.cancelled() else work.exception()
-        if isinstance(error, EngineDeadError):
-            logger.error("the batch %s stops, since the engine has stopped; it continues after a restart", batch.id)
-            return False
-        if error is not None:
-            raise error
-        status = "cancelled" if batch.status == "cancelling" else "completed" if complete else "expired"
-        batch.begin("finalizing", clock())
-        await asyncio.to_thread(_write, batch, job, results, files, status == "expired")
-        batch.begin(status, clock())
-        return True
-
-
-def _write(batch: Batch, job: BatchInput, results: Results, files: BatchFiles, expired: bool) -> None:
-    """Writes the files of answers and of errors, as far as there are any; those of an expired batch name the requests that
-    have no result."""
-    missing = [request for request in job.requests if request.index not in results.done] if expired else []
-    if batch.completed:
-        batch.output_file = batch.file_id("output")
-        with files.writing(batch.owner, batch.output_file, f"{batch.id}_output.jsonl", seconds=batch.output_seconds) as out:
-            for line in results.lines():
-                if line["response"]["status_code"] == 200:
-                    out.write(encoded(line))
-    if batch.failed or missing:
-        batch.error_file = batch.file_id("error")
-        with files.writing(batch.owner, batch.error_file, f"{batch.id}_error.jsonl", seconds=batch.output_seconds) as out:
-            for line in results.lines():
-                if line["response"]["status_code"] != 200:
-                    out.write(encoded(line))
-            for request in missing:
-                id = hashlib.sha256(f"{job.digest} {request.index}".encode()).hexdigest()[:32]
-                line = {"id": f"batch_req_{id}", "custom_id": request.custom_id, "response": None, "error": _EXPIRED}
-                out.write(encoded(line))
+def partial_of(batch: Batch, jobs: Path) -> Path:
+    """Where the results of a batch are until it ends."""
+    results = _results_of(batch, jobs)
+    return results.with_name(results.name + ".partial")
 
 
 def _results_of(batch: Batch, jobs: Path) -> Path:
     return jobs / f"{batch.id}.results"
 
 
-class _Internal:
-    """The server's application for requests that the server sends itself: for the owner of the batch, without an API key. It
-    waits while the server accepts no requests."""
+class Runner:
+    """
+    Args:
+        files: for the results.
+        jobs: the folder of batches.
+        save: writes a batch; may raise OSError.
+        app: the server's application.
+        accepting: whether it accepts requests now.
+        at_once: maximum number of requests in flight, of all batches.
+        max_line: maximum bytes of a request.
+        clock: Unix time in seconds.
+    """
 
-    def __init__(self, app: ASGIApp, owner: str, accepting: Callable[[], bool]) -> None:
-        self._app, self._owner, self._accepting = app, owner, accepting
+    def __init__(
+        self,
+        files: BatchFiles,
+        jobs: Path,
+        save: Callable[[Batch], Awaitable[None]],
+        app: ASGIApp,
+        accepting: Callable[[], bool],
+        at_once: int,
+        max_line: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self._files, self._jobs, self._save, self._clock = files, jobs, save, clock
+        self._app, self._accepting, self._at_once, self._max_line = app, accepting, at_once, max_line
+        self._places = asyncio.Semaphore(at_once)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        while not self._accepting():
-            await asyncio.sleep(_PAUSE)
-        await self._app({**scope, FOR_OWNER: self._owner, "client": ("batch", 0)}, receive, send)
+    async def run(self, batch: Batch, end: asyncio.Event) -> None:
+        """Runs a batch to its end, from where an earlier run stopped. If the engine stops, the batch has not ended.
+
+        Args:
+            batch: changed in place.
+            end: set to end it before all requests have results.
+
+        Raises:
+            OSError: a file cannot be written.
+        """
+        try:
+            job = await asyncio.to_thread(self._read, batch)
+        except DataError as error:  # without the name of the file on the server's disk, which is nobody's business
+            batch.fail(self._clock(), "invalid_request", error.message, error.line, error.field)
+        else:
+            batch.total = len(job.requests)
+            if batch.cancelled:
+                batch.status = "cancelling"
+            elif batch.status == "validating":
+                batch.begin("in_progress", self._clock())
+            else:
+                batch.status = "in_progress"
+            await self._save(batch)
+            if not await self._answer(batch, job, end):
+                return
+        await self._save(batch)
+
+    def _read(self, batch: Batch) -> BatchInput:
+        """The requests.
+
+        Raises:
+            DataError: they are not valid.
+        """
+        try:
+            job = read_requests(requests_of(batch, self._jobs), self._max_line)
+        except FileNotFoundError:
+            raise DataError("the file of requests is lost; upload it again") from None
+        for request in job.requests:
+            if request.url != batch.endpoint:
+                name = excerpt(request.custom_id)
+                raise DataError(
+                    f"the request {name!r} is for {request.url}, but the batch is for {batch.endpoint}", field="url"
+                )
+        digest = hashlib.sha256(f"{batch.id} {job.digest}".encode()).hexdigest()  # ids of answers differ between batches
+        return replace(job, digest=digest, written=batch.created)
+
+    async def _answer(self, batch: Batch, job: BatchInput, end: asyncio.Event) -> bool:
+        """Answers requests until all have results, `end` is set, or the time of the batch is over, and writes the files of
+        results; returns False if the engine has stopped."""
+        results = await asyncio.to_thread(
+            Results, _results_of(batch, self._jobs), {"batch": batch.id}, batch.total, batch.created
+        )
+        with results:
+
+            def count(_done: int, _total: int) -> None:
+                batch.failed = len(results.failed)
+                batch.completed = len(results.done) - batch.failed
+
+            transport = httpx.ASGITransport(app=self._app_for(batch.owner), raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url=BASE_URL, timeout=None) as client:
+                work = asyncio.ensure_future(
+                    answer_all(client, job, results, self._at_once, count, priority=MAX_PRIORITY, patient=True)
+                )
+                ended = asyncio.ensure_future(end.wait())
+                try:
+                    seconds = max(0.0, batch.expires - self._clock())
+                    if not end.is_set():
+                        await asyncio.wait({work, ended}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    for task in (work, ended):
+                        task.cancel()
+                    await asyncio.gather(work, ended, return_exceptions=True)
+            count(0, 0)
+            error = None if work.cancelled() else work.exception()
+            if isinstance(error, EngineDeadError):
+                logger.error("the batch %s stops, since the engine has stopped; it continues after a restart", batch.id)
+                return False
+            if error is not None:
+                raise error
+            complete = len(results.done) == batch.total
+            status = "cancelled" if batch.cancelled else "completed" if complete else "expired"
+            batch.begin("finalizing", self._clock())
+            await asyncio.to_thread(self._write, batch, job, results, status == "expired")
+            batch.begin(status, self._clock())
+            return True
+
+    def _write(self, batch: Batch, job: BatchInput, results: Results, expired: bool) -> None:
+        """Writes the files of answers and of errors, as far as there are any; those of an expired batch name the requests that
+        have no result."""
+        missing = [request for request in job.requests if request.index not in results.done] if expired else []
+        if batch.completed:
+            id = batch.file_id("output")
+            with self._files.writing(batch.owner, id, f"{batch.id}_output.jsonl", seconds=batch.output_seconds) as out:
+                for line in results.lines():
+                    if line["response"]["status_code"] == 200:
+                        out.write(encoded(line))
+            batch.output_file = id
+        if batch.failed or missing:
+            id = batch.file_id("error")
+            with self._files.writing(batch.owner, id, f"{batch.id}_error.jsonl", seconds=batch.output_seconds) as out:
+                for line in results.lines():
+                    if line["response"]["status_code"] != 200:
+                        out.write(encoded(line))
+                for request in missing:
+                    digest = hashlib.sha256(f"{job.digest} {request.index}".encode()).hexdigest()[:32]
+                    line = {"id": f"batch_req_{digest}", "custom_id": request.custom_id, "response": None, "error": _EXPIRED}
+                    out.write(encoded(line))
+            batch.error_file = id
+
+    def _app_for(self, owner: str) -> ASGIApp:
+        """The server's application for requests that the server sends itself: for the owner of a batch, without an API key.
+        They wait while the server accepts none."""
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            async with self._places:
+                while not self._accepting():
+                    await asyncio.sleep(_PAUSE)
+                await self._app({**scope, FOR_OWNER: owner}, receive, send)
+
+        return app

@@ -87,7 +87,8 @@ class Guard:
         try:
             scope.setdefault("state", {})["ignored_fields"] = []
             salt = self._salt(scope)
-            scope["state"].update(salt=salt, client=client_of(salt, scope.get("client")), arrived=arrived)
+            client = f"batch {salt}" if FOR_OWNER in scope else client_of(salt, scope.get("client"))
+            scope["state"].update(salt=salt, client=client, arrived=arrived)
             await self._app(scope, receive, send_with_headers)
         except ClientDisconnect:
             status = status or 499  # nginx's status for a client that has disconnected

@@ -96,6 +96,8 @@ def add(app: FastAPI, state: ServerState | ModelPool) -> None:
         file itself."""
         if (found := state.batches.files.find(request.state.salt, file_id)) is not None:
             path = state.batches.files.path(found)
+            if not await asyncio.to_thread(path.exists):  # it has just been deleted
+                state.files.get(request.state.salt, file_id)
             return FileResponse(path, media_type="application/jsonl", filename=found.name)
         text = state.files.get(request.state.salt, file_id).text.text
         headers = {"Content-Disposition": "attachment", "Content-Type": "text/plain; charset=utf-8"}
