@@ -45,7 +45,8 @@ class RecordingDevice:
             InterpretedFunction.run = launch  # type: ignore[method-assign]
 
     def staging(self, size: int) -> torch.Tensor:
-        return torch.full((size,), -1, dtype=torch.int32)
+        with torch.inference_mode(False):
+            return torch.full((size,), -1, dtype=torch.int32)
 
     def upload(self, host: torch.Tensor, target: torch.Tensor) -> None:
         self.events.append("upload")
@@ -70,7 +71,7 @@ class RecordingDevice:
 
         def replay() -> None:
             self.events.append(f"replay {number}")
-            with _disable_current_modes():
+            with _disable_current_modes(), torch.inference_mode():  # a real replay writes to any tensor
                 for play in tape:
                     play()
 

@@ -126,6 +126,33 @@ def test_what_a_replay_does(model):
     assert run.plan.captured.buckets(runner_of(model).store) == ()
 
 
+def test_steps_in_and_outside_of_inference_mode(model):
+    """They share tensors that the first of them makes."""
+    run, plain, texts = runner_of(model, RecordingDevice()), runner_of(model), []
+    for one in (run, plain):
+        sequence, logits = one.sequence(), []
+        for token in range(5):
+            with torch.inference_mode(token in (0, 1, 3)):
+                logits.append(run_step(one.plan, one.store, [Part(sequence, [token], DECODE)]).logits.clone())
+        texts.append(torch.cat(logits))
+    assert torch.equal(*texts)
+
+
+def test_a_later_step_that_is_not_captured_is_not_mistaken_for_it(model):
+    """Its logits may be in the same tensor; kernels do not count as changes of it."""
+    run, logits = runner_of(model, RecordingDevice()), torch.zeros(1, 31)
+    sequence = run.sequence()
+    for token in range(3):
+        run_step(run.plan, run.store, [Part(sequence, [token], DECODE)], logits=logits)
+    before = logits.argmax(-1).tolist()
+    for token in range(3, 12):
+        run_step(run.plan, run.store, [Part(sequence, [token], DECODE)], logits=logits, hidden=True)  # never captured
+        assert run.plan.choose_tokens(logits, [GREEDY]) == logits.argmax(-1).tolist()
+        if logits.argmax(-1).tolist() != before:
+            return
+    raise AssertionError("all steps chose the same token")
+
+
 def test_tokens_are_chosen_from_what_came_back(model):
     """Greedy tokens are on the host when a replay is done. Logits that were changed since, or are others, are looked at."""
     device = RecordingDevice()
@@ -134,7 +161,7 @@ def test_tokens_are_chosen_from_what_came_back(model):
         sequence = run.sequence()
         logits = run_step(run.plan, run.store, [Part(sequence, [3, 4, 5], DECODE)]).logits
     greedy = logits.argmax(-1).tolist()
-    run.plan._greedy[:3] = torch.tensor([7, NOT_FINITE, 9])  # others, so that it shows which ones are taken
+    run.plan._chosen = (*run.plan._chosen[:2], [7, NOT_FINITE, 9])  # others, so that it shows which ones are taken
     assert run.plan.choose_tokens(logits, [GREEDY, GREEDY, None]) == [7, NOT_FINITE, None]
     drawn = TokenChoice(0.7, top_k=5, u=0.4)
     assert run.plan.choose_tokens(logits, [GREEDY, GREEDY, drawn])[2] == choose_token(logits[2].numpy(), drawn)
