@@ -26,6 +26,7 @@ IDENTITY = {
     "backends/cpu/kept_rows.py", "backends/cpu/mapped_file.py", "integration/load/mapped.py", "integration/multimodal/tower.py",
     "integration/bind/runtime.py", "integration/general/head.py", "integration/generation/fingerprint.py", "train/precision.py",
     "train/saved_activations.py", "calibration/inputs.py", "integration/load/rounding.py",
+    "backends/cuda/captured.py",
 }  # fmt: skip
 
 

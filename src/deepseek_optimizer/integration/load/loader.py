@@ -105,7 +105,8 @@ def load(
         notes += checkpoint.remarks()
         notes += checkpoint.conversions() if settings.precision == "auto" else []
         total = sum(info.nbytes for info in checkpoint.tensors.values())
-    model.to(target)  # buffers; the weights are there
+    if target.type != "cpu":
+        model.to(target)  # buffers; the weights are there
     mark_quantized(model, DeepSeekConfig(**{**settings.to_dict(), "backend": backend_asked_for}))
     bind(model.eval(), settings, earlier=manifest, bytes_before=total, notes=notes)
     model.dso.mappings.update(checkpoint.mappings())

@@ -40,7 +40,7 @@ class Apply(InstanceMethod):
 def _target(fn: Any, device: torch.device) -> torch.device:
     """Where `fn` moves tensors of a device to."""
     try:
-        found: torch.device = fn(torch.empty(0, device=device)).device
+        found: torch.device = fn(torch.empty(0, dtype=torch.float32, device=device)).device
     except (AssertionError, RuntimeError) as error:  # AssertionError: torch's own, for a build without CUDA
         reason = why_no_cuda()
         if reason is None or "cuda" not in str(error).lower():  # of another device, or of the function itself
