@@ -285,9 +285,8 @@ def _with_options(command: Callable[..., None], added: dict[str, Any]) -> Callab
 
 def flag_of(field: str) -> str:
     """The command-line flag of an entry of `fields`."""
-    flag: str = (
-        (_MODEL_FIELDS | _LOAD_OPTIONS)[field].__metadata__[0].default
-    )  # the first argument of an Annotated Option is its flag
+    option = (_MODEL_FIELDS | _LOAD_OPTIONS)[field].__metadata__[0]
+    flag: str = option.default  # the first argument of an Annotated Option is its flag
     return flag
 
 

@@ -80,7 +80,7 @@ LAYERS = (
             ("sampling",),
             ("decoding",),
             ("base",),
-            ("registry", "decode_one", "drafted_round"),
+            ("registry", "decode_one", "drafted_round", "kv_b"),
             ("reference", "cpu"),
             ("cuda",),
             (REST,),

@@ -7,7 +7,8 @@ import torch
 
 from deepseek_optimizer.backends.base import DECODE, PREFILL
 from deepseek_optimizer.backends.cpu import CpuBackend, exact, unavailable_reason
-from deepseek_optimizer.backends.cpu.mla_weights import absorbed_stacks, key_stack, value_stack
+from deepseek_optimizer.backends.cpu.mla_weights import absorbed_stacks
+from deepseek_optimizer.backends.kv_b import key_stack, value_stack
 from deepseek_optimizer.backends.reference import ReferenceBackend
 from deepseek_optimizer.errors import BackendError
 from deepseek_optimizer.graph import rules

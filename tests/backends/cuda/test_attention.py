@@ -18,18 +18,12 @@ from deepseek_optimizer.backends.cuda.store import CudaStore
 from deepseek_optimizer.backends.reference import ops
 from deepseek_optimizer.graph.ir import CacheSpec
 
+from .values import ints, random
+
 CPU = torch.device("cpu")
 SCALE = 0.3
 # With a bf16 cache, q and weights are rounded to bf16 as well.
 BOUND = {"fp32": 3e-6, "bf16": 2**-7}
-
-
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def ints(values) -> np.ndarray:
-    return np.asarray(values, dtype=np.int32)
 
 
 def on_device(batch: StepBatch, block_q: int, scratch: int | None = None) -> DeviceStep:

@@ -16,14 +16,12 @@ from deepseek_optimizer.backends.reference import moe, ops
 from deepseek_optimizer.quant import pack, unpack
 from deepseek_optimizer.quant.packed import PackedStack
 
+from .values import random
+
 CPU = torch.device("cpu")
 # Of the largest output: few tokens are multiplied in fp32, more on tensor cores, twice in a row.
 VECTOR_BOUND = 3e-6
 TILE_BOUND = dict.fromkeys(LAYOUTS, 2**-6) | {"fp32": 3e-6}
-
-
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def some_routes(tokens: int, experts_count: int, top_k: int, seed: int = 0) -> torch.Tensor:

@@ -24,19 +24,12 @@ from deepseek_optimizer.graph.rope_rotation import KeyRotation, Pairs
 from deepseek_optimizer.quant import pack, unpack
 
 from .test_attention import on_device
+from .values import ints, random
 
 CPU = torch.device("cpu")
 SCALE = 0.3
 # Of the largest output. With a bf16 cache or bf16 weights, products of many rows round both operands to bf16.
 BOUND = {"fp32": 5e-6, "bf16": 2**-6}
-
-
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def ints(values) -> np.ndarray:
-    return np.asarray(values, dtype=np.int32)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

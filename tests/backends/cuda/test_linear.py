@@ -15,14 +15,12 @@ from deepseek_optimizer.backends.cuda.matrices import LAYOUTS, DeviceMatrix
 from deepseek_optimizer.backends.reference.ops import swiglu
 from deepseek_optimizer.quant import pack, unpack
 
+from .values import random
+
 CPU = torch.device("cpu")
 # Of the largest output. Few rows are multiplied in fp32; on tensor cores rows and scaled weights are rounded to bf16.
 VECTOR_BOUND = 2e-6
 TILE_BOUND = dict.fromkeys(LAYOUTS, 2**-7) | {"fp32": 2e-6}
-
-
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def bound_of(format_name: str, count: int) -> float:

@@ -15,11 +15,9 @@ from deepseek_optimizer.backends.cuda.store import CudaStore
 from deepseek_optimizer.backends.reference import ops
 from deepseek_optimizer.graph.ir import CacheSpec
 
+from .values import random
+
 CPU = torch.device("cpu")
-
-
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def close(made: torch.Tensor, exact: torch.Tensor) -> None:

@@ -16,8 +16,9 @@ from typing import Any
 from ...graph.ir import Graph, Node, Value
 from ...graph.ops import spec_of
 from ...graph.ops.products import GATED
+from ..kv_b import key_stack, value_stack
 from .adapter_products import with_low_rank_parts
-from .mla_weights import absorbs, key_stack, value_stack
+from .mla_weights import absorbs
 
 
 def lower(graph: Graph, kind_of: Callable[[str], str], format_of: Callable[[str], str]) -> Graph:

@@ -12,7 +12,8 @@ from ...graph.ir import Graph
 from ...graph.min_formats import exact_weights
 from ...quant import pack
 from ...quant.packed import PackedMatrix, PackedWeight
-from .kv_b import absorbed_stacks, key_stack, value_stack
+from ..kv_b import key_stack, value_stack
+from .kv_b import absorbed_stacks
 from .matrices import DeviceMatrix, DeviceStack
 from .ops import Weights, frequencies_name, ropes
 from .supported import check_matrix, check_stack

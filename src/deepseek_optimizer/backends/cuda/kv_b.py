@@ -1,9 +1,4 @@
-"""kv_b in the form that absorbed attention reads: one stack of heads for the queries, and one for the values.
-
-Head h of kv_b has `nope` key rows, then `v_dim` value rows, each of `rank` columns. Queries are multiplied along the key rows,
-so those are transposed: [rank, nope], in fp32 if kv_b is fp32, else in bf16, since a format's groups would run along the other
-axis. Value rows are unchanged: kv_b's own tiles if a head's rows fill whole tiles, else repacked as bf16 (or fp32).
-"""
+"""The stacks of kv_b that absorbed attention reads, see `backends.kv_b`, packed on the host."""
 
 from __future__ import annotations
 
@@ -13,16 +8,6 @@ import torch.nn.functional as F
 from ...quant import pack, products
 from ...quant.base import TILE_ROWS
 from ...quant.packed import PackedMatrix, PackedStack
-
-
-def key_stack(kv_b: str) -> str:
-    """A plan's name for the stack of keys of this weight."""
-    return f"{kv_b}:keys"
-
-
-def value_stack(kv_b: str) -> str:
-    """A plan's name for the stack of values of this weight."""
-    return f"{kv_b}:values"
 
 
 def absorbed_stacks(kv_b: PackedMatrix, heads: int, nope: int, v_dim: int) -> tuple[PackedStack, PackedStack]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ...graph.ir import Node
+from ..kv_b import key_stack, value_stack
 from .kernels import indexer, latent, latent_attention
-from .kv_b import key_stack, value_stack
 from .latent_store import CudaLatentStore
 from .ops import Op, Run, Values
 

@@ -13,10 +13,10 @@ import torch
 from ...graph.ir import Graph, Node, Value
 from ...graph.ops.products import rows_of
 from ..base import StepBatch
+from ..kv_b import key_stack, value_stack
 from .kernels import attention as attention_kernels
 from .kernels import elementwise, linear, norm, rope, rows
 from .kernels.expert_groups import PairTiles
-from .kv_b import key_stack, value_stack
 from .matrices import DeviceMatrix, DeviceStack, DeviceTiles
 from .step import DeviceStep
 from .store import DeviceBlocks

@@ -43,7 +43,7 @@ from .calibrate import calibrate, calibration_for, without_rounding
 from .general import load_general, why_general_path, why_language_alone
 from .kl_budget import adapt, calibration_tokens
 from .mtp_layers import add_mtp_layers, own_tensors, same_tensor, stored_mtp_layers
-from .placement import packing_backend, parse_device, placed
+from .placement import packing_backend, parse_device, placed, with_backend
 from .quantizer import mark_quantized
 from .resolve import resolve
 
@@ -107,7 +107,7 @@ def load(
         total = sum(info.nbytes for info in checkpoint.tensors.values())
     if target.type != "cpu":
         model.to(target)  # buffers; the weights are there
-    mark_quantized(model, DeepSeekConfig(**{**settings.to_dict(), "backend": backend_asked_for}))
+    mark_quantized(model, with_backend(settings, backend_asked_for))
     bind(model.eval(), settings, earlier=manifest, bytes_before=total, notes=notes)
     model.dso.mappings.update(checkpoint.mappings())
     if texts is not None:

@@ -54,10 +54,15 @@ def placed(settings: DeepSeekConfig, device: Any) -> tuple[DeepSeekConfig, torch
         device = device_of(settings.backend)
     parsed = parse_device(device)
     if parsed.type == "cuda" and settings.backend == AUTO:
-        settings = DeepSeekConfig(**{**settings.to_dict(), "backend": "cuda"})
+        settings = with_backend(settings, "cuda")
     if parsed.type != "cpu" or settings.backend != AUTO:
         choose_backend(settings, parsed)
     return settings, parsed
+
+
+def with_backend(settings: DeepSeekConfig, backend: str) -> DeepSeekConfig:
+    """The settings with another backend."""
+    return DeepSeekConfig(**{**settings.to_dict(), "backend": backend})
 
 
 def device_of(backend: str) -> str:
@@ -70,5 +75,5 @@ def packing_backend(settings: DeepSeekConfig) -> Backend:
     """The backend that packs weights on the host and maps files: that of the settings if it runs there. All pack the same
     bits."""
     if device_of(settings.backend) != "cpu":
-        settings = DeepSeekConfig(**{**settings.to_dict(), "backend": AUTO})
+        settings = with_backend(settings, AUTO)
     return choose_backend(settings, CPU)[0]

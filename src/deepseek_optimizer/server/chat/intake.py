@@ -11,8 +11,8 @@ from typing import Any
 from fastapi import Request
 
 from ..http.caller import Caller, cancel_on_disconnect
-from ..protocol.base import Model, parse
-from ..protocol.tolerance import parse_tolerantly
+from ..protocol.base import Model
+from ..protocol.tolerance import parse_body
 from ..state import ServerState
 
 _PROMPTS = ("prompt", "input")  # fields that may be token ids
@@ -52,4 +52,4 @@ def _checked(state: ServerState, model: type[Model], body: dict[str, Any]) -> tu
     """The validated body, and the names of its ignored fields."""
     for field in _PROMPTS if body.get("truncate_prompt_tokens") is None else ():
         state.prompt_size.check_tokens(body.get(field), field)
-    return (parse(model, body), []) if state.settings.strict else parse_tolerantly(model, body)
+    return parse_body(model, body, state.settings.strict)

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import AliasChoices, BaseModel, ValidationError
 
-from .base import Model, field_error
+from .base import Model, field_error, parse
 
 MAX_IGNORED = 32  # names of ignored fields that are collected from one body
 _HOLDERS = frozenset({dict, list})
@@ -35,6 +35,11 @@ def parse_tolerantly(model: type[Model], body: dict[str, Any]) -> tuple[Model, l
     except ValidationError as error:
         raise field_error(error, body) from None
     return parsed, _unknown_fields(parsed, body)
+
+
+def parse_body(model: type[Model], body: dict[str, Any], strict: bool) -> tuple[Model, list[str]]:
+    """Validates a body by `parse` or, unless `strict`, by `parse_tolerantly`, whose result and errors it has."""
+    return (parse(model, body), []) if strict else parse_tolerantly(model, body)
 
 
 def _unknown_fields(parsed: BaseModel, body: dict[str, Any]) -> list[str]:

@@ -10,9 +10,8 @@ from ..chat.replies import json_response
 from ..http.problems import ApiError
 from ..openapi import body_errors, errors, reads
 from ..pool.model_pool import ModelPool
-from ..protocol.base import parse
 from ..protocol.batches import EXAMPLE, BatchList, BatchObject, CreateBatchRequest, batch_object
-from ..protocol.tolerance import parse_tolerantly
+from ..protocol.tolerance import parse_body
 from ..state import ServerState
 
 _Id = Annotated[str, Path(max_length=256)]
@@ -30,14 +29,11 @@ def add(app: FastAPI, state: ServerState | ModelPool) -> None:
     )
     async def create(request: Request) -> Response:
         """Begins to answer the requests of an uploaded file."""
-        if state.draining:
+        if state.draining:  # a server that sleeps accepts batches, and answers them later
             state.check_accepting()
         body, _ = await state.shared.bodies.read(request)
-        if state.settings.strict:
-            given = parse(CreateBatchRequest, body)
-        else:
-            given, ignored = parse_tolerantly(CreateBatchRequest, body)
-            request.state.ignored_fields.extend(ignored)
+        given, ignored = parse_body(CreateBatchRequest, body, state.settings.strict)
+        request.state.ignored_fields.extend(ignored)
         after = given.output_expires_after
         batch = await batches.create(
             request.state.salt, given.input_file_id, given.endpoint, given.completion_window, given.metadata,

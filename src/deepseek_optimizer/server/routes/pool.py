@@ -11,10 +11,9 @@ from ..http.problems import ApiError
 from ..openapi import body_errors, errors, reads
 from ..pool.model_pool import ModelPool
 from ..pool.pooled_model import PooledModel
-from ..protocol.base import parse
 from ..protocol.models import EXAMPLE_MODEL_NAME, Done, ModelNameRequest, PooledModelCard, PooledModelList
 from ..protocol.operations import Load
-from ..protocol.tolerance import parse_tolerantly
+from ..protocol.tolerance import parse_body
 from . import models, operations
 
 
@@ -53,9 +52,7 @@ def add(app: FastAPI, pool: ModelPool) -> None:
     async def named(request: Request) -> PooledModel:
         pool.check_accepting()
         body, _ = await pool.shared.bodies.read(request)
-        if pool.settings.strict:
-            return await pool.find(parse(ModelNameRequest, body).model)
-        parsed, ignored = parse_tolerantly(ModelNameRequest, body)
+        parsed, ignored = parse_body(ModelNameRequest, body, pool.settings.strict)
         request.state.ignored_fields.extend(ignored)
         return await pool.find(parsed.model)
 
