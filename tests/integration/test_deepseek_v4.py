@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HCACache
 
-from deepseek_optimizer import PagedCache, SamplingParams, load_model, make_engine
+from deepseek_optimizer import DeepSeekConfig, DynamicGraphOptimizer, PagedCache, SamplingParams, load_model, make_engine
 from deepseek_optimizer.errors import UnsupportedModelError, UnsupportedRequestError
 from deepseek_optimizer.integration.bind.runtime import OptimizerWarning
 from deepseek_optimizer.integration.compat import take_cache
 from deepseek_optimizer.integration.generation.saved_prefix import load_prefix, save_prefix
-from support.models import assert_close_rows
+from support.models import CASES, assert_close_rows, random_model
 
 from .conftest import BACKENDS, Pair, make_pair
 
@@ -95,6 +95,33 @@ def test_a_cache_is_cropped_to_any_length(pair: Pair) -> None:
             cache.crop(kept)
             logits = pair.fast(ids[:, kept : kept + 9], cache=copy.deepcopy(cache)).logits[0]
             assert_close_rows(logits, pair.plain(ids[:, : kept + 9], use_cache=False).logits[0, kept:])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("heads", [0, 1])
+def test_of_entries_with_equal_scores_the_first_are_read(monkeypatch, backend: str, heads: int) -> None:
+    """Scores of trained models are often 0 (ReLU). `torch.topk` leaves their order open, so it is fixed here."""
+    plain = random_model(CASES["deepseek_v4-mixed"]())
+    with torch.no_grad():
+        for name, weight in plain.named_parameters():
+            if name.endswith("indexer.scorer.weights_proj.weight"):
+                weight[heads:] = 0.0  # their heads count nothing
+    fast = copy.deepcopy(plain)
+    DynamicGraphOptimizer(fast, config=DeepSeekConfig(precision="fp32", backend=backend)).optimize()
+    ids, tied, untied = Pair(plain, fast).ids(120), [], torch.Tensor.topk
+
+    def first(scores: torch.Tensor, k: int, dim: int = -1) -> torch.return_types.topk:
+        values, indices = scores.sort(dim=dim, descending=True, stable=True)
+        tied.append(k < scores.shape[-1] and bool(((values[..., k - 1] == values[..., k]) & values[..., k].isfinite()).any()))
+        return torch.return_types.topk((values[..., :k], indices[..., :k]))
+
+    with torch.no_grad():
+        logits = fast(ids, use_cache=False).logits[0]
+        monkeypatch.setattr(torch.Tensor, "topk", lambda self, k, dim=-1, **options: first(self, k, dim))
+        expected = plain(ids, use_cache=False).logits[0]
+        monkeypatch.setattr(torch.Tensor, "topk", untied)
+    assert any(tied)
+    assert_close_rows(logits, expected)
 
 
 def test_hidden_states_come_from_transformers(pair: Pair) -> None:
