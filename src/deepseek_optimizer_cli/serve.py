@@ -16,6 +16,7 @@ from . import serve_options as so
 from .serve_engine import check_options, load_engine
 
 if TYPE_CHECKING:
+    from deepseek_optimizer.server.loading import LoadedModel
     from deepseek_optimizer.server.settings import ServerSettings
 
 _NEEDED = ("fastapi", "httptools", "orjson", "prometheus_client", "python_multipart", "uvicorn", "xgrammar")
@@ -102,6 +103,7 @@ def serve(
     from deepseek_optimizer.checkpoint.sentence_transformers import POOLING_MODES
     from deepseek_optimizer.errors import ConfigError
     from deepseek_optimizer.server.keys import read_keys
+    from deepseek_optimizer.server.served_model import ServedModel
     from deepseek_optimizer.server.settings import ServerSettings
 
     check_options(tool_format, generation_config, name)
@@ -180,8 +182,11 @@ def serve(
         "lora_dtype": lora_dtype,
     }
 
-    def load(path: str, name: str | None) -> tuple[Any, ServerSettings, int, Any]:
-        return load_engine(path, name, template, fields, settings, generation_config, options, pooling, drafting)
+    def served(path: str, name: str | None) -> ServedModel:
+        return ServedModel(path, name, template, fields, options, generation_config, pooling, *drafting)
+
+    def load(path: str, name: str | None) -> LoadedModel:
+        return load_engine(served(path, name), settings)
 
     if models_dir is not None or model is None or len(model) > 1:
         if name is not None:
@@ -212,7 +217,7 @@ def serve(
 
 def _serve(
     settings: ServerSettings,
-    load: Callable[[], tuple[Any, ServerSettings, int, Any]],
+    load: Callable[[], LoadedModel],
     kv_cache_memory: int | None,
     json_logs: bool,
     traces: str | None,
