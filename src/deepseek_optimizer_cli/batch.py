@@ -54,6 +54,7 @@ def batch(
     from deepseek_optimizer.chat.named_template import read_template
     from deepseek_optimizer.integration.load.resolve import resolve
     from deepseek_optimizer.server.app import create_app
+    from deepseek_optimizer.server.served_model import ServedModel
     from deepseek_optimizer.server.settings import ServerSettings
     from deepseek_optimizer.system.progress import show_progress
 
@@ -79,10 +80,8 @@ def batch(
     with Results(output, identity, len(job.requests), job.written) as results:
         if len(results.done) < len(job.requests):
             waiting = {"max_waiting": 4 * max_running + settings.max_answers}  # so that one with many answers fits too
-            drafting = (draft_model, draft_precision)
-            engine, settings, _, _ = load_engine(
-                model, name, template, fields, settings, generation_config, waiting, None, drafting
-            )
+            served = ServedModel(model, name, template, fields, waiting, generation_config, None, draft_model, draft_precision)
+            engine, settings, _, _ = load_engine(served, settings)
             with show_progress(f"Answering {input.name}") as progress:
                 asyncio.run(run_batch(create_app(engine, settings), job, results, 2 * max_running, progress))
         results.finish()

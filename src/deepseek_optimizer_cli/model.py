@@ -39,68 +39,30 @@ def no_bars_in_pipes() -> None:
 
 
 def load(model: str, fields: dict[str, Any], template: str | None = None) -> tuple[Any, Any]:
-    """The optimized model and its tokenizer. Raises errors that `app.Commands` prints as one line.
-
-    Args:
-        model: path or name of the checkpoint.
-        fields: of `DeepSeekConfig`, and `device` of `load_model`.
-        template: Jinja source of a chat template that replaces the checkpoint's.
-    """
-    from deepseek_optimizer import load_model, load_tokenizer
+    """The optimized model and its tokenizer, see `chat.loading.load`. `app.Commands` prints its errors as one line."""
+    from deepseek_optimizer.chat import loading
 
     no_bars_in_pipes()
-    tokenizer = load_tokenizer(model)
-    if template is not None:
-        from deepseek_optimizer.chat.named_template import use_template
-
-        use_template(tokenizer, template)
-    return load_model(model, **fields), tokenizer
+    return loading.load(model, fields, template)
 
 
 def load_draft_model(model: str, draft_model: str | None, precision: str | None, fields: dict[str, Any]) -> Any:
-    """The optimized model that drafts for another, for `make_engine(draft_model=...)`; None if neither option is given.
+    """The optimized model that drafts for another, see `chat.loading.load_draft_model`."""
+    from deepseek_optimizer.chat import loading
 
-    Args:
-        model: path or name of the model that it drafts for, which drafts itself if only a precision is given.
-        draft_model, precision: the options `--draft-model` and `--draft-precision`.
-        fields: of the model's `DeepSeekConfig`; the draft model uses as many threads and sequences, and the same device.
-    """
-    if draft_model is None and precision is None:
-        return None
-    from deepseek_optimizer import load_model
-
-    common = ("threads", "batch_size_range", "prefill_chunk", "device")
-    shared: dict[str, Any] = {name: fields[name] for name in common if name in fields}
-    if precision is not None:
-        shared["precision"] = precision
-    return load_model(draft_model or model, mtp="off", vision="off", **shared)
+    return loading.load_draft_model(model, draft_model, precision, fields)
 
 
 def picture_encoder(loaded: Any, model: str, *, needed: bool) -> Any:
-    """What makes prompts with pictures for a loaded model; None: it reads text only.
+    """What makes prompts with pictures for a loaded model, see `chat.loading.picture_encoder`; warnings go to stderr."""
+    from deepseek_optimizer.chat import loading
 
-    Args:
-        loaded, model: the model, and its path or name.
-        needed: raise an error if it reads text only, or if a library is missing; otherwise the latter is a warning.
+    return loading.picture_encoder(loaded, model, None if needed else warn)
 
-    Raises:
-        ConfigError, MissingPackageError: see above.
-    """
-    from deepseek_optimizer.chat.pictures import load_processor
-    from deepseek_optimizer.errors import ConfigError, MissingPackageError
-    from deepseek_optimizer.integration.multimodal import PictureEncoder, is_multimodal
 
-    if not is_multimodal(loaded):
-        if needed:
-            raise ConfigError(f"{model}: this model reads text only")
-        return None
-    try:
-        return PictureEncoder(loaded, load_processor(model))
-    except (ConfigError, MissingPackageError) as error:
-        if needed:
-            raise
-        typer.echo(f"dso: {error}; the model reads text only", err=True)
-        return None
+def warn(message: str) -> None:
+    """Prints a warning as one line on stderr."""
+    typer.echo(f"dso: {message}", err=True)
 
 
 @contextmanager

@@ -13,9 +13,11 @@ from . import banner_lines
 from . import options as o
 from . import serve_models as several
 from . import serve_options as so
+from . import serve_ray as on_ray
 from .serve_engine import check_options, load_engine
 
 if TYPE_CHECKING:
+    from deepseek_optimizer.server.loading import LoadedModel
     from deepseek_optimizer.server.settings import ServerSettings
 
 _NEEDED = ("fastapi", "httptools", "orjson", "prometheus_client", "python_multipart", "uvicorn", "xgrammar")
@@ -59,6 +61,11 @@ def serve(
     models_memory: several.ModelsMemory = None,
     pin: several.Pin = None,
     load_timeout: several.LoadTimeout = 120.0,
+    ray: on_ray.Ray = False,
+    ray_address: on_ray.RayAddress = None,
+    replicas: on_ray.Replicas = 1,
+    max_replicas: on_ray.MaxReplicas = None,
+    replica_cpus: on_ray.ReplicaCpus = None,
     prefix_cache_dir: o.PrefixCacheDir = None,
     prefix_cache_bytes: o.PrefixCacheBytes = 8 << 30,
     drafts: so.Drafts = True,
@@ -102,9 +109,22 @@ def serve(
     from deepseek_optimizer.checkpoint.sentence_transformers import POOLING_MODES
     from deepseek_optimizer.errors import ConfigError
     from deepseek_optimizer.server.keys import read_keys
+    from deepseek_optimizer.server.served_model import ServedModel
     from deepseek_optimizer.server.settings import ServerSettings
 
     check_options(tool_format, generation_config, name)
+    on_ray_options = on_ray.RayOptions(ray, ray_address, replicas, max_replicas, replica_cpus)
+    on_ray_options.check(
+        {
+            "several models": models_dir is not None or model is None or len(model) > 1,
+            "--ssl-certfile": ssl_certfile is not None,
+            "--otlp-traces-endpoint": otlp_traces_endpoint is not None,
+            "--ocr": ocr is not None,
+            "--port 0": port == 0,
+            "--prefix-cache-dir": prefix_cache_dir is not None,
+            "--state-dir": state_dir is not None,
+        }
+    )
     if log_format not in ("text", "json"):
         raise ConfigError(f"--log-format must be text or json, got {log_format!r}")
     if pooling is not None and pooling not in POOLING_MODES:
@@ -180,8 +200,11 @@ def serve(
         "lora_dtype": lora_dtype,
     }
 
-    def load(path: str, name: str | None) -> tuple[Any, ServerSettings, int, Any]:
-        return load_engine(path, name, template, fields, settings, generation_config, options, pooling, drafting)
+    def served(path: str, name: str | None) -> ServedModel:
+        return ServedModel(path, name, template, fields, options, generation_config, pooling, *drafting)
+
+    def load(path: str, name: str | None) -> LoadedModel:
+        return load_engine(served(path, name), settings)
 
     if models_dir is not None or model is None or len(model) > 1:
         if name is not None:
@@ -206,13 +229,16 @@ def serve(
         return
     if pin or models_memory is not None:
         raise ConfigError("--pin and --models-memory need several models: give more MODELs, or --models-dir")
+    if ray:
+        on_ray.serve_on_ray(on_ray_options, served(model[0], name), settings)
+        return
     lines = banner_lines.draft_lines(*drafting), banner_lines.ocr_lines(ocr)
     _serve(settings, lambda: load(model[0], name), kv_cache_memory, log_format == "json", otlp_traces_endpoint, ocr, lines)
 
 
 def _serve(
     settings: ServerSettings,
-    load: Callable[[], tuple[Any, ServerSettings, int, Any]],
+    load: Callable[[], LoadedModel],
     kv_cache_memory: int | None,
     json_logs: bool,
     traces: str | None,

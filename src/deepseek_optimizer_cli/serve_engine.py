@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-import typer
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from deepseek_optimizer.server.loading import LoadedModel
+    from deepseek_optimizer.server.served_model import ServedModel
     from deepseek_optimizer.server.settings import ServerSettings
 
 
@@ -24,51 +24,11 @@ def check_options(tool_format: str | None, generation_config: str, name: str | N
         raise ConfigError("--served-model-name must not be empty")
 
 
-def load_engine(
-    model: str,
-    name: str | None,
-    template: str | None,
-    fields: dict[str, Any],
-    settings: ServerSettings,
-    generation_config: Any,
-    options: dict[str, Any],
-    pooling: str | None,
-    drafting: tuple[str | None, str | None],
-) -> tuple[Any, ServerSettings, int, Any]:
-    """The engine of a model, its settings, the memory that it may take in bytes, and its report."""
-    from dataclasses import replace
+def load_engine(served: ServedModel, settings: ServerSettings) -> LoadedModel:
+    """Loads a server's model, see `load_served_model`; warnings go to stderr."""
+    from deepseek_optimizer.server.loading import load_served_model
 
-    from deepseek_optimizer import report
-    from deepseek_optimizer.chat.sampling_defaults import SamplingDefaults, sampling_defaults
-    from deepseek_optimizer.checkpoint.sentence_transformers import read_embedding_settings
-    from deepseek_optimizer.errors import ConfigError
-    from deepseek_optimizer.integration.encoder.text_encoder import is_encoder_runtime
-    from deepseek_optimizer.integration.load.resolve import resolve
-    from deepseek_optimizer.serving import make_async_engine
+    from .model import no_bars_in_pipes, warn
 
-    from .model import load, load_draft_model, picture_encoder
-
-    loaded, tokenizer = load(model, dict(fields), template)
-    embedding = read_embedding_settings(resolve(model))
-    if embedding.chat_template and embedding.score_tokens is None:
-        typer.echo("dso: texts are embedded without the chat template that sentence-transformers applies to them", err=True)
-    if pooling is not None:
-        embedding = replace(embedding, pooling=(pooling,))
-    encoder = is_encoder_runtime(loaded.dso)
-    if encoder and drafting != (None, None):
-        raise ConfigError("--draft-model and --draft-precision: encoders generate no text; leave them out")
-    if encoder:
-        options = {**options, "max_tokens": embedding.max_tokens}
-    defaults = SamplingDefaults() if encoder else sampling_defaults(loaded, model, generation_config)
-    settings = replace(
-        settings,
-        sampling=defaults.values,
-        sampling_not_thinking=defaults.not_thinking,
-        embedding=embedding,
-        model_path=model,
-    )
-    pictures = picture_encoder(loaded, model, needed=False)
-    draft_model = load_draft_model(model, *drafting, fields)
-    engine: Any = make_async_engine(loaded, tokenizer, model_name=name, pictures=pictures, draft_model=draft_model, **options)
-    facts = report(loaded)
-    return engine, settings, facts.bytes_after + (0 if encoder else engine.core.memory.size.bytes), facts
+    no_bars_in_pipes()
+    return load_served_model(served, settings, warn)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from deepseek_optimizer import load_model, make_engine
-from deepseek_optimizer.chat import stream
+from deepseek_optimizer.chat import loading, stream
 
 
 def test_json_and_text_agree(dso, tiny_model):
@@ -74,7 +74,7 @@ def test_a_context_beyond_the_trained_length(dso, tiny_model, kind):
 )
 def test_attention_modes(dso, tiny_model, options, mode, monkeypatch):
     loaded = []
-    monkeypatch.setattr("deepseek_optimizer.load_model", lambda *a, **f: loaded.append(load_model(*a, **f)) or loaded[-1])
+    monkeypatch.setattr(loading, "load_model", lambda *a, **f: loaded.append(load_model(*a, **f)) or loaded[-1])
     result = dso("run", tiny_model, "x" * 200, "-n", "8", "--json", *options)
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["prompt_tokens"] > 200

@@ -58,6 +58,8 @@ def test_wrong_options(serve, tmp_path):
     assert "NAME=PATH" in error_of(serve("--lora", "name"))
     assert "given twice" in error_of(serve("--lora", "a=x", "--lora", "a=y"))
     assert "lora_dir" in error_of(serve("--allow-lora-loading"))
+    assert "need --ray" in error_of(serve("--replicas", 2))
+    assert "--port 0, --state-dir: not available with --ray" in error_of(serve("--ray", "--port", 0, "--state-dir", tmp_path))
     assert "--no-drafts contradicts" in error_of(serve("--no-drafts", "--draft-precision", "int4"))
     assert "need a single model" in error_of(serve("other", "--draft-model", "small"))
     assert "localhost" in error_of(serve("--allow-origin", "example.com"))

@@ -220,6 +220,11 @@ LAYERS = (
             (REST,),
         ),
     ),
+    Layer(
+        "ray",
+        "replicas of the server on Ray Serve, and which of them a request goes to, by the beginning of its prompt",
+        may=("..server",),
+    ),
     Layer("__init__", "the public names", may=("..server",)),
     Layer(CLI, "the commands; a package of its own, so that `dso --help` starts fast", may=("..__init__",)),
 )

@@ -1,0 +1,161 @@
+"""What runs in Ray's HTTP proxies: routing keys for the router, and a second attempt for requests whose replica died.
+
+Ray's router sees the headers of a request but not its body, so a middleware of the proxy reads the body and adds the keys of
+its prompt. Ray calls `middlewares` in each proxy if RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from .prefix_keys import prefix_keys
+from .routing_header import write
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"  # the environment variable that Ray reads in the proxy's process
+IMPORT_PATH = f"{__name__}.middlewares"
+REPLICA_HEADER = b"x-replica-id"  # of every response that a replica gave
+_ATTEMPTS = 3
+_MAX_BODY = 64 << 20  # larger ones are passed on in pieces, without keys and without a second attempt
+# Files, batches and stored responses are at the replica that received them, so their clients stay there.
+_STATEFUL = ("/v1/files", "/v1/batches", "/v1/responses")
+_REFERENCES = (b'"file_id"', b'"previous_response_id"', b'"input_file_id"')
+_LOST = "the replica that was answering this request ended before its answer did; send the request again"
+logger = logging.getLogger("deepseek_optimizer.ray")
+
+
+def middlewares() -> list[Any]:
+    """The middleware of a proxy, for Ray."""
+    from starlette.middleware import Middleware
+
+    return [Middleware(RoutedRequests, header=os.environ.get("RAY_SERVE_SESSION_ID_HEADER_KEY", "x-session-id"))]
+
+
+class RoutedRequests:
+    """ASGI middleware: adds the routing header to requests with a prompt, and repeats those whose replica ended before the
+    first byte of its answer. Other requests, which may be those of other applications, are not repeated.
+
+    If a replica ends later, a stream of events gets an event with an error, and any other answer stays incomplete, so
+    that clients notice.
+
+    Args:
+        app: the proxy.
+        header: name of the header with a session id. Clients may send it.
+    """
+
+    def __init__(self, app: Callable[[Any, Receive, Send], Awaitable[None]], header: str) -> None:
+        self._app, self._header = app, header.lower().encode("latin-1")
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        messages, body = await _read(receive)
+        if messages[-1]["type"] == "http.disconnect":
+            return
+        keys = prefix_keys(body) if body else []
+        routed = self._routed(scope, keys, body)
+        for attempt in range(1, _ATTEMPTS + 1):
+            answer = _Answer(send)
+            await self._app(routed, _replayed(messages, receive), answer)
+            if answer.complete or not keys:
+                return
+            if answer.started or attempt == _ATTEMPTS:
+                await answer.end()
+                return
+            logger.warning("a replica ended before its answer; attempt %d of %d", attempt + 1, _ATTEMPTS)
+
+    def _routed(self, scope: MutableMapping[str, Any], keys: list[str], body: bytes | None) -> MutableMapping[str, Any]:
+        """The scope with the keys beside the session in its header."""
+        headers = scope["headers"]
+        named = dict(reversed(headers))  # the first one of each name
+        session = named.get(self._header, b"").decode("latin-1") or None
+        if session is None and (scope["path"].startswith(_STATEFUL) or (body and any(word in body for word in _REFERENCES))):
+            key = named.get(b"authorization") or named.get(b"x-api-key")
+            session = key.decode("latin-1") if key else str((scope.get("client") or ("",))[0])
+        if session is None and not keys:
+            return scope
+        others = [(name, value) for name, value in headers if name != self._header]
+        return {**scope, "headers": [*others, (self._header, write(session, keys).encode())]}
+
+
+async def _read(receive: Receive) -> tuple[list[Message], bytes | None]:
+    """The messages of a request's body, and the body; None: it is too large to be kept."""
+    messages: list[Message] = []
+    size = 0
+    while True:
+        message = await receive()
+        messages.append(message)
+        if message["type"] != "http.request":
+            return messages, None
+        size += len(message.get("body", b""))
+        if not message.get("more_body", False):
+            return messages, b"".join(part.get("body", b"") for part in messages)
+        if size > _MAX_BODY:
+            return messages, None
+
+
+def _replayed(messages: list[Message], receive: Receive) -> Receive:
+    """A `receive` that returns the messages again, then those that follow."""
+    left = iter(messages)
+
+    async def again() -> Message:
+        message = next(left, None)
+        return await receive() if message is None else message
+
+    return again
+
+
+class _Answer:
+    """Sends an answer on, and knows how far it is.
+
+    Attributes:
+        started: whether its headers were sent.
+        complete: whether all of it was sent.
+    """
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.started = self.complete = False
+        self._events = False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.started = True
+            self._events = dict(message.get("headers", ())).get(b"content-type", b"").startswith(b"text/event-stream")
+        elif message["type"] == "http.response.body" and not message.get("more_body", False):
+            self.complete = True
+        await self._send(message)
+
+    async def end(self) -> None:
+        """Tells the client that no more follows."""
+        error = json.dumps(
+            {"type": "error", "error": {"message": _LOST, "type": "server_error", "code": "replica_lost"}}
+        ).encode()
+        if not self.started:
+            headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(error)), (b"retry-after", b"1")]
+            await self._send({"type": "http.response.start", "status": 503, "headers": headers})
+            await self._send({"type": "http.response.body", "body": error})
+        elif self._events:
+            await self._send({"type": "http.response.body", "body": b"event: error\ndata: " + error + b"\n\n"})
+
+
+def note_replica(app: Any, replica: str) -> Any:
+    """An application whose responses name the replica that gave them."""
+
+    async def named(scope: Any, receive: Receive, send: Send) -> None:
+        async def send_named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", ()), (REPLICA_HEADER, replica.encode())]}
+            await send(message)
+
+        await app(scope, receive, send_named if scope["type"] == "http" else send)
+
+    return named

@@ -1,0 +1,103 @@
+"""`dso serve --ray`: options, and the server as replicas on Ray Serve."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import banner_lines
+
+if TYPE_CHECKING:
+    from deepseek_optimizer.server.served_model import ServedModel
+    from deepseek_optimizer.server.settings import ServerSettings
+
+_RAY: dict[str, Any] = {"rich_help_panel": "Replicas on Ray"}
+
+Ray = Annotated[
+    bool,
+    typer.Option("--ray", help="Serve replicas of the model on Ray Serve. Ray is started on this machine.", **_RAY),
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option("--ray-address", metavar="ADDRESS", help="Use the Ray cluster at this address; auto: a local one.", **_RAY),
+]
+Replicas = Annotated[int, typer.Option("--replicas", min=1, metavar="N", help="Number of replicas.", **_RAY)]
+MaxReplicas = Annotated[
+    int | None,
+    typer.Option(
+        "--max-replicas",
+        min=1,
+        metavar="N",
+        help="Add replicas under load, up to this number; --replicas: the minimum.",
+        **_RAY,
+    ),
+]
+ReplicaCpus = Annotated[
+    float | None,
+    typer.Option(
+        "--replica-cpus",
+        metavar="N",
+        help="Processor cores of a replica, and its threads. Default: those of this machine, divided among the replicas.",
+        **_RAY,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class RayOptions:
+    """The options of replicas, by the names of their parameters in `serve`."""
+
+    ray: bool
+    ray_address: str | None
+    replicas: int
+    max_replicas: int | None
+    replica_cpus: float | None
+
+    def check(self, others: dict[str, bool]) -> None:
+        """Raises a ConfigError for options that need --ray, or that have no effect with it (`others`: those that are given)."""
+        from deepseek_optimizer.errors import ConfigError, MissingPackageError
+
+        if not self.ray:
+            if (self.ray_address, self.replicas, self.max_replicas, self.replica_cpus) != (None, 1, None, None):
+                raise ConfigError("--ray-address, --replicas, --max-replicas and --replica-cpus need --ray")
+            return
+        wrong = [name for name, given in others.items() if given]
+        if wrong:
+            raise ConfigError(f"{', '.join(wrong)}: not available with --ray; leave it out")
+        import importlib.util
+
+        if importlib.util.find_spec("ray") is None:
+            raise MissingPackageError("--ray", "ray[serve]", "ray")
+
+
+def serve_on_ray(given: RayOptions, served: ServedModel, settings: ServerSettings) -> None:
+    """Serves replicas until a signal stops them.
+
+    Args:
+        given: the options of replicas.
+        served: the model.
+        settings: the server's.
+    """
+    from deepseek_optimizer.ray.run import serve_until_stopped
+
+    highest = given.max_replicas or given.replicas
+    cpus = given.replica_cpus or max(1, len(os.sched_getaffinity(0)) // highest)
+
+    def application() -> Any:
+        from deepseek_optimizer.ray.deploy import Replicas, deploy
+
+        return deploy(served, settings, Replicas(given.replicas, given.max_replicas, cpus))
+
+    def banner() -> None:
+        lines = [
+            f"model     {served.model}, {given.replicas} replicas of {cpus:g} cores"
+            + (f", up to {given.max_replicas}" if given.max_replicas else ""),
+            banner_lines.address_line(settings, settings.host, settings.port),
+            *banner_lines.access_warning(settings),
+        ]
+        typer.echo("\n".join(lines), err=True)
+
+    serve_until_stopped(application, given.ray_address, settings.host, settings.port, banner)
