@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,8 +70,9 @@ def batch(
     template = None if chat_template is None else read_template(chat_template)
     fields |= o.not_none(kv_cache_memory=kv_cache_memory, batch_invariant=batch_invariant or None)
     fields["batch_size_range"] = (1, max_running)
+    place = resolve(model)  # once: a model on the hub may change between two look-ups
     identity = {
-        "input": job.digest, "model": model, "model files": files_digest(resolve(model)),
+        "input": job.digest, "model": model, "model files": files_digest(place),
         "options": {"draft_model": draft_model, "draft_precision": draft_precision, "name": name,
                     "template": template, "generation_config": generation_config, "tool_format": tool_format,
                     "max_answer_tokens": max_answer_tokens, "reasoning": reasoning, "thinking": thinking,
@@ -81,7 +83,15 @@ def batch(
             waiting = {"max_waiting": 4 * max_running + settings.max_answers}  # so that one with many answers fits too
             drafting = (draft_model, draft_precision)
             engine, settings, _, _ = load_engine(
-                model, name, template, fields, settings, generation_config, waiting, None, drafting
+                str(place),
+                name or os.path.basename(os.path.normpath(model)),
+                template,
+                fields,
+                settings,
+                generation_config,
+                waiting,
+                None,
+                drafting,
             )
             with show_progress(f"Answering {input.name}") as progress:
                 asyncio.run(run_batch(create_app(engine, settings), job, results, 2 * max_running, progress))
