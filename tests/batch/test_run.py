@@ -14,6 +14,7 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
+from deepseek_optimizer.batch.places import Places
 from deepseek_optimizer.batch.requests import read_requests
 from deepseek_optimizer.batch.results import files_digest
 from deepseek_optimizer.batch.run import answer
@@ -125,7 +126,7 @@ def test_what_differs_from_run_to_run_is_replaced(job_file):
 
     async def twice():
         async with httpx.AsyncClient(transport=httpx.MockTransport(respond), base_url="http://localhost") as client:
-            return [await answer(client, job, job.requests[0], 7) for _ in range(2)]
+            return [await answer(client, job, job.requests[0], 7, Places(1)) for _ in range(2)]
 
     first, second = asyncio.run(twice())
     assert first == second and len(calls) == 3 and first["response"]["body"]["created"] == 7
@@ -150,7 +151,7 @@ def test_a_server_that_stays_unavailable(job_file, monkeypatch, code):
     async def ask():
         async with httpx.AsyncClient(transport=httpx.MockTransport(respond), base_url="http://localhost") as client:
             monkeypatch.setattr(asyncio, "sleep", no_sleep)
-            return await answer(client, job, job.requests[0], 7)
+            return await answer(client, job, job.requests[0], 7, Places(1))
 
     if code == "worker_lost":
         assert asyncio.run(ask())["response"]["status_code"] == 503 and len(calls) == 10
@@ -195,8 +196,10 @@ def test_a_seed_is_kept(job_file):
     async def ask():
         async with httpx.AsyncClient(transport=httpx.MockTransport(respond), base_url="http://localhost") as client:
             for request in job.requests[:2]:
-                await answer(client, job, type(request)(request.index, "x", request.url, {**request.body, "seed": 5}), 7)
-            await answer(client, job, type(request)(0, "x", "/v1/embeddings", {"input": "a"}), 7)
+                await answer(
+                    client, job, type(request)(request.index, "x", request.url, {**request.body, "seed": 5}), 7, Places(1)
+                )
+            await answer(client, job, type(request)(0, "x", "/v1/embeddings", {"input": "a"}), 7, Places(1))
 
     asyncio.run(ask())
     assert seen == [5, 5, None]
