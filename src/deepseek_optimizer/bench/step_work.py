@@ -35,12 +35,14 @@ class StepWork:
         others: number of stages without products: attention, and what is too small to be shared is not counted.
         cache_bytes: read by attention, of all sequences.
         batch: number of sequences.
+        main_format: the weight format with the most bytes.
     """
 
     stages: tuple[Stage, ...]
     others: int
     cache_bytes: float
     batch: int
+    main_format: str = "int4"
 
     @property
     def hand_overs(self) -> int:
@@ -60,12 +62,16 @@ def step_work(model: Any, work: Work) -> StepWork:
         work: its batch size and lengths.
     """
     runtime, traffic = model.dso, traffic_of(model)
-    stages = [_stage(row, work.batch) for row in _products(runtime)]
+    products = _products(runtime)
+    stages = [_stage(row, work.batch) for row in products]
+    sizes: dict[str, int] = {}
+    for row in products:
+        sizes[row["format"]] = sizes.get(row["format"], 0) + row["bytes"]
     weights = sum(stage.bytes for stage in stages)
     cache = max(0.0, traffic.step_bytes(work) - traffic.weight_bytes - sum(e.read(work.batch) for e in traffic.experts))
     attention = sum(row["op"].endswith("attention") for row in runtime.plan.describe())
     assert weights > 0, "the plan has no products"
-    return StepWork(tuple(stages), attention, cache, work.batch)
+    return StepWork(tuple(stages), attention, cache, work.batch, max(sizes, key=sizes.__getitem__))
 
 
 def _products(runtime: Any) -> list[dict[str, Any]]:
