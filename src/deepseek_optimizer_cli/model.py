@@ -54,7 +54,10 @@ def load(model: str, fields: dict[str, Any], template: str | None = None) -> tup
         from deepseek_optimizer.chat.named_template import use_template
 
         use_template(tokenizer, template)
-    return load_model(model, **fields), tokenizer
+    loaded = load_model(model, **fields)
+    if loaded.dso.profile_note is not None:
+        typer.echo(f"dso: {loaded.dso.profile_note}", err=True)
+    return loaded, tokenizer
 
 
 def load_draft_model(model: str, draft_model: str | None, precision: str | None, fields: dict[str, Any]) -> Any:
