@@ -54,6 +54,7 @@ def batch(
     from deepseek_optimizer.batch.run import run_batch
     from deepseek_optimizer.chat.named_template import read_template
     from deepseek_optimizer.integration.load.resolve import resolve
+    from deepseek_optimizer.profiles import find
     from deepseek_optimizer.server.app import create_app
     from deepseek_optimizer.server.settings import ServerSettings
     from deepseek_optimizer.system.progress import show_progress
@@ -68,9 +69,13 @@ def batch(
         max_answer_tokens=max_answer_tokens,
     )  # fmt: skip
     template = None if chat_template is None else read_template(chat_template)
+    place = resolve(model)  # once: a model on the hub may change between two look-ups
+    if (profile := fields.pop("profile", None)) is not None:  # its settings are part of what identifies the job
+        taken, note = find(place, profile)
+        typer.echo(f"dso: {note}", err=True)
+        fields = {**({} if taken is None else taken.fields), **fields}
     fields |= o.not_none(kv_cache_memory=kv_cache_memory, batch_invariant=batch_invariant or None)
     fields["batch_size_range"] = (1, max_running)
-    place = resolve(model)  # once: a model on the hub may change between two look-ups
     identity = {
         "input": job.digest, "model": model, "model files": files_digest(place),
         "options": {"draft_model": draft_model, "draft_precision": draft_precision, "name": name,

@@ -19,6 +19,7 @@ from deepseek_optimizer.batch.requests import read_requests
 from deepseek_optimizer.batch.results import files_digest
 from deepseek_optimizer.batch.run import answer
 from deepseek_optimizer.errors import EngineDeadError
+from deepseek_optimizer.profiles import Profile, machine_identity, model_identity, save
 from deepseek_optimizer_cli.app import app
 from support.warm_python import DSO, WarmPython
 
@@ -184,6 +185,24 @@ def test_a_job_with_another_model_is_not_continued(tiny_model, job_file, tmp_pat
     digest = files_digest(model)
     os.utime(model / "config.json", (1, 1))
     assert files_digest(model) != digest == files_digest(tiny_model)
+
+
+def test_a_job_with_another_profile_is_not_continued(tiny_model, job_file, tmp_path, monkeypatch):
+    """What a profile sets may change answers, so that it is part of the job, whatever its file is called."""
+    identity = machine_identity(), model_identity(tiny_model)
+    path, output = tmp_path / "p.json", tmp_path / "out"
+
+    async def stop(*_):
+        raise RuntimeError
+
+    monkeypatch.setattr("deepseek_optimizer.batch.run.run_batch", stop)
+    results = []
+    for chunk in (64, 64, 128):
+        save(Profile(*identity, "latency", "chat", {"prefill_chunk": chunk}), path)
+        results.append(CliRunner().invoke(app, [*command(tiny_model, job_file, output), "--profile", str(path)]))
+    assert [type(result.exception) for result in results[:2]] == [RuntimeError, RuntimeError]
+    assert "dso: profile: prefill_chunk=64" in results[0].stderr
+    assert results[2].exit_code == 2 and "a job with another options was stopped here" in results[2].stderr
 
 
 def test_a_seed_is_kept(job_file):
