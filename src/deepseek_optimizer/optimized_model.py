@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .config import DeepSeekConfig
@@ -16,6 +16,7 @@ def load_model(
     *,
     adapter: str | os.PathLike[str] | None = None,
     device: Any = None,
+    profile: str | os.PathLike[str] | None = None,
     **fields: Any,
 ) -> Any:
     """Loads a checkpoint as an optimized Transformers model, ready to generate.
@@ -40,6 +41,9 @@ def load_model(
         device: where to: "cpu", "cuda", "cuda:1", ...; weights go to a CUDA device as they are packed, and a model with a plan
             runs on backend "cuda" there, unless `backend` names another. None: the CPU, or with backend "cuda" the first CUDA
             device.
+        profile: settings that `dso tune` found: "auto": those for this model on this machine, if there are any; or the path of
+            a profile. `fields`, and what `config` sets to other values than the defaults, come first. What was taken, or why
+            nothing was, is in `model.report()`. None: no profile is used.
         fields: single fields of `DeepSeekConfig`; they override those of `config`.
 
     Returns:
@@ -54,14 +58,29 @@ def load_model(
         ConfigError: a field, the device, or the checkpoint's config.json, is invalid or not supported.
         NotEnoughMemoryError: the weights do not fit in free memory; raised before any are read.
         UnsupportedModelError: the model has no plan, and `strict` is set or Transformers does not have it either.
+        DataError: the file that `profile` names is not a profile.
     """
     from .integration.load.loader import load
 
+    taken, note = None, None
+    if profile is not None:
+        from .integration.load.resolve import resolve
+        from .profiles import find
+
+        taken, note = find(resolve(path), profile)
+        fields = {**_unset(config, {} if taken is None else taken.fields), **fields}
     alone = "" if adapter is None else "an adapter is loaded into its language model"
     model = load(path, config, fields, alone, device)
+    model.dso.profile, model.dso.profile_note = taken, note
     if adapter is not None:
         model.load_adapter(os.fspath(adapter))
     return model
+
+
+def _unset(config: DeepSeekConfig | None, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Those fields that `config` leaves at their defaults."""
+    plain = DeepSeekConfig()
+    return {name: value for name, value in fields.items() if config is None or getattr(config, name) == getattr(plain, name)}
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:

@@ -56,7 +56,8 @@ def make_engine(model: Any, tokenizer: Any = None, **options: Any) -> Engine:
         model: an optimized model, from `load_model`, `from_pretrained` with a `DeepSeekConfig`, or
             `DynamicGraphOptimizer.optimize()`.
         tokenizer: for prompts and answers as text; None: token ids only.
-        options: fields of `EngineOptions`, which override the model's config; `drafts=False`: no speculative decoding;
+        options: fields of `EngineOptions`, which override the model's config; `drafts=False`: no speculative decoding, a
+            number: at most so many drafts a round (default: that of the model's profile, see `load_model`);
             `draft_model`: a small optimized model with the same tokenizer, which drafts tokens for this one; `arena`: cache
             memory from `model.dso.new_arena(bytes)`, to use instead of the model's own; `adapters`: LoRA adapters to load, a
             mapping of names to directories (`max_loras` is then at least their number). The model's own cache may grow to
@@ -128,7 +129,10 @@ def _core(
 ) -> tuple[EngineCore, Callable[[], AbstractContextManager[None]]]:
     runtime = _with_head(model)
     config = runtime.config
-    drafts = given.pop("drafts", True)
+    profile = runtime.profile
+    drafts = given.pop("drafts", True if profile is None or profile.drafts is None else profile.drafts)
+    if not isinstance(drafts, int) or drafts < 0:
+        raise ConfigError(f"drafts must be True, False, or a number of at least 0, got {drafts!r}")
     draft_model = given.pop("draft_model", None)
     arena = given.pop("arena", None)
     first_adapters: Mapping[str, str] = given.pop("adapters", None) or {}
@@ -177,7 +181,7 @@ def _core(
     embed = embeddings_of(model) if facts.pictures else None
     runner = Runner(runtime.plan, arena, vocab, adapted_plan, backend.capabilities.decode_calls, embed)
     draft = None if other is None else _draft_model(runtime, other, options)
-    proposers = _proposers(runtime, arena, draft) if drafts else None
+    proposers = _proposers(runtime, arena, draft, None if drafts is True else drafts) if drafts else None
     store = _prefix_files(runtime, arena, options, proposers)
     keep = (model, draft_model)
     core = EngineCore(runner, arena, facts, options, tokenizer, proposers, keep=keep, adapters=adapters, store=store)
@@ -249,13 +253,14 @@ def _with_head(model: Any) -> Runtime:
     return runtime
 
 
-def _proposers(runtime: Runtime, arena: Arena, draft: Proposer | None) -> list[tuple[Proposer, int]]:
+def _proposers(runtime: Runtime, arena: Arena, draft: Proposer | None, most: int | None) -> list[tuple[Proposer, int]]:
+    """The proposers of drafts, each with its maximum number of drafts in a round, at most `most`."""
     proposers: list[tuple[Proposer, int]] = [(PromptLookupProposer(), _LOOKUP)]
     if draft is not None:
         proposers.append((draft, _DRAFT_MODEL))
     if plans := runtime.mtp_plans:
         proposers.append((mtp_proposer(runtime, arena, TorchSampler(sampled=False)), max(_MTP, len(plans))))
-    return proposers
+    return [(proposer, count if most is None else min(count, most)) for proposer, count in proposers]
 
 
 def _draft_model(runtime: Runtime, other: Runtime, options: EngineOptions) -> Proposer:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import batch, bench, chat, convert, demo, doctor, draft, info, longdoc, models, prune, run, serve, train
+from . import batch, bench, chat, convert, cost, demo, doctor, draft, info, longdoc, models, prune, run, serve, train, tune
 from .help import MAX_WIDTH, Command
 from .streams import tolerate_locale
 
@@ -98,6 +98,8 @@ _COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "doctor": (doctor.doctor, "Find out why a model fails or runs badly."),
     "demo": (demo.demo, "Try a small model and compare it with Transformers."),
     "bench": (bench.bench, "Measure speed, memory and quality of a model."),
+    "tune": (tune.tune, "Find settings for a model on this machine."),
+    "cost": (cost.cost, "Show what a million tokens cost, here and on rented machines."),
 }
 for _name, (_function, _help) in _COMMANDS.items():
     app.command(_name, cls=Command, short_help=_help)(_function)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,6 +54,7 @@ def batch(
     from deepseek_optimizer.batch.run import run_batch
     from deepseek_optimizer.chat.named_template import read_template
     from deepseek_optimizer.integration.load.resolve import resolve
+    from deepseek_optimizer.profiles import find
     from deepseek_optimizer.server.app import create_app
     from deepseek_optimizer.server.served_model import ServedModel
     from deepseek_optimizer.server.settings import ServerSettings
@@ -68,10 +70,15 @@ def batch(
         max_answer_tokens=max_answer_tokens,
     )  # fmt: skip
     template = None if chat_template is None else read_template(chat_template)
+    place = resolve(model)  # once: a model on the hub may change between two look-ups
+    if (profile := fields.pop("profile", None)) is not None:  # its settings are part of what identifies the job
+        taken, note = find(place, profile)
+        typer.echo(f"dso: {note}", err=True)
+        fields = {**({} if taken is None else taken.fields), **fields}
     fields |= o.not_none(kv_cache_memory=kv_cache_memory, batch_invariant=batch_invariant or None)
     fields["batch_size_range"] = (1, max_running)
     identity = {
-        "input": job.digest, "model": model, "model files": files_digest(resolve(model)),
+        "input": job.digest, "model": model, "model files": files_digest(place),
         "options": {"draft_model": draft_model, "draft_precision": draft_precision, "name": name,
                     "template": template, "generation_config": generation_config, "tool_format": tool_format,
                     "max_answer_tokens": max_answer_tokens, "reasoning": reasoning, "thinking": thinking,
@@ -80,7 +87,10 @@ def batch(
     with Results(output, identity, len(job.requests), job.written) as results:
         if len(results.done) < len(job.requests):
             waiting = {"max_waiting": 4 * max_running + settings.max_answers}  # so that one with many answers fits too
-            served = ServedModel(model, name, template, fields, waiting, generation_config, None, draft_model, draft_precision)
+            served = ServedModel(
+                str(place), name or os.path.basename(os.path.normpath(model)), template, fields, waiting, generation_config,
+                None, draft_model, draft_precision,
+            )  # fmt: skip
             engine, settings, _, _ = load_engine(served, settings)
             with show_progress(f"Answering {input.name}") as progress:
                 asyncio.run(run_batch(create_app(engine, settings), job, results, 2 * max_running, progress))

@@ -43,7 +43,10 @@ def load(model: str, fields: dict[str, Any], template: str | None = None) -> tup
     from deepseek_optimizer.chat import loading
 
     no_bars_in_pipes()
-    return loading.load(model, fields, template)
+    loaded, tokenizer = loading.load(model, fields, template)
+    if loaded.dso.profile_note is not None:
+        warn(loaded.dso.profile_note)
+    return loaded, tokenizer
 
 
 def load_draft_model(model: str, draft_model: str | None, precision: str | None, fields: dict[str, Any]) -> Any:

@@ -119,6 +119,16 @@ Device = Annotated[
         **_MODEL,
     ),
 ]
+Profile = Annotated[
+    str | None,
+    typer.Option(
+        "--profile",
+        metavar="FILE|auto",
+        help="Settings that dso tune found: auto: those for this model on this machine, if there are any. Other options come "
+        "first. Default: none.",
+        **_MODEL,
+    ),
+]
 Strict = Annotated[
     bool | None,
     typer.Option("--strict", help="Refuse models that have no execution plan and would take the general path.", **_MODEL),
@@ -249,7 +259,7 @@ _MODEL_FIELDS: dict[str, Any] = {
 
 
 # What the user of a command that loads a model may set besides.
-_LOAD_OPTIONS: dict[str, Any] = {"device": Device}
+_LOAD_OPTIONS: dict[str, Any] = {"device": Device, "profile": Profile}
 
 
 def takes_model_fields(command: Callable[..., None]) -> Callable[..., None]:

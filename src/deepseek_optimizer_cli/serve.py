@@ -52,7 +52,7 @@ def serve(
     fields: dict[str, Any],
     kl_budget: o.KlBudget = None,
     calibration: o.Calibration = None,
-    max_running: so.MaxRunning = 32,
+    max_running: so.MaxRunningOrProfile = None,
     max_waiting: so.MaxWaiting = 256,
     prefill_chunk: so.PrefillChunk = None,
     kv_cache_memory: so.KvCacheMemory = None,
@@ -186,13 +186,14 @@ def serve(
         batch_invariant=batch_invariant or None,
         prefill_chunk=prefill_chunk,
     )
-    fields["batch_size_range"] = (1, max_running)
+    if max_running is not None or "profile" not in fields:
+        fields["batch_size_range"] = (1, max_running or 32)
     options: dict[str, Any] = {
         "max_waiting": max_waiting,
         "prefix_cache": prefix_cache,
         "prefix_cache_dir": prefix_cache_dir,
         "prefix_cache_bytes": prefix_cache_bytes,
-        "drafts": drafts,
+        **({} if drafts and "profile" in fields else {"drafts": drafts}),
         "cache_window": cache_window,
         "adapters": adapters,
         "max_loras": max_loras or max(len(adapters), 16 if allow_lora_loading else 0),

@@ -144,8 +144,17 @@ SleepIdleSeconds = Annotated[
         **_REQUESTS,
     ),
 ]
-MaxRunning = Annotated[
-    int, typer.Option("--max-running", min=1, metavar="N", help="Maximum number of concurrent answers.", **_REQUESTS)
+_MAX_RUNNING = typer.Option("--max-running", min=1, metavar="N", help="Maximum number of concurrent answers.", **_REQUESTS)
+MaxRunning = Annotated[int, _MAX_RUNNING]
+MaxRunningOrProfile = Annotated[
+    int | None,
+    typer.Option(
+        "--max-running",
+        min=1,
+        metavar="N",
+        help="Maximum number of concurrent answers. Default: that of --profile, or 32.",
+        **_REQUESTS,
+    ),
 ]
 PrefillChunk = Annotated[
     int | None,

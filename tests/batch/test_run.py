@@ -14,10 +14,12 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
+from deepseek_optimizer.batch.places import Places
 from deepseek_optimizer.batch.requests import read_requests
 from deepseek_optimizer.batch.results import files_digest
 from deepseek_optimizer.batch.run import answer
 from deepseek_optimizer.errors import EngineDeadError
+from deepseek_optimizer.profiles import Profile, machine_identity, model_identity, save
 from deepseek_optimizer_cli.app import app
 from support.warm_python import DSO, WarmPython
 
@@ -125,7 +127,7 @@ def test_what_differs_from_run_to_run_is_replaced(job_file):
 
     async def twice():
         async with httpx.AsyncClient(transport=httpx.MockTransport(respond), base_url="http://localhost") as client:
-            return [await answer(client, job, job.requests[0], 7) for _ in range(2)]
+            return [await answer(client, job, job.requests[0], 7, Places(1)) for _ in range(2)]
 
     first, second = asyncio.run(twice())
     assert first == second and len(calls) == 3 and first["response"]["body"]["created"] == 7
@@ -150,7 +152,7 @@ def test_a_server_that_stays_unavailable(job_file, monkeypatch, code):
     async def ask():
         async with httpx.AsyncClient(transport=httpx.MockTransport(respond), base_url="http://localhost") as client:
             monkeypatch.setattr(asyncio, "sleep", no_sleep)
-            return await answer(client, job, job.requests[0], 7)
+            return await answer(client, job, job.requests[0], 7, Places(1))
 
     if code == "worker_lost":
         assert asyncio.run(ask())["response"]["status_code"] == 503 and len(calls) == 10
@@ -185,6 +187,24 @@ def test_a_job_with_another_model_is_not_continued(tiny_model, job_file, tmp_pat
     assert files_digest(model) != digest == files_digest(tiny_model)
 
 
+def test_a_job_with_another_profile_is_not_continued(tiny_model, job_file, tmp_path, monkeypatch):
+    """What a profile sets may change answers, so that it is part of the job, whatever its file is called."""
+    identity = machine_identity(), model_identity(tiny_model)
+    path, output = tmp_path / "p.json", tmp_path / "out"
+
+    async def stop(*_):
+        raise RuntimeError
+
+    monkeypatch.setattr("deepseek_optimizer.batch.run.run_batch", stop)
+    results = []
+    for chunk in (64, 64, 128):
+        save(Profile(*identity, "latency", "chat", {"prefill_chunk": chunk}), path)
+        results.append(CliRunner().invoke(app, [*command(tiny_model, job_file, output), "--profile", str(path)]))
+    assert [type(result.exception) for result in results[:2]] == [RuntimeError, RuntimeError]
+    assert "dso: profile: prefill_chunk=64" in results[0].stderr
+    assert results[2].exit_code == 2 and "a job with another options was stopped here" in results[2].stderr
+
+
 def test_a_seed_is_kept(job_file):
     job, seen = read_requests(job_file), []
 
@@ -195,8 +215,10 @@ def test_a_seed_is_kept(job_file):
     async def ask():
         async with httpx.AsyncClient(transport=httpx.MockTransport(respond), base_url="http://localhost") as client:
             for request in job.requests[:2]:
-                await answer(client, job, type(request)(request.index, "x", request.url, {**request.body, "seed": 5}), 7)
-            await answer(client, job, type(request)(0, "x", "/v1/embeddings", {"input": "a"}), 7)
+                await answer(
+                    client, job, type(request)(request.index, "x", request.url, {**request.body, "seed": 5}), 7, Places(1)
+                )
+            await answer(client, job, type(request)(0, "x", "/v1/embeddings", {"input": "a"}), 7, Places(1))
 
     asyncio.run(ask())
     assert seen == [5, 5, None]

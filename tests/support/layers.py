@@ -72,6 +72,11 @@ LAYERS = (
         levels=((REST,), ("quantized",)),
     ),
     Layer(
+        "profiles",
+        "settings that `dso tune` found for a model on a machine",
+        may=("checkpoint", "system"),
+    ),
+    Layer(
         "backends",
         "run a graph: `reference` (torch) defines the results, `cpu` (native) is fast, `cuda` (Triton) has not run on a card "
         "yet; `registry.py` also finds backends of other packages",
@@ -173,6 +178,11 @@ LAYERS = (
         "long texts with known answers",
         may=("..chat",),
         levels=((REST,), ("peers",), ("long",), ("sides",), ("demo", "run_benchmark")),
+    ),
+    Layer(
+        "tune",
+        "finds settings for a model on a machine, for `dso tune`: traces of requests, their replay, the search, its report",
+        may=("..chat", "bench", "profiles"),
     ),
     Layer(
         "prune",

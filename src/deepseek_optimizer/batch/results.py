@@ -38,6 +38,7 @@ class Results:
         done: the indices of requests that have results.
         failed: those of them whose result is an error.
         written: when the input was written, as the job's first run saw it.
+        size: bytes of the results that there are.
 
     Raises:
         DataError: the output exists, the partial file is of another job, or another process has it open.
@@ -48,6 +49,7 @@ class Results:
         self.done: set[int] = set()
         self.failed: set[int] = set()
         self.written = written
+        self.size = 0
         self._places: dict[int, tuple[int, int]] = {}  # offset and bytes of each result in the partial file
         self._job, self._synced = job, time.monotonic()
         check_free(output)
@@ -105,6 +107,7 @@ class Results:
     def _place(self, index: int, line: dict[str, Any], begin: int, size: int) -> None:
         self.done.add(index)
         self._places[index] = begin, size
+        self.size += size
         if line["response"]["status_code"] != 200:
             self.failed.add(index)
 

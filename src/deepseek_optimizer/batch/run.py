@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 
 from ..errors import EngineDeadError
+from .places import Places, answers_of
 from .requests import GENERATING, BatchInput, BatchRequest
 from .results import Results
 
@@ -39,7 +40,7 @@ async def run_batch(
         app: the server's application, which has not been started.
         job: the requests.
         results: of the same job.
-        at_once: maximum number of requests in flight.
+        at_once: maximum number of answers that are computed at once.
         progress: called with the number of requests that have results, and the number of all.
 
     Raises:
@@ -50,14 +51,14 @@ async def run_batch(
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=transport, base_url=BASE_URL, timeout=None) as client,
     ):
-        await answer_all(client, job, results, at_once, progress)
+        await answer_all(client, job, results, Places(at_once), progress)
 
 
 async def answer_all(
     client: httpx.AsyncClient,
     job: BatchInput,
     results: Results,
-    at_once: int,
+    places: Places,
     progress: Callable[[int, int], None] = lambda done, total: None,
     priority: int = 0,
     patient: bool = False,
@@ -67,7 +68,8 @@ async def answer_all(
 
     Args:
         client: its base URL is that of the server.
-        job, results, at_once, progress: see `run_batch`.
+        job, results, progress: see `run_batch`; what `progress` raises ends this function.
+        places: for the answers that are computed at once; other batches may use them too.
         priority: the lowest value for a request's `priority`; those with lower values come first.
         patient: try as long as the server has no memory or no model for a request.
 
@@ -78,8 +80,8 @@ async def answer_all(
     waiting = iter([request for request in job.requests if request.index not in results.done])
     progress(len(results.done), len(job.requests))
     with ThreadPoolExecutor(1, "dso-batch") as writer:  # writing may wait for the disk
-        more = (client, job, waiting, results, progress, priority, patient, writer)
-        tasks = [asyncio.create_task(_answer_some(*more)) for _ in range(at_once)]
+        more = (client, job, waiting, results, places, progress, priority, patient, writer)
+        tasks = [asyncio.create_task(_answer_some(*more)) for _ in range(places.count)]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
             for task in done:
@@ -90,6 +92,9 @@ async def answer_all(
                 for task in pending:
                     task.cancel()
                 _, pending = await asyncio.wait(pending, timeout=_AGAIN)
+            for task in tasks:  # all but the first exception have been dealt with
+                if not task.cancelled():
+                    task.exception()
 
 
 async def _answer_some(
@@ -97,21 +102,28 @@ async def _answer_some(
     job: BatchInput,
     waiting: Iterator[BatchRequest],
     results: Results,
+    places: Places,
     progress: Callable[[int, int], None],
     priority: int,
     patient: bool,
     writer: ThreadPoolExecutor,
 ) -> None:
     for request in waiting:
-        line = await answer(client, job, request, results.written, priority, patient)
+        line = await answer(client, job, request, results.written, places, priority, patient)
         await asyncio.get_running_loop().run_in_executor(writer, results.add, request.index, line)
         progress(len(results.done), len(job.requests))
 
 
 async def answer(
-    client: httpx.AsyncClient, job: BatchInput, request: BatchRequest, created: int, priority: int = 0, patient: bool = False
+    client: httpx.AsyncClient,
+    job: BatchInput,
+    request: BatchRequest,
+    created: int,
+    places: Places,
+    priority: int = 0,
+    patient: bool = False,
 ) -> dict[str, Any]:
-    """The line of the output for a request; `created`: the time in its answer; `priority`, `patient`: see `answer_all`.
+    """The line of the output for a request; `created`: the time in its answer; the other arguments: see `answer_all`.
 
     Raises:
         EngineDeadError: the engine has stopped.
@@ -121,9 +133,10 @@ async def answer(
         body = {**body, "seed": int(_digest(job, request, "seed")[:7], 16)}
     if priority and _number(body.get("priority")) < priority:
         body = {**body, "priority": priority}
-    tries, wait = 0, 0.5
+    tries, wait, answers = 0, 0.5, answers_of(request.url, body)
     while True:
-        response = await client.post(request.url, json=body)
+        async with places.taken(answers):
+            response = await client.post(request.url, json=body)
         counts = response.status_code == _TIMED_OUT
         if response.status_code == _UNAVAILABLE:
             error = json.loads(response.content)["error"]

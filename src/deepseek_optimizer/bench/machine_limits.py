@@ -52,7 +52,7 @@ def _numpy_read_gb_s(size: int, threads: int, seconds: float) -> float:
             share.max()
 
     with ThreadPoolExecutor(threads) as pool:
-        once = _best(lambda: list(pool.map(read, shares)), seconds)
+        once = best_seconds(lambda: list(pool.map(read, shares)), seconds)
     return count * 4 * passes / once / 1e9
 
 
@@ -71,7 +71,7 @@ def matrix_tera(threads: int, size: int = 2048, seconds: float = 0.3) -> dict[st
         ):
             product = torch._int_mm if name == "int8" else torch.mm
             try:
-                tera[name] = 2 * size**3 / _best(partial(product, a, a), seconds) / 1e12
+                tera[name] = 2 * size**3 / best_seconds(partial(product, a, a), seconds) / 1e12
             except RuntimeError:
                 continue  # this torch does not support it on the CPU
     finally:
@@ -79,7 +79,7 @@ def matrix_tera(threads: int, size: int = 2048, seconds: float = 0.3) -> dict[st
     return tera
 
 
-def _best(work: Callable[[], Any], seconds: float) -> float:
+def best_seconds(work: Callable[[], Any], seconds: float) -> float:
     """The shortest time of as many calls as fit into `seconds`, at least four; the first call is not counted."""
     work()
     best, calls, end = float("inf"), 0, time.perf_counter() + seconds

@@ -49,6 +49,8 @@ def load_served_model(served: ServedModel, settings: ServerSettings, warn: Calla
     """
     fields, options = dict(served.config), dict(served.engine)
     loaded, tokenizer = load(served.model, fields, served.template)
+    if loaded.dso.profile_note is not None:
+        warn(loaded.dso.profile_note)
     embedding = read_embedding_settings(resolve(served.model))
     if embedding.chat_template and embedding.score_tokens is None:
         warn("texts are embedded without the chat template that sentence-transformers applies to them")

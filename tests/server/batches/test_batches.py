@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from deepseek_optimizer.batch.results import Results
+from deepseek_optimizer.server.batches.run import Runner
 from deepseek_optimizer.server.keys import ApiKeys
 from deepseek_optimizer.server.settings import ServerSettings
 from support.batches import COMPLETIONS, content, create, ended, lines, upload
@@ -344,3 +345,63 @@ def test_long_lines_and_names(make_server, data):
     server = make_server(ServerSettings(max_body_bytes=2000))
     (error,) = ended(server.client, create(server.client, upload(server.client, data)))["errors"]["data"]
     assert error["line"] == 1 and len(error["message"]) < 300
+
+
+def test_results_that_exceed_the_limit(make_server):
+    """The batch fails, keeps the answers it has, and its results never exceed the limit by more than those in flight."""
+    limit = 20_000
+    server = make_server(ServerSettings(max_batch_bytes_per_client=limit), step_seconds=0.001, capacity=4)
+    data = lines(150, max_tokens=1)
+    batch = ended(server.client, create(server.client, upload(server.client, data)))
+    (error,) = batch["errors"]["data"]
+    assert batch["status"] == "failed" and batch["failed_at"] and error["code"] == "file_storage"
+    answers = content(server.client, batch["output_file_id"])
+    assert 5 < len(answers) == batch["request_counts"]["completed"] < 150
+    sizes = [file["bytes"] for file in server.client.get("/v1/files").json()["data"]]
+    assert limit / 2 < sum(sizes) < limit + 5 * max(len(json.dumps(answer)) for answer in answers)
+    for file in server.client.get("/v1/files").json()["data"]:
+        server.client.delete(f"/v1/files/{file['id']}")
+    assert ended(server.client, create(server.client, upload(server.client, lines(3))))["status"] == "completed"
+
+
+def test_the_last_result_does_not_fail_a_batch(make_server):
+    data, sizes = lines(3, max_tokens=1, seed=1), []
+    for limit in (1 << 20, 0):
+        server = make_server(ServerSettings(max_batch_bytes_per_client=limit or sum(sizes) - 1))
+        batch = ended(server.client, create(server.client, upload(server.client, data)))
+        sizes = [file["bytes"] for file in server.client.get("/v1/files").json()["data"]]
+        assert batch["status"] == "completed" and len(sizes) == 2
+
+
+def test_several_answers_take_several_places(make_server):
+    """Half of the engine's places are for batches, whatever `n` is."""
+    server = make_server(step_seconds=0.002, capacity=8)
+    batch = create(server.client, upload(server.client, lines(20, n=2, max_tokens=20)))
+    most, status = 0, "in_progress"
+    while status in ("validating", "in_progress", "finalizing"):
+        most = max(most, server.engine.admitted)
+        status = server.client.get(f"/v1/batches/{batch['id']}").json()["status"]
+    assert status == "completed" and 0 < most <= max(1, server.engine.max_running // 2)
+
+
+def test_a_server_that_stops_waits_for_the_file_it_writes(make_server, tmp_path, monkeypatch):
+    """Results that are being written when the server stops are complete afterwards."""
+    begun, release, ended_writing = threading.Event(), threading.Event(), threading.Event()
+    write = Runner._write
+
+    def slow(*arguments):
+        begun.set()
+        release.wait(10)
+        write(*arguments)
+        ended_writing.set()
+
+    monkeypatch.setattr(Runner, "_write", slow)
+    server = make_server(ServerSettings(state_dir=tmp_path))
+    batch = create(server.client, upload(server.client, lines(3, max_tokens=1)))
+    assert begun.wait(10)
+    threading.Timer(0.2, release.set).start()
+    server.__exit__()
+    assert ended_writing.is_set()
+    monkeypatch.undo()
+    again = ended((second := make_server(ServerSettings(state_dir=tmp_path))).client, batch)
+    assert again["status"] == "completed" and len(content(second.client, again["output_file_id"])) == 3

@@ -15,6 +15,7 @@ from ...backends.registry import choose_backend
 from ...checkpoint import Manifest
 from ...config import DeepSeekConfig
 from ...errors import BackendError, ConfigError
+from ...profiles import Profile
 from .instance import Instance
 from .modules import Packed, PackedLinear
 from .packed_experts import PackedExperts
@@ -45,6 +46,7 @@ class PackedModel(Instance):
         manifest: current format and shape of each packed weight, and how the formats were chosen.
         backend: runs the plan, or the products of the packed modules.
         notes: warnings issued so far, for the report.
+        profile, profile_note: the profile that the settings are from, if any, and what the report says about it.
         mappings: the `MappedFile`s that contain weights, while in use.
         no_plan: why the model has no execution plan; None: it has one.
     """
@@ -65,6 +67,8 @@ class PackedModel(Instance):
         self._methods, self._make_report = methods, make_report
         self.config, self.manifest, self.bytes_before = config, manifest, bytes_before
         self.notes: list[str] = []
+        self.profile: Profile | None = None
+        self.profile_note: str | None = None
         self._warned: set[str] = set()
         self.mappings: weakref.WeakSet[Any] = weakref.WeakSet()
         self._making = threading.RLock()  # lazily created attributes are created once, also with several threads

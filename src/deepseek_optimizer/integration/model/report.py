@@ -101,6 +101,7 @@ class Report:
         experts: the experts; None: the model has none.
         mtp_layers: number of layers for multi-token prediction; included in the sizes of weights and cache.
         config: the settings.
+        profile: which profile of `dso tune` was taken, or why none was; None: none was asked for.
         warnings: what works, but more slowly than it could, or is not exactly as stored.
     """
 
@@ -129,6 +130,7 @@ class Report:
     mtp_layers: int
     config: dict[str, Any]
     warnings: tuple[str, ...]
+    profile: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as a dict of JSON types."""
@@ -172,6 +174,8 @@ class Report:
             table.add_row("rules left out", ", ".join(self.rules_left_out))
         for (op, kernel), count in Counter((str(k.get("op")), _kernel(k)) for k in self.kernels).items():
             table.add_row(f"{count} x {op}", kernel)
+        if self.profile is not None:
+            table.add_row("tuned", self.profile)
         for warning in self.warnings:
             table.add_row("note", warning)
         return table
@@ -319,4 +323,5 @@ def make_report(runtime: Any) -> Report:
         mtp_layers=loaded_mtp_layers(runtime.model),
         config=runtime.config.to_dict(),
         warnings=(*runtime.notes, *_kept_larger(runtime.config, whole, matrices)),
+        profile=runtime.profile_note,
     )

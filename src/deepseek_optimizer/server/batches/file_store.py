@@ -101,7 +101,7 @@ class BatchFiles:
             raise ApiError(
                 400, f"file: a key may have at most {count} files for batches; delete some", param="file", code="too_many_files"
             )
-        if size + sum(file.size for file in files if file.owner == owner) > settings.max_batch_bytes_per_client:
+        if not self.fits(owner, size):
             most = settings.max_batch_bytes_per_client / 1e6
             raise ApiError(
                 413, f"file: your files for batches would exceed the {most:,.0f} MB that a key may use; delete some",
@@ -109,6 +109,11 @@ class BatchFiles:
             )  # fmt: skip
         if size + sum(file.size for file in files if file.purpose == REQUESTS) > settings.max_batch_bytes_total:
             raise busy("the server has no room for more files of batches now", 60)
+
+    def fits(self, owner: str, size: int) -> bool:
+        """Whether an owner's files may grow by `size` bytes."""
+        used = sum(file.size for file in list(self._files.values()) if file.owner == owner)
+        return used + size <= self._settings.max_batch_bytes_per_client
 
     @contextmanager
     def writing(

@@ -6,12 +6,14 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import httpx
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ...batch.places import Places
 from ...batch.requests import BatchInput, read_requests
 from ...batch.results import Results, encoded
 from ...batch.run import BASE_URL, answer_all
@@ -19,11 +21,19 @@ from ...errors import DataError, EngineDeadError, excerpt
 from ..http.caller import FOR_OWNER
 from ..settings import MAX_PRIORITY
 from .file_store import BatchFiles
+from .in_thread import in_thread
 from .job import Batch
 
 logger = logging.getLogger("deepseek_optimizer.server")
 _PAUSE = 0.5  # seconds between looks whether the server accepts requests again
+_FULL = (
+    "the results would exceed what the files of an API key may take; the answers so far are in the files. Delete some files."
+)
 _EXPIRED = {"code": "batch_expired", "message": "This request could not be executed before the completion window expired."}
+
+
+class _FullError(Exception):
+    """The results exceed what their owner's files may take."""
 
 
 def requests_of(batch: Batch, jobs: Path) -> Path:
@@ -49,7 +59,7 @@ class Runner:
         save: writes a batch; may raise OSError.
         app: the server's application.
         accepting: whether it accepts requests now.
-        at_once: maximum number of requests in flight, of all batches.
+        at_once: maximum number of answers that are computed at once, of all batches.
         max_line: maximum bytes of a request.
         clock: Unix time in seconds.
     """
@@ -66,8 +76,8 @@ class Runner:
         clock: Callable[[], float],
     ) -> None:
         self._files, self._jobs, self._save, self._clock = files, jobs, save, clock
-        self._app, self._accepting, self._at_once, self._max_line = app, accepting, at_once, max_line
-        self._places = asyncio.Semaphore(at_once)
+        self._app, self._accepting, self._max_line = app, accepting, max_line
+        self._places = Places(at_once)
 
     async def run(self, batch: Batch, end: asyncio.Event) -> None:
         """Runs a batch to its end, from where an earlier run stopped. If the engine stops, the batch has not ended.
@@ -80,7 +90,7 @@ class Runner:
             OSError: a file cannot be written.
         """
         try:
-            job = await asyncio.to_thread(self._read, batch)
+            job = await in_thread(self._read, batch)
         except DataError as error:  # without the name of the file on the server's disk, which is nobody's business
             batch.fail(self._clock(), "invalid_request", error.message, error.line, error.field)
         else:
@@ -118,19 +128,23 @@ class Runner:
     async def _answer(self, batch: Batch, job: BatchInput, end: asyncio.Event) -> bool:
         """Answers requests until all have results, `end` is set, or the time of the batch is over, and writes the files of
         results; returns False if the engine has stopped."""
-        results = await asyncio.to_thread(
-            Results, _results_of(batch, self._jobs), {"batch": batch.id}, batch.total, batch.created
-        )
-        with results:
+        with ExitStack() as opened:
+            place, name = _results_of(batch, self._jobs), {"batch": batch.id}
+            results = await in_thread(lambda: opened.enter_context(Results(place, name, batch.total, batch.created)))
 
-            def count(_done: int, _total: int) -> None:
+            def count() -> None:
                 batch.failed = len(results.failed)
                 batch.completed = len(results.done) - batch.failed
+
+            def progress(done: int, total: int) -> None:
+                count()
+                if done < total and not self._files.fits(batch.owner, results.size):
+                    raise _FullError
 
             transport = httpx.ASGITransport(app=self._app_for(batch.owner), raise_app_exceptions=False)
             async with httpx.AsyncClient(transport=transport, base_url=BASE_URL, timeout=None) as client:
                 work = asyncio.ensure_future(
-                    answer_all(client, job, results, self._at_once, count, priority=MAX_PRIORITY, patient=True)
+                    answer_all(client, job, results, self._places, progress, priority=MAX_PRIORITY, patient=True)
                 )
                 ended = asyncio.ensure_future(end.wait())
                 try:
@@ -141,18 +155,21 @@ class Runner:
                     for task in (work, ended):
                         task.cancel()
                     await asyncio.gather(work, ended, return_exceptions=True)
-            count(0, 0)
+            count()
             error = None if work.cancelled() else work.exception()
             if isinstance(error, EngineDeadError):
                 logger.error("the batch %s stops, since the engine has stopped; it continues after a restart", batch.id)
                 return False
-            if error is not None:
+            if error is not None and not isinstance(error, _FullError):
                 raise error
             complete = len(results.done) == batch.total
             status = "cancelled" if batch.cancelled else "completed" if complete else "expired"
             batch.begin("finalizing", self._clock())
-            await asyncio.to_thread(self._write, batch, job, results, status == "expired")
-            batch.begin(status, self._clock())
+            await in_thread(self._write, batch, job, results, status == "expired" and error is None)
+            if error is not None:
+                batch.fail(self._clock(), "file_storage", _FULL)
+            else:
+                batch.begin(status, self._clock())
             return True
 
     def _write(self, batch: Batch, job: BatchInput, results: Results, expired: bool) -> None:
@@ -183,9 +200,8 @@ class Runner:
         They wait while the server accepts none."""
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            async with self._places:
-                while not self._accepting():
-                    await asyncio.sleep(_PAUSE)
-                await self._app({**scope, FOR_OWNER: owner}, receive, send)
+            while not self._accepting():
+                await asyncio.sleep(_PAUSE)
+            await self._app({**scope, FOR_OWNER: owner}, receive, send)
 
         return app

@@ -21,6 +21,7 @@ from ...checkpoint.atomic import atomic_file
 from ..http.problems import INTERNAL, ApiError
 from ..settings import ServerSettings
 from .file_store import BatchFile, BatchFiles
+from .in_thread import in_thread
 from .job import Batch, load_batch
 from .run import Runner, partial_of, requests_of
 
@@ -76,7 +77,7 @@ class Batches:
         Args:
             app: the server's application.
             accepting: whether it accepts requests now.
-            at_once: maximum number of requests in flight.
+            at_once: maximum number of answers that are computed at once.
             max_line: maximum bytes of a request.
         """
         self._runner = Runner(self.files, self._jobs, self._save, app, accepting, at_once, max_line, self._clock)
@@ -132,7 +133,7 @@ class Batches:
         batch = Batch(id, owner, endpoint, input_file, window, metadata, now, now + _seconds_of(window), seconds)
         self._batches[batch.id] = batch
         try:
-            await asyncio.to_thread(self._keep_requests, batch, file)
+            await in_thread(self._keep_requests, batch, file)
             await self._save(batch)
         except OSError as error:
             del self._batches[batch.id]
@@ -189,7 +190,7 @@ class Batches:
     async def sweep(self) -> None:
         """Deletes expired files, and batches that ended long ago; ends waiting ones whose time is over, and runs those whose
         run was stopped by a full disk or an engine that has ended."""
-        await asyncio.to_thread(self.files.sweep)
+        await in_thread(self.files.sweep)
         now = self._clock()
         for batch in list(self._batches.values()):
             if batch.ended and batch.created < now - self._settings.batch_seconds:
@@ -208,12 +209,12 @@ class Batches:
 
     async def _forget(self, batch: Batch) -> None:
         self._batches.pop(batch.id, None)
-        await asyncio.to_thread((self._jobs / f"{batch.id}.json").unlink, missing_ok=True)
+        await in_thread((self._jobs / f"{batch.id}.json").unlink, missing_ok=True)
 
     async def _save(self, batch: Batch) -> None:
         """Writes a batch as it is when its turn comes, so that the last state is the one that stays."""
         async with self._saving:
-            await asyncio.to_thread(_write, self._jobs / f"{batch.id}.json", batch.to_json())
+            await in_thread(_write, self._jobs / f"{batch.id}.json", batch.to_json())
 
     def _run_owners(self) -> None:
         for owner in {batch.owner for batch in self._batches.values() if not batch.ended}:

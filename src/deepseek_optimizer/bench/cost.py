@@ -1,0 +1,145 @@
+"""What a million tokens cost: on this machine at its measured speed, on others at predicted ones, beside hosted prices.
+
+A machine is paid by the hour and assumed to be busy all the time, with `Work.batch` requests at once. A prompt token costs
+the time of prompts divided by their tokens, a generated one that of decoding. `blended` is the cost of all tokens of a request,
+prompt and answer, divided by their number: hosted prices are blended with the same lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..errors import ConfigError
+from .instances import DATE, INSTANCES, SOURCE
+from .memory_traffic import Traffic
+from .scaling import Costs, predict, predict_prefill
+from .sections import Section
+from .step_work import StepWork
+from .work import Work
+
+WISH = 0.10  # dollars for a million tokens
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second of all requests together: of prompts, and of answers."""
+
+    prompt: float
+    answer: float
+
+
+@dataclass(frozen=True)
+class Hosted:
+    """A provider's prices per million tokens."""
+
+    prompt: float
+    answer: float
+
+
+def machine_cost(per_hour: float, speed: Speed, work: Work) -> dict[str, float]:
+    """Cost of a million tokens: "in", "out", "blended", in the currency of `per_hour`."""
+    each = per_hour / 3600 * 1e6
+    prices = Hosted(each / speed.prompt, each / speed.answer)
+    return {"in": prices.prompt, "out": prices.answer, "blended": blended(prices, work)}
+
+
+def blended(prices: Hosted, work: Work) -> float:
+    """Cost of a million tokens of requests of these lengths."""
+    return (work.prompt * prices.prompt + work.new * prices.answer) / (work.prompt + work.new)
+
+
+def predicted_speeds(step: StepWork, traffic: Traffic, costs: Costs, work: Work, name: str) -> tuple[Speed, Speed]:
+    """The lowest and the highest predicted speed of an instance."""
+    machine = INSTANCES[name].machine
+    decode = predict(step, costs, machine)
+    prompt = work.batch * work.prompt / predict_prefill(traffic.prefill_operations(work), costs, machine)
+    return Speed(prompt, decode.low), Speed(prompt, decode.high)
+
+
+def cost_report(
+    work: Work,
+    measured: Speed | None,
+    per_hour: float | None,
+    predicted: Mapping[str, tuple[Speed, Speed]],
+    prices: Mapping[str, float],
+    hosted: Mapping[str, Hosted],
+    wish: float = WISH,
+) -> dict[str, Any]:
+    """The report of `dso cost`, of JSON types.
+
+    Args:
+        work: lengths, and requests at once.
+        measured, per_hour: speed of this machine, and its price; None: unknown.
+        predicted: instance -> lowest and highest speed.
+        prices: instance -> price per hour, which overrides the table's.
+        hosted: name -> prices to compare with.
+        wish: price of a million tokens to compare with.
+
+    Raises:
+        ConfigError: a price is for an instance that is not in the table, or not above zero.
+    """
+    if unknown := sorted(prices.keys() - INSTANCES.keys()):
+        raise ConfigError(f"--price: there is no instance {unknown[0]!r}; known: {', '.join(INSTANCES)}")
+    rows: list[dict[str, Any]] = []
+    if measured is not None and per_hour is not None:
+        rows.append(_row("this machine", "measured", per_hour, (measured, measured), work, wish))
+    for name, speeds in predicted.items():
+        rows.append(_row(name, "predicted", prices.get(name, INSTANCES[name].per_hour), speeds, work, wish))
+    return {
+        "work": asdict(work),
+        "this_machine": None if measured is None else asdict(measured),
+        "machines": rows,
+        "hosted": [
+            {"name": name, "in": one.prompt, "out": one.answer, "blended": blended(one, work)} for name, one in hosted.items()
+        ],
+        "prices": {"source": SOURCE, "date": DATE, "given": dict(prices)},
+        "wish": wish,
+    }
+
+
+def _row(name: str, how: str, per_hour: float, speeds: tuple[Speed, Speed], work: Work, wish: float) -> dict[str, Any]:
+    """One machine; ranges are from the cheapest to the dearest."""
+    dear, cheap = (machine_cost(per_hour, speed, work) for speed in speeds)
+    return {
+        "name": name, "how": how, "per_hour": per_hour, "prompt_tok_s": speeds[0].prompt,
+        "answer_tok_s": [speeds[0].answer, speeds[1].answer],
+        **{key: [cheap[key], dear[key]] for key in cheap},
+        "times_wish": [cheap["blended"] / wish, dear["blended"] / wish],
+    }  # fmt: skip
+
+
+def sections(report: Mapping[str, Any]) -> list[Section]:
+    """The report as tables."""
+    work = Work(**report["work"])
+    rows = [
+        (
+            f"{row['name']} ({row['how']})", f"{row['per_hour']:.3f}", f"{row['prompt_tok_s']:,.0f}",
+            _range(row["answer_tok_s"], ",.1f"), _range(row["in"]), _range(row["out"]), _range(row["blended"]),
+        )
+        for row in report["machines"]
+    ] + [
+        (f"{one['name']} (hosted)", "", "", "", f"{one['in']:.3f}", f"{one['out']:.3f}", f"{one['blended']:.3f}")
+        for one in report["hosted"]
+    ]  # fmt: skip
+    header = ("", "per hour", "prompt tok/s", "answer tok/s", "1M in", "1M out", "1M blended")
+    note = [f"Machines that are always busy. Prices of instances: {report['prices']['source']}, {report['prices']['date']}."]
+    if any(row["how"] == "predicted" for row in report["machines"]):
+        note.append("Predicted speeds assume cores like this machine's, and have not been checked on such machines.")
+    return [Section(f"Cost of a million tokens: {work}", header, tuple(rows), " ".join(note)), _answer(report)]
+
+
+def _answer(report: Mapping[str, Any]) -> Section:
+    """Which machines reach the wished price, and by how much the others miss it."""
+    rows = []
+    for row in report["machines"]:
+        low, high = row["times_wish"]
+        verdict = "reached" if high <= 1 else "missed" if low > 1 else "reached by the higher speed only"
+        rows.append((row["name"], verdict, f"{_range(row['times_wish'], '.2f')} times"))
+    return Section(f"{report['wish']:g} for a million tokens, prompt and answer", ("", "", "cost"), tuple(rows))
+
+
+def _range(values: Sequence[float], form: str = ".3f") -> str:
+    low, high = (format(value, form) for value in sorted(values))
+    return low if low == high else f"{low} to {high}"

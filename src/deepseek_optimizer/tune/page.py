@@ -1,0 +1,133 @@
+"""The report of a search: tables for the terminal, and an HTML page with a picture of speed and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from ..bench.charts import Chart
+from ..bench.html import page_of
+from ..bench.sections import Section
+from .search import Found, Trial
+from .settings import Figures
+
+_WIDTH, _HEIGHT, _MARGIN = 640.0, 360.0, 56.0
+
+
+def tune_report(found: Found, goal: str, trace: str, facts: dict[str, Any], model: str, profile: str) -> dict[str, Any]:
+    """The report, of JSON types.
+
+    Args:
+        found: the result.
+        goal, trace, facts: what was searched for, by which trace; see `traces.describe`.
+        model: its name.
+        profile: where the profile was written; "" if it was not.
+    """
+    return {"model": model, "goal": goal, "trace": trace, "requests": facts, "profile": profile, **found.to_dict()}
+
+
+def pareto(trials: Sequence[Trial]) -> list[Trial]:
+    """Those that no other one is at least as good as in speed, memory and quality, and better in one of them."""
+    measured = [one for one in trials if one.figures is not None]
+    found: list[Trial] = []
+    for one in measured:
+        if not any(_dominates(other, one) for other in measured) and all(one.settings != known.settings for known in found):
+            found.append(one)
+    return found
+
+
+def _dominates(a: Trial, b: Trial) -> bool:
+    assert a.figures is not None and b.figures is not None
+    first, second = _costs(a.figures), _costs(b.figures)
+    return first != second and all(x <= y for x, y in zip(first, second, strict=True))
+
+
+def _costs(figures: Figures) -> tuple[float, float, float]:
+    return -figures.tok_s, figures.memory_bytes, figures.kl
+
+
+def sections(found: Found, goal: str, trace: str, profile: str) -> list[Section]:
+    """The result, the best compromises, and all trials."""
+    sides = [("defaults", found.defaults, found.default_figures)]
+    if found.best != found.defaults:
+        sides.append(("found", found.best, found.best_figures))
+    rows = tuple((name, str(settings), *_cells(figures)) for name, settings, figures in sides)
+    verdict = (
+        "The defaults stay: no settings were better by more than 3%."
+        if found.best == found.defaults
+        else f"{100 * found.gain:.0f}% better than the defaults at the goal."
+    )
+    note = f"{verdict} {'Profile: ' + profile if profile else 'No profile was written.'}"
+    first = Section(f"Goal {goal}, trace {trace}", ("", "settings", *_HEADER), rows, note)
+    front = tuple((str(one.settings), *_cells(one.figures)) for one in pareto(found.trials) if one.figures is not None)
+    others = tuple(
+        (str(one.settings), *(_cells(one.figures) if one.figures else (one.error, "", "", "", ""))) for one in found.trials
+    )
+    return [
+        first,
+        Section("Best compromises of speed, memory and quality", ("settings", *_HEADER), front),
+        Section("All trials", ("settings", *_HEADER), others),
+    ]
+
+
+_HEADER = ("latency", "first token", "tok/s", "memory", "KL")
+
+
+def _cells(figures: Figures) -> tuple[str, ...]:
+    return (
+        f"{figures.latency_s:.3f} s", f"{figures.first_s:.3f} s", f"{figures.tok_s:,.0f}",
+        f"{figures.memory_bytes / 1e6:,.1f} MB", f"{figures.kl:.4f}",
+    )  # fmt: skip
+
+
+def page(report: dict[str, Any], found: Found) -> str:
+    """The whole HTML file, without scripts, fonts or requests."""
+    content = sections(found, report["goal"], report["trace"], report["profile"])
+    return page_of(report, f"Settings of {report['model']}", [picture(found)], content)
+
+
+def picture(found: Found) -> Chart:
+    """Memory against speed, one point for each trial: filled if it is a best compromise, large if chosen, a square if its
+    cache has another format than the default one's."""
+    title = "Speed and memory of all trials"
+    shown = [(one, one.figures) for one in found.trials if one.figures is not None]
+    front = {one.settings for one in pareto(found.trials)}
+    xs, ys = [f.memory_bytes / 1e6 for _, f in shown], [f.tok_s for _, f in shown]
+    x_range, y_range = _range(xs), _range(ys)
+    marks, texts = [], []
+    for (trial, figures), x, y in zip(shown, xs, ys, strict=True):
+        px = _MARGIN + (x - x_range[0]) / (x_range[1] - x_range[0]) * (_WIDTH - 2 * _MARGIN)
+        py = _HEIGHT - _MARGIN - (y - y_range[0]) / (y_range[1] - y_range[0]) * (_HEIGHT - 2 * _MARGIN)
+        text = escape(f"{trial.settings}: {', '.join(_cells(figures))}")
+        size = 8 if trial.settings == found.best else 5
+        look = 'fill="#2f7de1"' if trial.settings in front else 'fill="none" stroke="#2f7de1"'
+        shape = (
+            f'<rect x="{px - size:.1f}" y="{py - size:.1f}" width="{2 * size}" height="{2 * size}" {look}>'
+            if figures.kl
+            else f'<circle cx="{px:.1f}" cy="{py:.1f}" r="{size}" {look}>'
+        )
+        marks.append(f"{shape}<title>{text}</title></{'rect' if figures.kl else 'circle'}>")
+        texts.append(text)
+    left, bottom, right, top = _MARGIN, _HEIGHT - _MARGIN, _WIDTH - _MARGIN, _MARGIN
+    label = 'fill="currentColor" font-size="12"'
+    axes = (
+        f'<path d="M{left} {top}V{bottom}H{right}" fill="none" stroke="currentColor"/>'
+        f'<text x="{right}" y="{bottom + 36}" text-anchor="end" {label}>memory, MB</text>'
+        f'<text x="{left}" y="{top - 12}" {label}>tokens per second</text>'
+        f'<text x="{left}" y="{bottom + 18}" {label}>{x_range[0]:,.1f}</text>'
+        f'<text x="{right}" y="{bottom + 18}" text-anchor="end" {label}>{x_range[1]:,.1f}</text>'
+        f'<text x="{left - 6}" y="{bottom}" text-anchor="end" {label}>{y_range[0]:,.0f}</text>'
+        f'<text x="{left - 6}" y="{top + 4}" text-anchor="end" {label}>{y_range[1]:,.0f}</text>'
+    )
+    return Chart(
+        f"{title}: filled are best compromises, the large one was chosen, squares have another KV cache format",
+        f'<svg viewBox="0 0 {_WIDTH:.0f} {_HEIGHT:.0f}" role="img" xmlns="http://www.w3.org/2000/svg">'
+        f"<title>{title}</title><desc>{'; '.join(texts)}</desc>{axes}{''.join(marks)}</svg>",
+    )
+
+
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    edge = 0.05 * (high - low) or max(1.0, 0.05 * abs(high))
+    return max(0.0, low - edge), high + edge

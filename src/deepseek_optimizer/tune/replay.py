@@ -1,0 +1,143 @@
+"""Replays a trace on an engine, and measures a model with some settings."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from .settings import Figures, Settings
+from .traces import Trace, prompts, shortened
+
+_SOON = 0.001  # seconds that an idle engine waits at least
+_TEXT = 200_000  # characters of the sample text that prompts are taken from
+_KL_TOKENS = 256
+
+
+def replay(
+    engine: Any,
+    running: Callable[[], Any],
+    trace: Trace,
+    tokens: list[list[int]],
+    salt: str = "",
+    clock: Callable[[], float] = time.perf_counter,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Figures:
+    """Sends each request when its time has come; answers are greedy and have the trace's lengths. `memory_bytes`: the cache's.
+
+    Args:
+        engine: an idle `Engine`.
+        running: its backend's `thread_context`.
+        trace, tokens: the requests, and their prompts.
+        salt: replays with other salts do not share cached prefixes.
+        clock, sleep: of seconds.
+    """
+    from ..engine.request import Request, SamplingParams
+
+    core, began = engine.core, clock()
+    waiting, most = list(range(len(trace))), 0
+    first: dict[int, float] = {}
+    last: dict[int, float] = {}
+    while waiting or len(last) < len(trace):
+        now = clock() - began
+        while waiting and trace[waiting[0]].at <= now:
+            index = waiting.pop(0)
+            sampling = SamplingParams(temperature=0, max_tokens=trace[index].new_tokens, ignore_eos=True)
+            core.add(Request(tokens[index], sampling, id=str(index), salt=salt))
+        if core.idle:
+            sleep(max(_SOON, trace[waiting[0]].at - now))
+            continue
+        with running():
+            outputs = core.step()
+        now = clock() - began
+        for output in outputs:
+            index = int(output.request_id)
+            if output.token_ids:
+                first.setdefault(index, now - trace[index].at)
+            if output.finish is not None:
+                last[index] = now - trace[index].at
+        most = max(most, core.memory.used_bytes)
+    total = sum(map(len, tokens)) + sum(request.new_tokens for request in trace)
+    return Figures(_mean(last), _mean(first or last), total / (clock() - began), float(most))
+
+
+def _mean(values: dict[int, float]) -> float:
+    return sum(values.values()) / len(values)
+
+
+class ModelMeasure:
+    """Measures a model: `for figures in measure(settings): ...`, one replay after the other, each with an empty prefix cache.
+
+    Args:
+        path: of the model, see `load_model`.
+        fields: of `DeepSeekConfig`, that are not searched.
+        trace: to replay; requests that do not fit the model's context are shortened.
+        at_once: send all requests at once: only throughput counts.
+    """
+
+    def __init__(self, path: str | Path, fields: dict[str, Any], trace: Trace, at_once: bool = False) -> None:
+        self._path, self._fields, self._at_once = path, fields, at_once
+        self._trace, self._salts = trace, 0
+        self._tokens: list[list[int]] | None = None
+        self._reference: Any = None  # logits with the default cache
+
+    def __call__(self, settings: Settings) -> Iterator[Figures]:
+        from dataclasses import replace
+
+        from ..optimized_model import load_model, load_tokenizer
+        from ..serving import make_engine
+
+        model = load_model(self._path, **{**self._fields, **settings.to_fields()})
+        tokenizer = load_tokenizer(self._path)
+        drafts = settings.drafts or False
+        with make_engine(model, tokenizer, drafts=drafts) as engine:
+            trace = self._prepared(engine, tokenizer)
+            weights, kl = model.report().bytes_after, self._divergence(model, tokenizer)
+            running = model.dso.backend.thread_context
+            while True:
+                self._salts += 1
+                assert self._tokens is not None
+                figures = replay(engine, running, trace, self._tokens, str(self._salts))
+                yield replace(figures, memory_bytes=figures.memory_bytes + weights, kl=kl)
+
+    def _prepared(self, engine: Any, tokenizer: Any) -> Trace:
+        """The trace as it is sent; its prompts are made once."""
+        from dataclasses import replace
+
+        from ..calibration.text import sample_text
+
+        facts = engine.core.facts
+        trace = shortened(self._trace, facts.context)
+        if self._tokens is None:
+
+            def encode(text: str) -> list[int]:
+                ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+                return ids[: facts.context - 1]
+
+            self._tokens = prompts(trace, encode, encode_all(tokenizer, sample_text()[:_TEXT]), facts.vocab_size)
+        return tuple(replace(request, at=0.0) for request in trace) if self._at_once else trace
+
+    def _divergence(self, model: Any, tokenizer: Any) -> float:
+        """KL divergence from the model with the first settings' cache, which is that of the defaults."""
+        import torch
+
+        from ..bench.quality import Divergence, through_decode
+        from ..calibration.text import sample_text
+
+        kind = model.report().kv_cache
+        if self._reference is None:
+            ids = encode_all(tokenizer, sample_text()[: 16 * _KL_TOKENS])[:_KL_TOKENS]
+            self._reference = {"ids": torch.tensor([ids], dtype=torch.int64, device="cpu"), "kind": kind, kind: 0.0}
+            self._reference["logits"] = through_decode(model, self._reference["ids"])
+        if kind not in self._reference:
+            found = Divergence()
+            found.add(through_decode(model, self._reference["ids"]), self._reference["logits"], self._reference["ids"][0])
+            self._reference[kind] = found.summary()["kl_mean"]
+        return float(self._reference[kind])
+
+
+def encode_all(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text of any length."""
+    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    return ids

@@ -1,0 +1,84 @@
+"""The settings that are searched, and the goals that they are searched for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+GOALS = ("latency", "throughput", "memory")
+_NEARLY = 0.8  # of the defaults' throughput: with less, saving memory is not worth it
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Attributes:
+    threads, prefill_chunk, kv_cache: as in `DeepSeekConfig`.
+    batch: the largest number of sequences at once.
+    drafts: maximum number of drafts of a round.
+    """
+
+    threads: int
+    prefill_chunk: int = 512
+    batch: int = 32
+    kv_cache: str = "auto"
+    drafts: int = 8
+
+    def to_fields(self) -> dict[str, Any]:
+        """Fields of `DeepSeekConfig`."""
+        return {
+            "threads": self.threads, "prefill_chunk": self.prefill_chunk, "batch_size_range": (1, self.batch),
+            "kv_cache": self.kv_cache,
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        return ", ".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a replay showed.
+
+    Attributes:
+        latency_s: mean time from a request's coming to its last token.
+        first_s: mean time to its first token.
+        tok_s: tokens of prompts and answers per second.
+        memory_bytes: weights, and the cache at its largest.
+        kl: KL divergence of the answers' distributions from those with the default cache, in nats per token; 0: the same.
+    """
+
+    latency_s: float
+    first_s: float
+    tok_s: float
+    memory_bytes: float
+    kl: float = 0.0
+
+
+def space(cpus: int, kv_formats: Sequence[str]) -> Mapping[str, Sequence[Any]]:
+    """The values of each setting, in order.
+
+    Args:
+        cpus: that this process may use.
+        kv_formats: formats of the cache to try, the default first.
+    """
+    threads = sorted({1, max(1, cpus // 4), max(1, cpus // 2), max(1, 3 * cpus // 4), max(1, cpus - 1), cpus})
+    return {
+        "threads": threads, "prefill_chunk": (64, 128, 256, 512, 1024, 2048), "batch": (1, 2, 4, 8, 16, 32, 64),
+        "kv_cache": tuple(kv_formats), "drafts": (0, 2, 4, 8),
+    }  # fmt: skip
+
+
+def value(goal: str, figures: Figures, defaults: Figures | None) -> float:
+    """What the search makes as small as possible.
+
+    Args:
+        goal: of `GOALS`.
+        figures: of some settings.
+        defaults: of the default settings; None: these are they. Less memory counts only with 80% of their throughput.
+    """
+    if goal == "latency":
+        return figures.latency_s
+    if goal == "throughput":
+        return 1 / figures.tok_s
+    slow = 1.0 if defaults is None else max(1.0, _NEARLY * defaults.tok_s / figures.tok_s)
+    return figures.memory_bytes * slow**4

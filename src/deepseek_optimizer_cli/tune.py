@@ -1,0 +1,102 @@
+"""`dso tune MODEL`: finds settings for a model on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import options as o
+
+_KV_FORMATS = ("auto", "int8", "int4")
+
+
+@o.takes_model_fields
+def tune(
+    model: o.Model,
+    goal: Annotated[
+        str, typer.Option("--goal", metavar="GOAL", help="What to improve: latency, throughput or memory.")
+    ] = "latency",
+    trace: Annotated[
+        str,
+        typer.Option(
+            "--trace",
+            metavar="FILE|NAME",
+            help="Requests to replay: a file with one JSON object per line (at, prompt_tokens, new_tokens, group, "
+            "shared_tokens, or prompt), or chat, documents or agents.",
+        ),
+    ] = "chat",
+    trials: Annotated[int, typer.Option("--trials", min=2, metavar="N", help="Number of settings to try.")] = 40,
+    kl_budget: Annotated[
+        float | None,
+        typer.Option(
+            "--kl-budget",
+            min=0,
+            metavar="NATS",
+            help="Also try an int8 and an int4 KV cache, as far as the KL divergence from the default one stays within this.",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the search.")] = 0,
+    *,
+    fields: dict[str, Any],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", dir_okay=False, metavar="FILE", help="Where to write the profile. Default: where auto finds it."
+        ),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", dir_okay=False, metavar="FILE", help="Write the report to this HTML file.")
+    ] = None,
+    as_json: o.AsJson = False,
+) -> None:
+    """Find the settings of a model that serve a trace of requests best on this machine. Nothing else should run meanwhile."""
+    import datetime
+
+    from rich.console import Console
+
+    from deepseek_optimizer.bench.html import write
+    from deepseek_optimizer.bench.terminal import show_sections
+    from deepseek_optimizer.integration.load.resolve import resolve
+    from deepseek_optimizer.profiles import Profile, machine_identity, model_identity, save
+    from deepseek_optimizer.system.processor import usable_cpus
+    from deepseek_optimizer.tune.page import page, sections, tune_report
+    from deepseek_optimizer.tune.replay import ModelMeasure
+    from deepseek_optimizer.tune.search import import_optuna, search
+    from deepseek_optimizer.tune.settings import GOALS, Settings, space
+    from deepseek_optimizer.tune.traces import BUILT_IN, describe, read_trace
+
+    from .model import no_bars_in_pipes, print_json
+
+    if goal not in GOALS:
+        raise ValueError(f"--goal must be one of {', '.join(GOALS)}, got {goal!r}")
+    if searched := [flag for name, flag in (("threads", "--threads"), ("kv_cache", "--kv-cache")) if name in fields]:
+        raise ValueError(f"{searched[0]} is searched; leave it out")
+    requests = BUILT_IN[trace]() if trace in BUILT_IN else read_trace(Path(trace))
+    import_optuna()
+    place = resolve(model)
+    no_bars_in_pipes()
+    cpus = usable_cpus()
+    defaults = Settings(threads=cpus)
+    measure = ModelMeasure(place, fields, requests, at_once=goal == "throughput")
+    values = space(cpus, _KV_FORMATS if kl_budget else _KV_FORMATS[:1])
+    found = search(measure, values, defaults, goal, trials=trials, kl_budget=kl_budget, seed=seed, note=_note)
+    best = found.best.to_fields() if found.best != defaults else {}
+    figures = {"gain": found.gain, "defaults": vars(found.default_figures), "these": vars(found.best_figures)}
+    profile = Profile(
+        machine_identity(), model_identity(place), goal, Path(trace).name, best, found.best.drafts if best else None, figures,
+        datetime.date.today().isoformat(),
+    )  # fmt: skip
+    path = str(save(profile, output))
+    report = tune_report(found, goal, profile.trace, describe(requests), model, path)
+    if html:
+        write(html, page(report, found))
+    if as_json:
+        print_json(report)
+    else:
+        show_sections(Console(highlight=False), sections(found, goal, profile.trace, path)[:2])
+
+
+def _note(text: str) -> None:
+    typer.echo(f"dso: {text}", err=True)

@@ -1,0 +1,54 @@
+"""The cost of tokens, computed by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from deepseek_optimizer.bench.cost import Hosted, Speed, blended, cost_report, machine_cost, predicted_speeds, sections
+from deepseek_optimizer.bench.instances import INSTANCES
+from deepseek_optimizer.bench.memory_traffic import Traffic
+from deepseek_optimizer.bench.scaling import Costs
+from deepseek_optimizer.bench.step_work import Stage, StepWork
+from deepseek_optimizer.bench.work import Work
+from deepseek_optimizer.errors import ConfigError
+
+WORK = Work(prompt=300, new=100, batch=4)
+
+
+def test_by_hand():
+    """3.6 an hour is 0.001 a second: a thousand tokens a second cost 1 a million, a hundred cost 10."""
+    cost = machine_cost(3.6, Speed(1000, 100), WORK)
+    assert cost == {"in": pytest.approx(1), "out": pytest.approx(10), "blended": pytest.approx((300 * 1 + 100 * 10) / 400)}
+    seconds = 300 / 1000 + 100 / 100  # of a request
+    assert cost["blended"] == pytest.approx(0.001 * seconds / 400 * 1e6)
+    assert blended(Hosted(1, 10), WORK) == pytest.approx(cost["blended"])
+
+
+def test_report():
+    fast, slow = Speed(10_000, 2000), Speed(10_000, 100)
+    report = cost_report(
+        WORK, slow, 0.36, {"c7a.8xlarge": (slow, fast)}, {"c7a.8xlarge": 0.36}, {"them": Hosted(0.1, 0.2)}, wish=0.05
+    )
+    here, there = report["machines"]
+    assert here["blended"][0] == here["blended"][1] == pytest.approx((300 * 0.01 + 100 * 1) / 400)
+    assert there["per_hour"] == 0.36 and there["out"] == [pytest.approx(0.05), pytest.approx(1.0)]
+    assert there["times_wish"] == [pytest.approx(0.02 / 0.05), pytest.approx(here["blended"][0] / 0.05)]
+    assert report["hosted"] == [{"name": "them", "in": 0.1, "out": 0.2, "blended": pytest.approx(0.125)}]
+    table, answer = sections(report)
+    assert len(table.rows) == 3 and "have not been checked" in table.note and "2025" in table.note
+    assert [row[1] for row in answer.rows] == ["missed", "reached by the higher speed only"]
+
+
+def test_unknown_instance():
+    with pytest.raises(ConfigError, match=r"no instance 'c9\.huge'; known: c7i"):
+        cost_report(WORK, None, None, {}, {"c9.huge": 1.0}, {})
+
+
+def test_predictions_of_all_instances():
+    """A machine with twice the cores and bandwidth of another one is not slower at prompts, and costs are positive."""
+    step = StepWork(tuple(Stage(1e6, 8e6, 500) for _ in range(50)), 10, 1e6, 4)
+    costs = Costs({1: 20.0, 2: 35.0}, 0.5, {1: 1e-6, 2: 1.2e-6}, 1e-4, 40.0)
+    traffic = Traffic(50_000_000, 1000.0, weights=100_000_000, head_weights=1_000_000, attention_width=1000)
+    speeds = {name: predicted_speeds(step, traffic, costs, WORK, name) for name in INSTANCES}
+    assert all(0 < low.answer <= high.answer and low.prompt > 0 for low, high in speeds.values())
+    assert speeds["c7a.48xlarge"][0].prompt > 5 * speeds["c7a.8xlarge"][0].prompt

@@ -1,0 +1,128 @@
+"""The search, with a function in place of measurements."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from deepseek_optimizer.errors import ConfigError
+from deepseek_optimizer.tune import search as searches
+from deepseek_optimizer.tune.page import page, pareto, sections, tune_report
+from deepseek_optimizer.tune.search import MARGIN, ROUNDS, Trial, search
+from deepseek_optimizer.tune.settings import GOALS, Figures, Settings, space, value
+
+optuna = pytest.importorskip("optuna")
+
+CPUS = 8
+DEFAULTS = Settings(threads=CPUS)
+VALUES = space(CPUS, ("auto", "int8", "int4"))
+
+
+class Pretended:
+    """Replays of a machine whose best settings are known: 4 threads, small chunks, a batch of 8, no drafts."""
+
+    def __init__(self, noise=0.02, best=True):
+        self.rng, self.noise, self.best, self.calls = random.Random(3), noise, best, {}
+        self.opened = self.closed = 0
+
+    def __call__(self, settings):
+        worse = 1.0
+        if self.best:
+            worse += abs(settings.threads - 4) / 4 + abs(settings.prefill_chunk - 128) / 512 + abs(settings.batch - 8) / 16
+            worse += settings.drafts / 16
+        elif settings != DEFAULTS:
+            worse = 1.3
+        size = {"auto": 2.0, "int8": 1.0, "int4": 0.5}[settings.kv_cache] * settings.batch
+        self.opened += 1
+        try:
+            while True:
+                self.calls[settings] = self.calls.get(settings, 0) + 1
+                latency = worse * (1 + self.noise * self.rng.uniform(-1, 1))
+                kl = {"auto": 0.0, "int8": 0.001, "int4": 0.2}[settings.kv_cache]
+                yield Figures(latency, latency / 4, 1000 / latency, 1e6 * (100 + size), kl)
+        finally:
+            self.closed += 1
+
+
+@pytest.mark.parametrize("goal", ["latency", "throughput"])
+def test_finds_better_settings(goal):
+    pretended = Pretended()
+    found = search(pretended, VALUES, DEFAULTS, goal, trials=60, seed=1)
+    assert found.gain > 1.0 and found.best.kv_cache == "auto"  # no loss of quality is allowed
+    assert abs(found.best.threads - 4) <= 2 and found.best.batch <= 16 and found.best.drafts <= 4
+    assert found.trials[0].settings == DEFAULTS and found.trials[0].figures is not None
+    assert pretended.opened == pretended.closed
+
+
+def test_the_defaults_stay_if_nothing_is_better():
+    found = search(Pretended(best=False), VALUES, DEFAULTS, "latency", trials=25)
+    assert found.best == found.defaults == DEFAULTS and found.gain == 0
+
+
+def test_noise_alone_is_no_improvement():
+    """All settings are equal, measured with 10% of noise: whatever was luckiest is measured again."""
+    pretended = Pretended(noise=0.1)
+    pretended.best = None
+    found = search(lambda s: _noisy(pretended.rng), VALUES, DEFAULTS, "latency", trials=30)
+    assert found.gain == 0 or found.gain > MARGIN
+    assert found.gain < 0.1
+
+
+def _noisy(rng):
+    while True:
+        yield Figures(1 + rng.uniform(-0.1, 0.1), 0.1, 100.0, 1e6)
+
+
+def test_quality_is_a_limit():
+    found = search(Pretended(), VALUES, DEFAULTS, "memory", trials=60, kl_budget=0.01, seed=2)
+    assert found.best.kv_cache in ("auto", "int8")
+    assert all(one.figures is None or one.figures.kl <= 0.01 for one in found.trials)
+    assert any(one.error.startswith("KL divergence 0.2") for one in found.trials)
+
+
+def test_settings_that_are_not_possible_are_passed_over():
+    pretended = Pretended()
+
+    def measure(settings):
+        if settings.threads < 4:
+            raise ConfigError("too few")
+        return pretended(settings)
+
+    def late(settings):
+        yield from measure(settings)
+
+    found = search(late, VALUES, DEFAULTS, "latency", trials=40)
+    assert found.best.threads >= 4 and any(one.error == "too few" for one in found.trials)
+
+
+def test_clearly_worse_settings_are_ended_early():
+    pretended = Pretended()
+    found = search(pretended, VALUES, DEFAULTS, "latency", trials=60, seed=1)
+    ended = [one.settings for one in found.trials if one.error == "ended early"]
+    assert ended and all(pretended.calls[settings] < ROUNDS for settings in ended if settings != found.best)
+
+
+def test_memory_counts_only_with_speed():
+    plain = Figures(1, 1, 100, 100e6)
+    assert value("memory", Figures(1, 1, 90, 90e6), plain) == 90e6
+    assert value("memory", Figures(1, 1, 40, 90e6), plain) > 100e6
+    assert [value(goal, plain, None) for goal in GOALS] == [1, 0.01, 100e6]
+
+
+def test_pareto_and_page():
+    def trial(drafts, speed, memory, kl=0.0):
+        return Trial(Settings(1, drafts=drafts), Figures(1, 1, speed, memory, kl))
+
+    trials = [trial(0, 100, 10), trial(1, 90, 10), trial(2, 90, 5), trial(3, 120, 20, 0.1), trial(4, 100, 10, 0.1)]
+    assert [one.settings.drafts for one in pareto(trials)] == [0, 2, 3]
+    plain = trials[0].figures
+    found = searches.Found(
+        trials[3].settings, trials[0].settings, 0.2, trials[3].figures, plain, [*trials, Trial(Settings(2), None, "bad")]
+    )
+    report = tune_report(found, "latency", "<chat>", {"requests": 1}, "a <model>", "p.json")
+    text = page(report, found)
+    assert text.startswith("<!doctype html>") and "&lt;model&gt;" in text and "<model>" not in text
+    assert text.count("<circle") == 3 and text.count("<rect") == 2 and "<script" not in text and "src=" not in text
+    first, front, everything = sections(found, "latency", "chat", "p.json")
+    assert len(front.rows) == 3 and len(everything.rows) == 6 and "20% better" in first.note
