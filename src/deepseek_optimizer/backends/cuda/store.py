@@ -57,6 +57,10 @@ class DeviceBlocks(BlockTensors):
         """The cache, [blocks, block_elements]; no blocks before the first write."""
         return self._data[0]
 
+    @property
+    def held_blocks(self) -> int:
+        return min(len(self.data), self.num_blocks)  # without the scratch block
+
     def ensure(self, blocks: int) -> None:
         """Allocates memory, before a step that uses blocks < `blocks`."""
         self._grow(blocks)
