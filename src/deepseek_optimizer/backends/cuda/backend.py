@@ -46,7 +46,8 @@ class CudaBackend(CudaSizes):
     def __init__(self, device: torch.device, captured: bool = True, seam: Device | None = None) -> None:
         if device.type != "cuda" and not EMULATED:
             raise BackendError(f"the cuda backend cannot run on {device}; move the model with model.to('cuda')")
-        self.device, self._captured, self._seam = device, captured, seam or device_of(device)
+        self.device, self._seam = device, seam or device_of(device)
+        self.captures = captured and self._seam.captures
 
     @property
     def capabilities(self) -> Capabilities:
@@ -66,7 +67,7 @@ class CudaBackend(CudaSizes):
             if self.device.type == "cuda"
             else f"'s interpreter on {self.device}"
         )
-        graphs = f"; steps of up to {MOST_ROWS} rows as CUDA graphs" if self._captured and self._seam.captures else ""
+        graphs = f"; steps of up to {MOST_ROWS} rows as CUDA graphs" if self.captures else ""
         return f"Triton{where}{graphs}"
 
     def compile(
@@ -79,7 +80,7 @@ class CudaBackend(CudaSizes):
             GraphError: the graph is invalid.
         """
         check_graph(graph)
-        return CudaPlan(graph, weights, self._seam, self._captured)
+        return CudaPlan(graph, weights, self._seam, self.captures)
 
     def new_store(self, graph: Graph, kv_dtype: str, num_blocks: int, num_states: int = 0) -> CudaStore | CudaLatentStore:
         check_cache(graph)
