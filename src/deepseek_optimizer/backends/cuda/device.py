@@ -103,8 +103,8 @@ class CudaDevice:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        # Without `stream`, torch captures on one that all of the process share. What other threads do with the device meanwhile,
-        # such as encoding pictures, is neither recorded nor an error.
+        # Without a stream, torch captures on one that the whole process shares. What other threads do with the device
+        # meanwhile, such as encoding pictures, is neither recorded nor an error.
         with _CAPTURING, torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
             launch()
         return graph.replay
