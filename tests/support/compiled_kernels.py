@@ -1,6 +1,7 @@
 """Compiles the kernels of backend `cuda` for a card that need not be there, as a program:
 
     python -m support.compiled_kernels 90        # prints JSON: by kernel registers, stack, shared and local memory
+    python -m support.compiled_kernels 90 mxfp4  # of the launches whose names contain this
 
 The functions that launch kernels are called with tensors of a model's shapes and without data. Instead of being launched, the
 kernels are compiled with the same constants, and with the facts about arguments that Triton uses: divisible by 16, or 1.
@@ -35,6 +36,7 @@ class Mixture:
 
 V3, V2_LITE = Mixture(7168, 2048, 256, 8), Mixture(2048, 1408, 64, 6)
 NOPE, ROPE, RANK, V_DIM = 128, 64, 512, 128  # of both
+EXPERT_FORMATS = ("fp32", "bf16", "int8", "int4", "fp8", "mxfp4")
 _TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
 
 
@@ -58,7 +60,8 @@ def launches() -> dict[str, Callable[[], None]]:
         routing,
         rows,
     )
-    from deepseek_optimizer.backends.cuda.matrices import LAYOUTS, DeviceMatrix, DeviceStack
+    from deepseek_optimizer.backends.cuda.layouts import LAYOUTS
+    from deepseek_optimizer.backends.cuda.matrices import DeviceMatrix, DeviceStack
     from deepseek_optimizer.quant.packed import PackedMatrix, PackedStack
 
     def matrix(format_name: str, outputs: int, columns: int) -> DeviceMatrix:
@@ -133,8 +136,8 @@ def launches() -> dict[str, Callable[[], None]]:
         "attention, decoding": attend(torch.bfloat16, 1, 1, 128),
         "attention, decoding in fp32": attend(torch.float32, 1, 1, 128),
         "attention, prefill in fp32": attend(torch.float32, 64, 16, 0),
-        **{f"experts {name}": mixture(name, 1, V3) for name in LAYOUTS},
-        **{f"experts {name}, grouped": mixture(name, 4096, V3) for name in LAYOUTS},
+        **{f"experts {name}": mixture(name, 1, V3) for name in EXPERT_FORMATS},
+        **{f"experts {name}, grouped": mixture(name, 4096, V3) for name in EXPERT_FORMATS},
         "experts int4, down": mixture("int4", 1, V3, gated=False),
         "experts int4, down, grouped": mixture("int4", 4096, V3, gated=False),
         "experts int4 of V2-Lite, grouped": mixture("int4", 64, V2_LITE),
@@ -167,8 +170,8 @@ def launches() -> dict[str, Callable[[], None]]:
     }  # fmt: skip
 
 
-def compiled(capability: int) -> dict[str, dict[str, int]]:
-    """By "name: kernel", what each kernel takes."""
+def compiled(capability: int, part: str = "") -> dict[str, dict[str, int]]:
+    """By "name: kernel", what each kernel takes, of launches whose names contain `part`."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -190,7 +193,8 @@ def compiled(capability: int) -> dict[str, dict[str, int]]:
 
     triton.JITFunction.run = run
     for name, launch in launches().items():  # noqa: B007  `run` reads the name
-        launch()
+        if part in name:
+            launch()
     return results
 
 
@@ -211,4 +215,4 @@ def _usage(cubin: bytes) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(compiled(int(sys.argv[1]))))
+    print(json.dumps(compiled(int(sys.argv[1]), *sys.argv[2:3])))

@@ -11,7 +11,7 @@ triton_interpreter.require()
 
 from deepseek_optimizer.backends.base import CompileOptions
 from deepseek_optimizer.backends.cuda.backend import CudaBackend
-from deepseek_optimizer.backends.cuda.matrices import LAYOUTS
+from deepseek_optimizer.backends.cuda.layouts import LAYOUTS
 from deepseek_optimizer.backends.reference import ReferenceBackend
 from deepseek_optimizer.backends.sampling import GREEDY, TokenChoice, choose_tokens
 from deepseek_optimizer.errors import BackendError

@@ -20,7 +20,8 @@ from .device import Device, device_of, launching_on
 from .kernels import elementwise, linear, norm
 from .kernels.precision import EMULATED
 from .latent_store import CudaLatentStore
-from .matrices import LAYOUTS, DeviceMatrix
+from .layouts import LAYOUTS
+from .matrices import DeviceMatrix
 from .plan import CudaPlan
 from .sizes import CudaSizes
 from .store import KV_DTYPES, CudaStore

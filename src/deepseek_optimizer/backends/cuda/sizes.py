@@ -17,7 +17,7 @@ from .division import (
     latent_scratch_bytes,
     product_scratch_bytes,
 )
-from .matrices import LAYOUTS
+from .layouts import LAYOUTS
 from .store import KV_DTYPES
 from .stores import block_elements
 from .supported import check_cache

@@ -9,7 +9,7 @@ from ...graph.ir import CacheSpec, Graph, LatentSpec, Node
 from ...graph.ops.products import rows_of
 from ...quant.base import TILE_ROWS
 from ...quant.packed import PackedMatrix, PackedStack, PackedWeight
-from .matrices import LAYOUTS
+from .layouts import LAYOUTS
 
 # Values of attributes that the kernels do not have, by op; an op has all other values of its attributes.
 _MISSING = {

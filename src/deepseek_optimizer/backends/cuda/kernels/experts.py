@@ -25,38 +25,34 @@ _SUM_BLOCK = 256  # columns of a program of `add_pairs`
 
 @triton.jit
 def pair_vector_product(
-    x, routes, words, halves, out, pairs, outputs, columns, groups, matrix_words, FORMAT: tl.constexpr, WORDS: tl.constexpr,
-    PER_WORD: tl.constexpr, TILE_WORDS: tl.constexpr, SCALED: tl.constexpr, GATED: tl.constexpr, TOP_K: tl.constexpr,
-    BLOCK: tl.constexpr,
+    x, routes, words, out, pairs, outputs, columns, groups, matrix_words, LAYOUT: tl.constexpr, GATED: tl.constexpr,
+    TOP_K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out[p] = silu(gate_e x_t) * (up_e x_t) of each pair p = (t, e), or down_e x_p without GATED. Grid (rows of tiles, pairs).
 
     Args:
         x: float32 [T, columns], or without GATED [pairs, columns].
         routes: float32 [T, 2 * TOP_K].
-        words, halves: the tiles of all experts, see `DeviceStack`; with GATED gate and up of each expert in turn.
+        words: the tiles of all experts, see `DeviceStack`; with GATED gate and up of each expert in turn.
         out: float32 [pairs, outputs].
         matrix_words: words between two matrices.
     """
     tile_row, pair = tl.program_id(0), tl.program_id(1)
     expert = chosen_by(routes, pair, pairs, TOP_K).to(tl.int64)
     matrix = words + expert * matrix_words
-    scales = halves + expert * matrix_words * 2
     row = pair.to(tl.int64)
     if GATED:
         matrix += expert * matrix_words
-        scales += expert * matrix_words * 2
         row = row // TOP_K
     total = tile_row_sums(
-        x + row * columns, 0, 1, columns, matrix, scales, tile_row, groups, 0, groups * WORDS, FORMAT, WORDS, PER_WORD,
-        TILE_WORDS, SCALED, 1, BLOCK,
-    )  # fmt: skip
+        x + row * columns, 0, 1, columns, matrix, tile_row, groups, 0, groups * LAYOUT.words, LAYOUT, 1, BLOCK
+    )
     up = total
     if GATED:
+        matrix += matrix_words
         up = tile_row_sums(
-            x + row * columns, 0, 1, columns, matrix + matrix_words, scales + matrix_words * 2, tile_row, groups, 0,
-            groups * WORDS, FORMAT, WORDS, PER_WORD, TILE_WORDS, SCALED, 1, BLOCK,
-        )  # fmt: skip
+            x + row * columns, 0, 1, columns, matrix, tile_row, groups, 0, groups * LAYOUT.words, LAYOUT, 1, BLOCK
+        )
     n = tile_row * 16 + tl.arange(0, 16)
     value = finished(total, up, x, x, n, outputs, GATED, False, False)
     tl.store(out + pair.to(tl.int64) * outputs + n[None, :], value, mask=(n < outputs)[None, :])
@@ -64,8 +60,7 @@ def pair_vector_product(
 
 @triton.jit
 def pair_tile_product(
-    ordered, order, fields, words, halves, out, outputs, groups, matrix_words, FORMAT: tl.constexpr, WORDS: tl.constexpr,
-    PER_WORD: tl.constexpr, TILE_WORDS: tl.constexpr, SCALED: tl.constexpr, NARROW: tl.constexpr, GATED: tl.constexpr,
+    ordered, order, fields, words, out, outputs, groups, matrix_words, LAYOUT: tl.constexpr, GATED: tl.constexpr,
     TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """As `pair_vector_product`, for tiles of pairs of one expert. Grid (tiles, blocks of outputs): programs next to each other
@@ -83,15 +78,12 @@ def pair_tile_product(
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     pair = tl.load(order + first + m, mask=m < count, other=0).to(tl.int64)
     matrix = words + expert * matrix_words
-    scales = halves + expert * matrix_words * 2
     source = pair
     if GATED:
         matrix += expert * matrix_words
-        scales += expert * matrix_words * 2
         source = pair // TOP_K
     total, up = tile_sums(
-        ordered, source, m < count, matrix, scales, matrix + matrix_words, scales + matrix_words * 2, n, outputs, groups,
-        FORMAT, WORDS, PER_WORD, TILE_WORDS, SCALED, NARROW, GATED, BLOCK_M, BLOCK_N, BLOCK_J,
+        ordered, source, m < count, matrix, matrix + matrix_words, n, outputs, groups, LAYOUT, GATED, BLOCK_M, BLOCK_N, BLOCK_J
     )  # fmt: skip
     value = finished(total, up, out, out, n, outputs, GATED, False, False)
     tl.store(out + pair[:, None] * outputs + n[None, :], value, mask=(m < count)[:, None] & (n < outputs)[None, :])
@@ -123,14 +115,14 @@ def _products(
     top_k = routes.shape[1] // 2
     if tiles is None:
         pair_vector_product[(stack.tile_rows, len(out))](
-            x, routes, stack.words, stack.halves, out, len(out), stack.rows, stack.cols, stack.groups, stack.matrix_words,
-            **stack.constants, GATED=gated, TOP_K=top_k, BLOCK=BLOCK, num_warps=4,
+            x, routes, stack.words, out, len(out), stack.rows, stack.cols, stack.groups, stack.matrix_words,
+            LAYOUT=stack.layout, GATED=gated, TOP_K=top_k, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
     else:
         sizes = tile_sizes(tiles.block_m, stack, gated) | {"BLOCK_M": tiles.block_m}
         pair_tile_product[(len(tiles.fields), triton.cdiv(stack.rows, sizes["BLOCK_N"]))](
-            ordered_rows(x, stack.cols, stack), tiles.order, tiles.fields, stack.words, stack.halves, out, stack.rows,
-            stack.groups, stack.matrix_words, **stack.constants, NARROW=stack.layout.narrow, GATED=gated, TOP_K=top_k, **sizes,
+            ordered_rows(x, stack.cols, stack), tiles.order, tiles.fields, stack.words, out, stack.rows,
+            stack.groups, stack.matrix_words, LAYOUT=stack.layout, GATED=gated, TOP_K=top_k, **sizes,
             num_warps=4, num_stages=2,
         )  # fmt: skip
 
