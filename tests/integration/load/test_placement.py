@@ -84,8 +84,8 @@ def test_auto_is_a_card_for_a_backend_that_needs_one(tiny_model, card):
 
 def test_what_the_backend_does_not_have_is_said_before_weights_are_read(tiny_model, card, monkeypatch, tmp_path):
     """Op, family, format and cache, each with what to use instead."""
-    random_model(family_configs.gemma2()).save_pretrained(tmp_path)
-    op = "op 'attention' with softcap=.* of family 'gemma2' yet; load the model with backend=.reference"
+    random_model(family_configs.lfm2()).save_pretrained(tmp_path)
+    op = "op 'short_conv' of family 'lfm2' yet; load the model with backend=.reference"
     model = load_model(tmp_path, backend="reference")
     card()
     monkeypatch.setattr(loader, "weights_for", lambda *_: pytest.fail("weights were read"))

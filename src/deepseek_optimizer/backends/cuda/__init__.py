@@ -49,10 +49,10 @@ def _sizes() -> Sizes:
     return CudaSizes()
 
 
-def _check_graph(graph: Graph) -> None:
+def _check_graph(graph: Graph, kv_dtype: str) -> None:
     from .supported import check_graph_ops
 
-    check_graph_ops(graph)
+    check_graph_ops(graph, kv_dtype)
 
 
 SPEC = BackendSpec("cuda", _create, _sizes, device_types=("cuda",), check_graph=_check_graph, priority=BY_NAME)

@@ -94,8 +94,8 @@ class CudaSizes:
     captures = True
 
     def block_bytes(self, graph: Graph, kv_dtype: str) -> int:
-        check_cache(graph)
-        return block_elements(graph.cache) * KV_DTYPES[kv_dtype].itemsize
+        check_cache(graph, kv_dtype)
+        return block_elements(graph.cache, kv_dtype) * KV_DTYPES[kv_dtype].itemsize
 
     def state_bytes(self, graph: Graph) -> int:
         """Zero: graphs with states are refused."""

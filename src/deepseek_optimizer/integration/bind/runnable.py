@@ -54,5 +54,6 @@ def check_runnable(model: Any, config: DeepSeekConfig, device: torch.device) -> 
     planned = planned_module(model)
     graph, _, _ = planned_graph(planned, config)
     check_settings(backend.capabilities, planned, graph, config)
+    kv_cache = kv_dtype(config, formats_of(planned, graph))
     for each in (graph, *planned_mtp_graphs(planned, config, graph)):
-        find(config.backend).check_graph(each)
+        find(config.backend).check_graph(each, kv_cache)

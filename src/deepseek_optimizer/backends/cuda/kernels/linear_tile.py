@@ -13,12 +13,14 @@ import torch
 import triton
 import triton.language as tl
 
+from ..gates import NO_GATE, Gate
 from ..matrices import DeviceMatrix, DeviceTiles
 from .epilogue import finished
 from .precision import add_product, nearest_bf16
 from .tiles import decode, load_codes, load_scales
 
 BLOCK_N, BLOCK_J = 64, 32
+_MOST_COLUMNS = 256  # that the words of a block have: more values in registers would not fit
 _EXACT = 32  # BLOCK_M and BLOCK_N of fp32 products, whose operands do not fit into registers otherwise
 _ORDERED_ROWS, _ORDERED = 16, 64  # rows and words of a program of `order_rows`
 
@@ -100,10 +102,10 @@ def tile_sums(
 
 @triton.jit
 def tile_product(
-    ordered, words, up_words, bias, up_bias, out, out_stride, rows, outputs, groups, LAYOUT: tl.constexpr, GATED: tl.constexpr,
+    ordered, words, up_words, bias, up_bias, out, out_stride, rows, outputs, groups, LAYOUT: tl.constexpr, GATE: tl.constexpr,
     BIASED: tl.constexpr, UP_BIASED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """out = x W^T + bias, or with GATED silu(x W^T + bias) * (x U^T + up_bias). Grid (blocks of rows, blocks of outputs):
+    """out = x W^T + bias, or with a gate of that and x U^T + up_bias. Grid (blocks of rows, blocks of outputs):
     programs next to each other read the same weights, which then come from the L2 cache.
 
     Args:
@@ -115,9 +117,10 @@ def tile_product(
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     total, up = tile_sums(
-        ordered, m.to(tl.int64), m < rows, words, up_words, n, outputs, groups, LAYOUT, GATED, BLOCK_M, BLOCK_N, BLOCK_J
+        ordered, m.to(tl.int64), m < rows, words, up_words, n, outputs, groups, LAYOUT, GATE.kind != "", BLOCK_M, BLOCK_N,
+        BLOCK_J,
     )  # fmt: skip
-    value = finished(total, up, bias, up_bias, n, outputs, GATED, BIASED, UP_BIASED)
+    value = finished(total, up, bias, up_bias, n, outputs, GATE, BIASED, UP_BIASED)
     tl.store(out + m[:, None].to(tl.int64) * out_stride + n[None, :], value, mask=(m < rows)[:, None] & (n < outputs)[None, :])
 
 
@@ -144,7 +147,11 @@ def tile_sizes(rows: int, tiles: DeviceTiles, gated: bool) -> dict[str, int]:
     both sums must fit into registers."""
     limit = BLOCK_N if tiles.layout.narrow else _EXACT
     outputs = limit // 2 if gated and tiles.layout.narrow else limit
-    return {"BLOCK_M": min(limit, block_rows(rows)), "BLOCK_N": outputs, "BLOCK_J": BLOCK_J}
+    return {
+        "BLOCK_M": min(limit, block_rows(rows)),
+        "BLOCK_N": outputs,
+        "BLOCK_J": min(BLOCK_J, _MOST_COLUMNS // tiles.layout.per_word),
+    }
 
 
 def launch_tile(
@@ -154,11 +161,12 @@ def launch_tile(
     out: torch.Tensor,
     up: DeviceMatrix | None = None,
     up_bias: torch.Tensor | None = None,
+    gate: Gate = NO_GATE,
 ) -> None:
     """See `tile_product`: x float32 [M, K] with M > 0, out float32 [M, N]."""
     rows, sizes, second = len(x), tile_sizes(len(x), matrix, up is not None), matrix if up is None else up
     tile_product[(triton.cdiv(rows, sizes["BLOCK_M"]), triton.cdiv(matrix.rows, sizes["BLOCK_N"]))](
         ordered_rows(x, matrix.cols, matrix), matrix.words, second.words, out if bias is None else bias,
         out if up_bias is None else up_bias, out, out.stride(0), rows, matrix.rows, matrix.groups, LAYOUT=matrix.layout,
-        GATED=up is not None, BIASED=bias is not None, UP_BIASED=up_bias is not None, **sizes, num_warps=4, num_stages=2,
+        GATE=gate, BIASED=bias is not None, UP_BIASED=up_bias is not None, **sizes, num_warps=4, num_stages=2,
     )  # fmt: skip

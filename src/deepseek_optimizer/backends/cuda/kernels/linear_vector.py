@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from ..division import BLOCK, splits_of
+from ..gates import NO_GATE, Gate
 from ..matrices import DeviceMatrix
 from .epilogue import finished, launch_finish
 from .tiles import decode, load_codes, load_scales
@@ -55,10 +56,10 @@ def tile_row_sums(
 @triton.jit
 def vector_product(
     x, x_stride, words, up_words, bias, up_bias, out, out_stride, partial, rows, outputs, columns, groups, per_split,
-    LAYOUT: tl.constexpr, GATED: tl.constexpr, BIASED: tl.constexpr, UP_BIASED: tl.constexpr, SPLITS: tl.constexpr,
+    LAYOUT: tl.constexpr, GATE: tl.constexpr, BIASED: tl.constexpr, UP_BIASED: tl.constexpr, SPLITS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out = x W^T + bias, or with GATED silu(x W^T + bias) * (x U^T + up_bias). Grid (rows of tiles, SPLITS).
+    """out = x W^T + bias, or with a gate of that and x U^T + up_bias. Grid (rows of tiles, SPLITS).
 
     Args:
         x: float32 [rows, columns], rows `x_stride` apart.
@@ -73,17 +74,17 @@ def vector_product(
     end = tl.minimum(begin + per_split, groups * LAYOUT.words)
     total = tile_row_sums(x, x_stride, rows, columns, words, tile_row, groups, begin, end, LAYOUT, ROWS, BLOCK)
     up = total
-    if GATED:
+    if GATE.kind != "":
         up = tile_row_sums(x, x_stride, rows, columns, up_words, tile_row, groups, begin, end, LAYOUT, ROWS, BLOCK)
     m, n = tl.arange(0, ROWS), tile_row * 16 + tl.arange(0, 16)
     mask = (m < rows)[:, None] & (n < outputs)[None, :]
     if SPLITS == 1:
-        value = finished(total, up, bias, up_bias, n, outputs, GATED, BIASED, UP_BIASED)
+        value = finished(total, up, bias, up_bias, n, outputs, GATE, BIASED, UP_BIASED)
         tl.store(out + m[:, None] * out_stride + n[None, :], value, mask=mask)
     else:
         place = split * rows * outputs + m[:, None] * outputs + n[None, :]
         tl.store(partial + place, total, mask=mask)
-        if GATED:
+        if GATE.kind != "":
             tl.store(partial + SPLITS * rows * outputs + place, up, mask=mask)
 
 
@@ -99,6 +100,7 @@ def launch_vector(
     out: torch.Tensor,
     up: DeviceMatrix | None = None,
     up_bias: torch.Tensor | None = None,
+    gate: Gate = NO_GATE,
 ) -> None:
     """See `vector_product`: x float32 [M, K] with 0 < M <= MOST_ROWS, out float32 [M, N]."""
     rows, splits = len(x), splits_of(matrix.words.shape[0], matrix.row_words)
@@ -110,8 +112,8 @@ def launch_vector(
     vector_product[(matrix.words.shape[0], splits)](
         x, x.stride(0), matrix.words, second.words, x if bias is None else bias, x if up_bias is None else up_bias, out,
         out.stride(0), partial, rows, matrix.rows, matrix.cols, matrix.groups, blocks * BLOCK, LAYOUT=matrix.layout,
-        GATED=up is not None, BIASED=bias is not None, UP_BIASED=up_bias is not None, SPLITS=splits,
+        GATE=gate, BIASED=bias is not None, UP_BIASED=up_bias is not None, SPLITS=splits,
         ROWS=triton.next_power_of_2(rows), BLOCK=block_words(rows), num_warps=4,
     )  # fmt: skip
     if splits > 1:
-        launch_finish(partial, bias, up_bias, out)
+        launch_finish(partial, bias, up_bias, gate, out)
