@@ -1,4 +1,4 @@
-# make test | test-all | test-interop | test-peers | test-conformance | demo | docs | lint | bench | bench-train | bench-commits | bench-serving | soak | quality | test-lowest | test-native | test-native-tsan | test-cuda-interpreter | native | fuzz | wheel | page-assets | clean: each works alone, from a fresh clone.
+# make test | test-all | test-interop | test-peers | test-conformance | demo | docs | lint | bench | bench-train | bench-commits | bench-serving | soak | quality | test-lowest | test-native | test-native-tsan | test-cuda-interpreter | test-gpu | bench-gpu | native | fuzz | wheel | page-assets | clean: each works alone, from a fresh clone.
 # Everything goes into .venv* and build/. PYTHON is the interpreter with which .venv is created.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
@@ -16,7 +16,7 @@ WORKERS ?= 2
 SOURCES := pyproject.toml README.md LICENSE $(wildcard CMakeLists.txt) \
   $(shell find native src build_tools -type f -not -name '*.pyc' -not -path '*/_native/*')
 
-.PHONY: help env test test-all test-wide test-lowest test-interop test-cuda-interpreter test-peers test-conformance demo docs docs-reference format lint bench bench-train bench-commits bench-serving soak quality wheel page-assets fuzz clean
+.PHONY: help env test test-all test-wide test-lowest test-interop test-cuda-interpreter test-gpu bench-gpu test-peers test-conformance demo docs docs-reference format lint bench bench-train bench-commits bench-serving soak quality wheel page-assets fuzz clean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -122,6 +122,20 @@ test-interop: $(INTEROP)/.installed
 CUDA_TESTS ?= tests/backends/cuda
 test-cuda-interpreter: env
 	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" --deselect tests/backends/cuda/test_compiled.py $(CUDA_TESTS) $(PYTEST_ARGS)
+
+# The kernels of backend `cuda` on this machine's card: whole models beside the reference, and what only a card can show.
+GPU_TESTS := tests/backends/cuda/test_on_card.py tests/backends/cuda/test_families.py tests/backends/cuda/test_plan.py \
+  tests/backends/cuda/test_deepseek.py tests/backends/cuda/test_compiled.py
+test-gpu: env
+	$(BIN)/python -m pip install --quiet "$$(ls $(WHEELS)/*.whl)[cuda]"
+	DSO_TEST_GPU=1 $(ONE_THREAD) $(BIN)/python -m pytest -m "" $(GPU_TESTS) $(PYTEST_ARGS)
+
+# This card against Transformers, and vLLM and SGLang where they are installed in .venv: benchmarks/results/gpu-CARD.json.
+GPU_MODEL ?= deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B
+BENCH_ARGS ?=
+bench-gpu: env
+	$(BIN)/python -m pip install --quiet "$$(ls $(WHEELS)/*.whl)[cuda]"
+	$(BIN)/python -m benchmarks.gpu $(GPU_MODEL) $(BENCH_ARGS)
 
 # The server tests of vLLM and llama.cpp against `dso serve`. PEERS: suites and options, such as PEERS="vllm --file test_chat".
 PEERS ?=

@@ -234,25 +234,32 @@ def serve(
         on_ray.serve_on_ray(on_ray_options, served(model[0], name), settings)
         return
     lines = banner_lines.draft_lines(*drafting), banner_lines.ocr_lines(ocr)
-    _serve(settings, lambda: load(model[0], name), kv_cache_memory, log_format == "json", otlp_traces_endpoint, ocr, lines)
+    granted = kv_cache_memory, fields.get("backend", "auto"), fields.get("device")
+    _serve(settings, lambda: load(model[0], name), granted, log_format == "json", otlp_traces_endpoint, ocr, lines)
 
 
 def _serve(
     settings: ServerSettings,
     load: Callable[[], LoadedModel],
-    kv_cache_memory: int | None,
+    granted: tuple[int | None, str, Any],
     json_logs: bool,
     traces: str | None,
     ocr: str | None,
     lines: tuple[list[str], list[str]],
 ) -> None:
-    """Serves the model that `load` loads, see `serve_engine`. `lines`: of the banner, before and after the address."""
+    """Serves the model that `load` loads, see `serve_engine`.
+
+    Args:
+        granted: memory of the KV cache, None for what is free, and the backend and the device that are asked for.
+        lines: of the banner, before and after the address.
+    """
+    from deepseek_optimizer.integration.load.placement import target_of
     from deepseek_optimizer.integration.memory.cache_size import check_granted
     from deepseek_optimizer.server.http.logs import set_up_logs
     from deepseek_optimizer.server.http.tracing import Tracer, otlp_exporter
     from deepseek_optimizer.server.run import check_tls, listener
     from deepseek_optimizer.server.run import serve as run
-    from deepseek_optimizer.system.memory import free_memory
+    from deepseek_optimizer.system.memory import device_memory
 
     from .model import ocr_model
 
@@ -260,8 +267,9 @@ def _serve(
     check_tls(settings)
     exporter = None if traces is None else otlp_exporter(traces)
     sock = listener(settings.host, settings.port)
-    if kv_cache_memory is not None:
-        check_granted(kv_cache_memory, free_memory())
+    memory, *target = granted
+    if memory is not None:
+        check_granted(memory, device_memory(target_of(*target)))
     with ocr_model(ocr) as reader:
         engine, settings, _, facts = load()
 

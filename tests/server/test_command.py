@@ -10,9 +10,13 @@ import sys
 
 import httpx
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from deepseek_optimizer.integration.load import placement
+from deepseek_optimizer.system import memory
 from deepseek_optimizer_cli.app import app
+from support.memory import memory_of
 from support.warm_python import DSO, WarmPython
 
 
@@ -72,6 +76,17 @@ def test_a_used_port_is_reported_before_loading(serve):
 
 def test_too_large_a_cache_is_reported_before_loading(serve):
     assert "the KV cache: 1000000.00 GB needed" in error_of(serve("--kv-cache-memory", 10**15, "--port", 0))
+
+
+def test_a_cache_on_a_card_is_checked_against_the_card(serve, monkeypatch):
+    """Whose memory may be larger or smaller than the host's."""
+    cards = {torch.device("cuda", 0): memory_of(10**16), torch.device("cpu"): memory_of(0)}
+    monkeypatch.setattr(memory, "device_memory", cards.__getitem__)
+    monkeypatch.setattr(placement, "why_no_cuda", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    options = "--kv-cache-memory", 10**15, "--port", 0
+    assert "no-model" in error_of(serve("--device", "cuda", *options))
+    assert "the KV cache: 1000000.00 GB needed, but only 0.00 GB" in error_of(serve(*options))
 
 
 def test_an_ocr_model_that_cannot_see_is_reported_before_loading(serve, tiny_model):

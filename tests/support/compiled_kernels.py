@@ -1,6 +1,7 @@
 """Compiles the kernels of backend `cuda` for a card that need not be there, as a program:
 
     python -m support.compiled_kernels 90        # prints JSON: by kernel registers, stack, shared and local memory
+    python -m support.compiled_kernels 90 mxfp4  # of the launches whose names contain this
 
 The functions that launch kernels are called with tensors of a model's shapes and without data. Instead of being launched, the
 kernels are compiled with the same constants, and with the facts about arguments that Triton uses: divisible by 16, or 1.
@@ -33,9 +34,16 @@ class Mixture:
     top_k: int
 
 
-V3, V2_LITE = Mixture(7168, 2048, 256, 8), Mixture(2048, 1408, 64, 6)
+V3, V2_LITE, GPT_OSS = Mixture(7168, 2048, 256, 8), Mixture(2048, 1408, 64, 6), Mixture(2880, 2880, 128, 4)
 NOPE, ROPE, RANK, V_DIM = 128, 64, 512, 128  # of both
-_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
+EXPERT_FORMATS = ("fp32", "bf16", "int8", "int4", "fp8", "mxfp4")
+_TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int8: "*i8",
+}
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -45,6 +53,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def launches() -> dict[str, Callable[[], None]]:
     """Calls of the functions that launch kernels, by a name for each; a call may launch several kernels."""
     from deepseek_optimizer.backends.cuda.division import Tiles
+    from deepseek_optimizer.backends.cuda.gates import SILU, Gate
     from deepseek_optimizer.backends.cuda.kernels import (
         attention,
         elementwise,
@@ -58,7 +67,8 @@ def launches() -> dict[str, Callable[[], None]]:
         routing,
         rows,
     )
-    from deepseek_optimizer.backends.cuda.matrices import LAYOUTS, DeviceMatrix, DeviceStack
+    from deepseek_optimizer.backends.cuda.layouts import LAYOUTS
+    from deepseek_optimizer.backends.cuda.matrices import DeviceMatrix, DeviceStack
     from deepseek_optimizer.quant.packed import PackedMatrix, PackedStack
 
     def matrix(format_name: str, outputs: int, columns: int) -> DeviceMatrix:
@@ -74,11 +84,11 @@ def launches() -> dict[str, Callable[[], None]]:
         gate = up = matrix(format_name, INNER, HIDDEN)
         return lambda: linear.gate_up(empty(count, HIDDEN), gate, up, (None, None), empty(count, INNER))
 
-    def attend(kv_dtype: torch.dtype, tiles: int, block_q: int, blocks: int) -> Callable[[], None]:
+    def attend(kv_dtype: torch.dtype, tiles: int, block_q: int, blocks: int, **more: Any) -> Callable[[], None]:
         fields = Tiles(empty(tiles, 5, dtype=torch.int32), block_q, blocks)
         q, cache = empty(tiles * block_q, HEADS * HEAD), empty(999, 32 * 32 * 2 * KV_HEADS * HEAD, dtype=kv_dtype)
         tables, ends = empty(1, 256, dtype=torch.int32), empty(tiles * block_q, dtype=torch.int32)
-        sizes = {"heads": HEADS, "kv_heads": KV_HEADS, "scale": 0.088}
+        sizes = {"heads": HEADS, "kv_heads": KV_HEADS, "scale": 0.088, **more}
         return lambda: attention.attention(q, cache, 0, tables, fields, ends, q, **sizes)
 
     def stack(format_name: str, count: int, outputs: int, columns: int) -> DeviceStack:
@@ -86,19 +96,20 @@ def launches() -> dict[str, Callable[[], None]]:
         data = empty(count, -(-outputs // 16), -(-columns // 32), tile, dtype=torch.uint8)
         return DeviceStack(PackedStack(format_name, count, outputs, columns, data), META)
 
-    def mixture(format_name: str, tokens: int, sizes: Mixture, gated: bool = True) -> Callable[[], None]:
-        """Gate and up of the chosen experts, or their down."""
+    def mixture(format_name: str, tokens: int, sizes: Mixture, gated: bool = True, gate: Gate = SILU) -> Callable[[], None]:
+        """Gate and up of the chosen experts, or their down; with other gates than SwiGLU also with biases."""
         gate_up = stack(format_name, 2 * sizes.experts, sizes.inner, sizes.hidden)
         down = stack(format_name, sizes.experts, sizes.hidden, sizes.inner)
         x, routes = empty(tokens, sizes.hidden), empty(tokens, 2 * sizes.top_k)
         hidden = empty(tokens * sizes.top_k, sizes.inner)
+        biases = None if gate is SILU else empty(sizes.experts, 2, sizes.inner)
 
         def launch() -> None:
             tiles = experts.group_for(routes, sizes.experts, gate_up)
             if gated:
-                experts.gate_up(x, routes, tiles, gate_up, hidden)
+                experts.gate_up(x, routes, tiles, gate_up, hidden, biases, gate)
             else:
-                experts.down(hidden, routes, tiles, down, x)
+                experts.down(hidden, routes, tiles, down, x, biases)
 
         return launch
 
@@ -131,10 +142,19 @@ def launches() -> dict[str, Callable[[], None]]:
         **{f"tile {name}, gated": gated(name, 512) for name in ("bf16", "int8", "int4")},
         "attention, prefill": attend(torch.bfloat16, 64, 16, 0),
         "attention, decoding": attend(torch.bfloat16, 1, 1, 128),
+        "attention, decoding with a sink": attend(torch.bfloat16, 1, 1, 128, learned=empty(HEADS), window=128),
+        "attention, prefill with a softcap": attend(torch.bfloat16, 64, 16, 0, softcap=50.0),
+        "attention, prefill in int8": attend(torch.int8, 64, 16, 0),
+        "attention, decoding in int8": attend(torch.int8, 1, 1, 128),
+        "rope and int8 cache": lambda: rope.rope_cache(
+            x, heads, heads, table, x, cache.view(torch.int8), ints, 0, heads=HEADS, kv_heads=KV_HEADS
+        ),
         "attention, decoding in fp32": attend(torch.float32, 1, 1, 128),
         "attention, prefill in fp32": attend(torch.float32, 64, 16, 0),
-        **{f"experts {name}": mixture(name, 1, V3) for name in LAYOUTS},
-        **{f"experts {name}, grouped": mixture(name, 4096, V3) for name in LAYOUTS},
+        **{f"experts {name}": mixture(name, 1, V3) for name in EXPERT_FORMATS},
+        **{f"experts {name}, grouped": mixture(name, 4096, V3) for name in EXPERT_FORMATS},
+        "experts mxfp4 of gpt-oss": mixture("mxfp4", 1, GPT_OSS, gate=Gate("clamped", 7.0, 1.702, True)),
+        "experts mxfp4 of gpt-oss, grouped": mixture("mxfp4", 4096, GPT_OSS, gate=Gate("clamped", 7.0, 1.702, True)),
         "experts int4, down": mixture("int4", 1, V3, gated=False),
         "experts int4, down, grouped": mixture("int4", 4096, V3, gated=False),
         "experts int4 of V2-Lite, grouped": mixture("int4", 64, V2_LITE),
@@ -159,7 +179,9 @@ def launches() -> dict[str, Callable[[], None]]:
         "rows": lambda: rows.select_rows(ints, x, x),
         "norm": lambda: norm.rms_norm(x, empty(HIDDEN), 1e-5, x, delta=x, total=x),
         "norm of heads": lambda: norm.rms_norm(x, empty(HEAD), 1e-5, x, heads=HEADS),
-        "swiglu": lambda: elementwise.apply("swiglu", x, x, x),
+        "swiglu": lambda: elementwise.apply("gate", x, x, x, SILU),
+        "softcap": lambda: elementwise.each("scale", x, x, 1.0, 30.0),
+        "position scale": lambda: elementwise.position_scale(x, ints, x, 0.1, 8192),
         "rope table": lambda: rope.rope_table(ints, ints, empty(1, HEAD // 2), 1.0, table),
         "rope and cache": lambda: rope.rope_cache(
             x, heads, heads, table, x, cache, ints, 0, heads=HEADS, kv_heads=KV_HEADS
@@ -167,8 +189,8 @@ def launches() -> dict[str, Callable[[], None]]:
     }  # fmt: skip
 
 
-def compiled(capability: int) -> dict[str, dict[str, int]]:
-    """By "name: kernel", what each kernel takes."""
+def compiled(capability: int, part: str = "") -> dict[str, dict[str, int]]:
+    """By "name: kernel", what each kernel takes, of launches whose names contain `part`."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -190,7 +212,8 @@ def compiled(capability: int) -> dict[str, dict[str, int]]:
 
     triton.JITFunction.run = run
     for name, launch in launches().items():  # noqa: B007  `run` reads the name
-        launch()
+        if part in name:
+            launch()
     return results
 
 
@@ -211,4 +234,4 @@ def _usage(cubin: bytes) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(compiled(int(sys.argv[1]))))
+    print(json.dumps(compiled(int(sys.argv[1]), *sys.argv[2:3])))

@@ -213,6 +213,10 @@ class KvStore(Protocol):
     block_bytes: int
 
     @property
+    def held_blocks(self) -> int:
+        """Number of blocks, counted from the first, whose memory is allocated already, whether they are in use or not."""
+
+    @property
     def num_states(self) -> int:
         """Number of slots; 0 for a graph without states."""
 

@@ -19,6 +19,8 @@ from .base import Backend, Sizes
 if TYPE_CHECKING:
     import torch
 
+    from ..graph.ir import Graph
+
 FALLBACK = 0  # priority of a backend that is used only if no other can run
 BY_NAME = -1  # priority of a backend that "auto" never chooses
 
@@ -55,6 +57,9 @@ class BackendSpec:
         sizes: returns the sizes of its allocations. Raises BackendError if these are unknown.
         unavailable_reason: why "auto" must not choose it on this machine, with the remedy; None: it can run.
         device_types: torch's device types that it runs on; None: all of them.
+        check_graph: raises BackendError, which names op and family, if the backend does not compute all of a graph with
+            this type of cache. Called
+            before weights are read; `Backend.compile` checks it too.
         priority: "auto" chooses the highest among the available ones that run on the device. The native CPU backend has 100,
             the reference backend FALLBACK; one with BY_NAME must be named.
     """
@@ -64,6 +69,7 @@ class BackendSpec:
     sizes: Callable[[], Sizes]
     unavailable_reason: Callable[[BackendSettings], str | None] = lambda settings: None
     device_types: tuple[str, ...] | None = None
+    check_graph: Callable[[Graph, str], None] = lambda graph, kv_dtype: None
     priority: int = 50
 
     def runs_on(self, device_type: str) -> bool:

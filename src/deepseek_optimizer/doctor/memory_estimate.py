@@ -106,7 +106,8 @@ def memory_of(sketch: Any, settings: DeepSeekConfig, graph: Graph, free: int, se
     """
     from ..graph.min_formats import exact_weights, min_formats
     from ..integration.bind.graphs import whole_graph
-    from ..integration.bind.runtime import groups_of, kv_dtype
+    from ..integration.bind.runnable import kv_dtype
+    from ..integration.bind.runtime import groups_of
     from ..integration.bind.swap import expected_tensors
     from ..integration.memory.cache_size import SLOTS_PER_SEQUENCE
 

@@ -46,7 +46,7 @@ def stepwise(made: Runner, ids: list[int]) -> torch.Tensor:
     for begin, end, phase in ((0, 7, PREFILL), (7, -1, PREFILL), (-1, None, DECODE)):
         logits.append(run_step(made.plan, made.store, [Part(blocks, ids[begin:end], phase)]).logits)
     blocks.free()
-    return torch.cat(logits)
+    return torch.cat(logits).cpu()
 
 
 def check_mixed_steps(backend: CudaBackend, model: Any) -> None:

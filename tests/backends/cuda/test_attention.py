@@ -23,7 +23,7 @@ from .values import ints, random
 CPU = torch.device("cpu")
 SCALE = 0.3
 # With a bf16 cache, q and weights are rounded to bf16 as well.
-BOUND = {"fp32": 3e-6, "bf16": 2**-7}
+BOUND = {"fp32": 3e-6, "bf16": 2**-7, "int8": 2**-7}
 
 
 def on_device(batch: StepBatch, block_q: int, scratch: int | None = None) -> DeviceStep:
@@ -48,7 +48,7 @@ class Case:
         counts = -(-total // 32)
         self.store = CudaStore(CacheSpec(1, kv_heads, head), kv_dtype, int(counts.sum()) + 2, CPU)
         self.store.ensure(self.store.num_blocks)
-        self.store.data.fill_(torch.nan)  # what no row may see must not matter, whatever it is
+        self.store.data.view(torch.uint8).fill_(255)  # NaN: what no row may see must not matter, whatever it is
         blocks = iter(np.random.default_rng(0).permutation(self.store.num_blocks))
         table = np.full((len(sequences), counts.max()), -1, np.int32)
         for row, count in zip(table, counts, strict=True):
@@ -62,18 +62,18 @@ class Case:
             rope.rope_cache(None, k, v, None, None, self.store.data, slots, 0, heads=heads, kv_heads=kv_heads)
         self.q = random(len(at), heads * head)
 
-    def made(self, window=0, sinks=0, scratch=None):
+    def made(self, window=0, sinks=0, scratch=None, **more):
         at = on_device(self.batch, division.query_rows(self.heads // self.kv_heads), scratch)
         q = torch.cat((self.q, random(len(at.ids) - len(self.q), self.q.shape[1], seed=3)))
         out = torch.full_like(q, torch.nan)
         for tiles in at.phases:
             attention.attention(
                 q, self.store.data, 0, at.tables[0], tiles, at.ends, out, heads=self.heads, kv_heads=self.kv_heads,
-                scale=SCALE, window=window, sinks=sinks,
+                scale=SCALE, window=window, sinks=sinks, **more,
             )  # fmt: skip
         return out[: len(self.q)]
 
-    def exact(self, window=0, sinks=0):
+    def exact(self, window=0, sinks=0, softcap=0.0, learned=None):
         begin, outputs = 0, []
         for table, context, rows in zip(self.batch.block_table, self.batch.context_len, self.batch.query_len, strict=True):
             k, v = (x.transpose(0, 1).double() for x in self.store.read(0, table[: -(-(context + rows) // 32)], context + rows))
@@ -81,20 +81,21 @@ class Case:
             ends = self.batch.visible_to
             ends = None if ends is None else torch.from_numpy(ends[begin : begin + rows]).long()
             mask = ops.visible(int(rows), int(context), torch.arange(len(k)), window, sinks, ends=ends)
-            outputs.append(ops.attention(q, k, v, mask, SCALE).flatten(1))
+            sink = None if learned is None else learned.double().unflatten(0, (self.kv_heads, -1))
+            outputs.append(ops.attention(q, k, v, mask, SCALE, softcap, sink).flatten(1))
             begin += rows
         return torch.cat(outputs)
 
-    def check(self, window=0, sinks=0):
-        exact = self.exact(window, sinks)
-        error = (self.made(window, sinks).double() - exact).abs().max()
+    def check(self, window=0, sinks=0, **more):
+        exact = self.exact(window, sinks, **more)
+        error = (self.made(window, sinks, **more).double() - exact).abs().max()
         assert error <= BOUND[self.store.kv_dtype] * exact.abs().max()
 
 
 MIXED = [(DECODE, 70, 1), (DECODE, 0, 2), (PREFILL, 0, 40), (PREFILL, 33, 5)]
 
 
-@pytest.mark.parametrize("kv_dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("kv_dtype", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize(("heads", "kv_heads", "head"), [(6, 2, 20), (2, 2, 16), (5, 1, 8)])
 def test_mixed_steps(heads, kv_heads, head, kv_dtype):
     Case(MIXED, heads, kv_heads, head, kv_dtype).check()
@@ -119,6 +120,15 @@ def test_long_contexts_are_divided_into_chunks():
     assert division.chunks_of(tiles.planned, tiles.blocks, 1) == 4  # of which the last has no block
     case.check()
     case.check(window=290)
+
+
+def test_scores_with_a_limit_and_sinks_that_were_learned():
+    """With one chunk and several, and sinks that are larger and smaller than all scores."""
+    case = Case([(DECODE, 600, 1), (PREFILL, 20, 5)], 3, 1, 8)
+    learned = torch.tensor([0.5, 40.0, -40.0])
+    case.check(learned=learned)
+    case.check(window=40, learned=learned, softcap=2.0)
+    case.check(softcap=1.5)
 
 
 @pytest.mark.parametrize("prompts", [(), [(PREFILL, 0, 5)]], ids=["padding rows", "padding tiles"])

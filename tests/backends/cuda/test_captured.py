@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+import threading
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -170,29 +171,77 @@ def test_tokens_are_chosen_from_what_came_back(model):
     assert run.plan.choose_tokens(logits, [GREEDY] * 3) == [11, *greedy[1:]]
 
 
-def test_a_cuda_device_captures_into_one_pool(monkeypatch):
-    """What is asked of torch: one pool for all graphs, other threads left alone, and one wait for one stream."""
-    asked = []
+@pytest.fixture
+def asked(monkeypatch):
+    """What is asked of torch on a card that is not there, in order."""
+    made, asked, current = [], [], ["the caller's"]
 
-    class Graph:
-        def replay(self):
-            asked.append("replay")
+    class Stream:
+        def __init__(self, on):
+            self.name = f"{on} {len(made)}"
+            made.append(self.name)
+
+        def wait_stream(self, other):
+            asked.append(f"{self.name} after {other}")
+
+        def synchronize(self):
+            asked.append(f"wait for {self.name}")
 
     @contextmanager
-    def graph(made, **options):
-        asked.append(options)
+    def on_stream(stream):
+        current.append(stream.name)
         yield
+        current.pop()
 
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", graph)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda on: SimpleNamespace(synchronize=lambda: asked.append(on)))
+    @contextmanager
+    def graph(made, pool, stream, **options):
+        assert captures.acquire(blocking=False), "two captures at once"
+        asked.append((pool, stream.name, options))
+        yield
+        captures.release()
+
+    captures = threading.Lock()
+    graphs = SimpleNamespace(replay=lambda: asked.append(f"replay on {current[-1]}"))
+    for name, value in {
+        "Stream": Stream, "stream": on_stream, "current_stream": lambda on: current[-1], "graph": graph,
+        "CUDAGraph": lambda: graphs, "graph_pool_handle": lambda: f"pool {len(made)}", "device": lambda on: nullcontext(),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    return asked
+
+
+def test_a_cuda_device_captures_into_one_pool_on_its_own_stream(asked):
+    """What is asked of torch: one pool for all graphs, other threads left alone, and one wait for one stream."""
     device = CudaDevice(torch.device("cuda:0"))
     for _ in range(2):
-        device.capture(lambda: asked.append("launch"))()
-    device.wait()
-    options = {"pool": "pool", "capture_error_mode": "thread_local"}
-    assert asked == [options, "launch", "replay"] * 2 + [torch.device("cuda:0")]
+        with device.step():
+            device.capture(lambda: asked.append("launch"))()
+            device.wait()
+    step = [
+        "cuda:0 0 after the caller's", ("pool 1", "cuda:0 0", {"capture_error_mode": "thread_local"}), "launch",
+        "replay on cuda:0 0", "wait for cuda:0 0",
+    ]  # fmt: skip
+    assert asked == step * 2
+
+
+def test_two_models_on_a_card_neither_share_a_stream_nor_capture_at_once(asked):
+    """A capture on a stream that both use would record the launches of both."""
+    devices = [CudaDevice(torch.device("cuda:0")) for _ in range(2)]
+
+    def step(device, launch):
+        with device.step():
+            device.capture(launch)
+
+    def launch():
+        second.start()
+        second.join(0.1)  # it has to wait until this capture ends
+        assert second.is_alive()
+
+    second = threading.Thread(target=step, args=(devices[1], lambda: asked.append("second")))
+    step(devices[0], launch)
+    second.join()
+    streams = [each[1] for each in asked if isinstance(each, tuple)]
+    assert len(set(streams)) == 2 and asked[-1] == "second"
 
 
 def test_captured_steps_end_with_the_memory_of_the_cache(model, monkeypatch):
@@ -234,6 +283,22 @@ def test_large_buffers_replace_those_of_captured_steps(model):
             sequence.free()
     assert all(map(torch.equal, run.results, plain.results))
     assert device.events.count("replay 0") == 2
+
+
+def test_reserved_buffers_hold_padded_steps(model):
+    """Otherwise captured steps would keep the smaller ones beside those that replace them, which no size counts."""
+    run, plain = runner_of(model, RecordingDevice()), runner_of(model, RecordingDevice(), captured=False)
+    plan = run.plan
+    for each in (plan, plain.plan):
+        each.reserve(17, 5)
+    held = [buffer.data_ptr() for buffer in (*plan._buffers, plan._captured_logits)]
+    for count in (17, 17, 1):
+        run_step(run.plan, run.store, [Part(run.sequence(), [1] * count, DECODE, rows=list(range(min(5, count))))])
+    assert held == [buffer.data_ptr() for buffer in (*plan._buffers, plan._captured_logits)]
+    assert len(plan._captured_logits) == 8 and max(map(len, plan._buffers)) == 32
+    values = sum(buffer.nbytes for buffer in (*plan._buffers, plan._captured_logits))
+    of_prompts, both = (sum(b.nbytes for b in plain.plan._buffers), plain.plan.buffer_bytes(17, 5)), plan.buffer_bytes(17, 5)
+    assert both - values > of_prompts[1] - of_prompts[0] + 32 * 40 * 4  # scratch memory once more, and hidden states
 
 
 def test_capturing_can_be_turned_off(model):

@@ -14,6 +14,8 @@ import pytest
 TESTS = Path(__file__).parents[2]
 CARDS = {80: "A100", 90: "H100", 100: "B200"}
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # of a program, at most
+OTHERS = ("q4_1", "fp8", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "iq4_nl", "q5_0", "q5_1", "mxfp4")  # formats
+EXPERTS = ("fp32", "bf16", "int8", "int4", "fp8", "mxfp4")
 # By launch and kernel: registers of a thread and bytes of shared memory, at most, on every card. Kernels that are not listed
 # are small. Products of large tiles and attention of prompts take all 255 registers.
 LIMITS = {
@@ -34,10 +36,13 @@ LIMITS = {
     "experts int8: pair_vector_product": (128, 4096),
     "experts int4: pair_vector_product": (168, 4096),
     "experts int4, down: pair_vector_product": (168, 4096),
-    **{f"experts {name}, grouped: pair_tile_product": (255, 112 << 10) for name in ("fp32", "bf16", "int8", "int4")},
+    **{f"vector {name}: vector_product": (168, 8192) for name in OTHERS},
+    **{f"tile {name}: tile_product": (255, 112 << 10) for name in OTHERS},
+    **{f"experts {name}: pair_vector_product": (168, 8192) for name in ("fp8", "mxfp4", "mxfp4 of gpt-oss")},
+    **{f"experts {name}, grouped: pair_tile_product": (255, 112 << 10) for name in (*EXPERTS, "mxfp4 of gpt-oss")},
     "experts int4, down, grouped: pair_tile_product": (255, 112 << 10),
     "experts int4 of V2-Lite, grouped: pair_tile_product": (192, 48 << 10),
-    **{f"experts {name}, grouped: place_pairs": (80, 8192) for name in ("fp32", "bf16", "int8", "int4")},
+    **{f"experts {name}, grouped: place_pairs": (80, 8192) for name in (*EXPERTS, "mxfp4 of gpt-oss")},
     "experts int4, down, grouped: place_pairs": (80, 8192),
     "latents, prefill: attend_latents": (208, 96 << 10),
     "latents, prefill: head_tile_product": (168, 48 << 10),
@@ -51,13 +56,21 @@ LIMITS = {
     "indexer: choose_best": (64, 8192),
     "attention, prefill: attend_tile": (255, 96 << 10),
     "attention, prefill in fp32: attend_tile": (255, 128 << 10),
+    "attention, prefill with a softcap: attend_tile": (255, 96 << 10),
+    "attention, prefill in int8: attend_tile": (255, 96 << 10),
+    "attention, decoding in int8: attend_tile": (200, 48 << 10),
     "attention, decoding: attend_tile": (168, 48 << 10),
+    "attention, decoding with a sink: attend_tile": (168, 48 << 10),
     "attention, decoding in fp32: attend_tile": (255, 96 << 10),
 }
 SMALL = (128, 4096)
 # Bytes of stack of a thread, at most, for what does not fit into registers. The cosine of rope_angles is in fp64; an fp32 cache
 # is for checking results.
-STACK = {"rope table: rope_angles": 64, "attention, prefill in fp32: attend_tile": 128}
+STACK = {
+    "rope table: rope_angles": 64,
+    "attention, prefill in fp32: attend_tile": 128,
+    "experts mxfp4 of gpt-oss, grouped: pair_tile_product": 64,
+}
 SMALL_STACK = 16
 
 

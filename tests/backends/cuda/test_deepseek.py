@@ -7,11 +7,12 @@ import torch
 
 from support import triton_interpreter
 
-triton_interpreter.require()
+DEVICE = triton_interpreter.require_device()
 
 from deepseek_optimizer.backends.base import CompileOptions
 from deepseek_optimizer.backends.cuda.backend import CudaBackend
 from deepseek_optimizer.backends.cuda.latent_store import CudaLatentStore
+from deepseek_optimizer.backends.cuda.supported import LATENT_DTYPES
 from deepseek_optimizer.backends.reference import ReferenceBackend
 from deepseek_optimizer.errors import BackendError
 from deepseek_optimizer.graph import rules
@@ -26,7 +27,6 @@ from support.steps import Part, run_step, runner
 from ..cpu.packing import dequantized, packed_weights
 from .plans import BF16_CACHE, FORMAT_TOLERANCE, check_mixed_steps, graph_of, pair, stepwise
 
-CPU = torch.device("cpu")
 # As small as they can be, see test_plan.py; the first layer is dense, the second has experts.
 TINY = {
     "vocab_size": 31, "hidden_size": 40, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -61,7 +61,7 @@ FAMILIES = {
 
 @pytest.fixture(scope="module")
 def backend():
-    return CudaBackend(CPU)
+    return CudaBackend(DEVICE)
 
 
 @pytest.fixture(scope="module")
@@ -131,10 +131,12 @@ def test_layers_that_draft(backend, deepseek):
 def test_sizes_equal_the_buffers(backend, deepseek):
     graph, weights = graph_of(deepseek), packed_weights(weights_of(deepseek), "int8")
     formats = {name: w.format for name, w in weights.items() if isinstance(w, (PackedMatrix, PackedStack))}
-    for kv in backend.capabilities.kv_dtypes:
+    for kv in LATENT_DTYPES:
         store = backend.new_store(graph, kv, 3)
         store.ensure(1)
         assert backend.block_bytes(graph, kv) == store.block_bytes == store.data[0].nbytes == store.saved_bytes
+    with pytest.raises(BackendError, match="KV cache dtype 'int8' of family 'deepseek_v3'; choose kv_cache among fp32, bf16"):
+        backend.new_store(graph, "int8", 3)
     plan = backend.compile(graph, weights)
     plan.reserve(64, 4)
     assert sum(b.nbytes for b in plan._buffers) < plan.buffer_bytes(64, 4)
@@ -167,7 +169,8 @@ def test_weights_that_do_not_fit_are_named(backend, deepseek):
     stack = weights[name]
     for wrong, said in (
         (stack.matrix(0), "must be a packed stack for the cuda backend, got a PackedMatrix"),
-        (PackedStack("q4_1", *stack.shape, stack.data), "weight format 'q4_1' of .*choose precision among"),
+        (PackedStack("int3", *stack.shape, stack.data), "weight format 'int3' of .*choose precision among"),
+        (PackedStack("q4_1", *stack.shape, stack.data), "has tiles of 2048 bytes, but those of q4_1 have 320"),
         (PackedStack("fp32", 4, 40, 20, stack.data[:4]), r"has shape \(4, 40, 20\), but the graph needs \(6, 40, 20\)"),
     ):
         with pytest.raises(BackendError, match=said):

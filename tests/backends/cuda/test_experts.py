@@ -11,7 +11,8 @@ triton_interpreter.require()
 
 from deepseek_optimizer.backends.cuda.division import MOST_ROWS, most_pair_tiles
 from deepseek_optimizer.backends.cuda.kernels import elementwise, expert_groups, experts, routing
-from deepseek_optimizer.backends.cuda.matrices import LAYOUTS, DeviceStack
+from deepseek_optimizer.backends.cuda.layouts import LAYOUTS
+from deepseek_optimizer.backends.cuda.matrices import DeviceStack
 from deepseek_optimizer.backends.reference import moe, ops
 from deepseek_optimizer.quant import pack, unpack
 from deepseek_optimizer.quant.packed import PackedStack
@@ -111,9 +112,9 @@ def test_tiles_suffice_for_the_worst_routes():
 
 
 @pytest.mark.parametrize("tokens", [2, 23])
-@pytest.mark.parametrize("format_name", LAYOUTS)
+@pytest.mark.parametrize("format_name", ["fp32", "bf16", "int8", "int4", "fp8", "mxfp4", "q4_k"])
 def test_products_of_experts(format_name, tokens):
-    count, top_k, width, inner = 5, 2, 40, 35
+    count, top_k, width, inner = (5, 2, 40, 35) if format_name != "q4_k" else (3, 2, 256, 256)
     routes, x = some_routes(tokens, count, top_k, seed=3), random(tokens, width, seed=5)
     first, second = stack(2 * count, inner, width, format_name, 6), stack(count, width, inner, format_name, 7)
     gate_up, down = DeviceStack(first, CPU), DeviceStack(second, CPU)

@@ -10,10 +10,14 @@ from support import triton_interpreter
 
 triton_interpreter.require()
 
+from deepseek_optimizer.backends.cuda import gates
 from deepseek_optimizer.backends.cuda.kernels import elementwise, norm, rope, rows
 from deepseek_optimizer.backends.cuda.store import CudaStore
 from deepseek_optimizer.backends.reference import ops
+from deepseek_optimizer.backends.reference.scaled_rows import quantized
+from deepseek_optimizer.backends.reference.store import TorchStore
 from deepseek_optimizer.graph.ir import CacheSpec
+from deepseek_optimizer.graph.rope_rotation import KeyRotation, Pairs
 
 from .values import random
 
@@ -69,7 +73,7 @@ def test_rope_in_place(rot, offset, interleaved):
     close(x, exact)
 
 
-@pytest.mark.parametrize("kv_dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("kv_dtype", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("rotated", [False, True])
 def test_keys_and_values_reach_their_slots(rotated, kv_dtype):
     """Of two layers of different sizes; everything else in the cache stays as it is."""
@@ -89,10 +93,33 @@ def test_keys_and_values_reach_their_slots(rotated, kv_dtype):
         rows_of_heads = exact.unflatten(-1, (2, 12)).transpose(0, 1)
         if kv_dtype == "fp32":
             close(made, rows_of_heads)
+        elif kv_dtype == "int8":  # as the reference rounds them; the last bits of the rotation may move a code by one
+            codes, scales = quantized(rows_of_heads)
+            step = scales[..., None].expand_as(made) if rotated else torch.zeros(())
+            assert ((made - codes * scales[..., None]).abs() <= step * 1.001 + 1e-6).all()
         else:  # rounded to nearest, up to the last bits of the rotation
             torch.testing.assert_close(made, rows_of_heads.bfloat16().float(), rtol=2**-8 if rotated else 0, atol=1e-6)
     assert all((part == 0).all() for part in store.read(0, tables, tokens))
-    assert (store.data[[0, 2]] == 0).all() and int((store.data != 0).sum()) == tokens * 48
+    assert (store.data[[0, 2]] == 0).all()
+    assert kv_dtype == "int8" or int((store.data != 0).sum()) == tokens * 48
+
+
+def test_int8_keys_are_rotated_and_rounded_as_in_the_reference():
+    """And rows of zeros have codes of zero."""
+    spec, table = CacheSpec(1, 2, 12), np.array([2, 0], np.int32)
+    made, exact = CudaStore(spec, "int8", 4, CPU), TorchStore(spec, "int8", 4, CPU)
+    made.ensure(4)
+    k, v = random(41, 2, 12), random(41, 2, 12, seed=1)
+    k[3] = 0
+    at = torch.arange(41)
+    slots = (torch.from_numpy(table)[at // 32] * 32 + at % 32).int()
+    rope.rope_cache(None, k.flatten(1), v.flatten(1), None, None, made.data, slots, 0, heads=0, kv_heads=2)
+    exact.write(0, torch.from_numpy(table).long(), 0, k, v)
+    rotation = KeyRotation(np.array([0.5, 0.25, 0.125], np.float32), Pairs(6, 0, False))
+    for store in (made, exact):
+        store.rotate(rotation, table, 41, 64, -32)
+    for ours, theirs in zip(made.read(0, table, 41), exact.read(0, table, 41), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
 def test_selected_rows():
@@ -109,9 +136,32 @@ def test_rows_side_by_side():
     assert torch.equal(out, ops.concat(a, b))
 
 
-@pytest.mark.parametrize("op", ["add", "swiglu"])
+@pytest.mark.parametrize("op", ["add", "multiply", "swiglu", "geglu"])
 def test_pairs_of_values(op):
     a, b = random(7, 300), random(7, 300, seed=1)
     exact = ops.FUNCTIONS[op](a, b)
-    elementwise.apply(op, a, b, a)
+    gate = gates.OF_OPS.get(op)
+    elementwise.apply(*((op, a, b, a) if gate is None else ("gate", a, b, a, gate)))
     close(a, exact)
+
+
+def test_gates_with_limits():
+    a, b, out = random(7, 300) * 9, random(7, 300, seed=1) * 9, torch.empty(7, 300)
+    for options in ({"limit": 7.0, "alpha": 1.702, "raised": True}, {"limit": 1.5, "alpha": 1.0, "raised": False}):
+        elementwise.apply("gate", a, b, out, gates.gate_of(options))
+        close(out, ops.clamped_swiglu(a, b, **options))
+
+
+def test_functions_of_elements():
+    x, out = random(5, 300) * 4, torch.empty(5, 300)
+    elementwise.each("scale", x, out, 0.3)
+    assert torch.equal(out, x * 0.3)
+    elementwise.each("scale", x, out, 3.0, 5.0)
+    torch.testing.assert_close(out, 5 * torch.tanh(x * 3 / 5), rtol=1e-6, atol=2e-6)
+    elementwise.each("scale_by", x, out, factor=torch.tensor([1.7]))
+    assert torch.equal(out, x * 1.7)
+    elementwise.each("gelu", x, out)
+    torch.testing.assert_close(out, ops.gelu(x), rtol=2e-6, atol=2e-6)
+    positions = torch.tensor([0, 7, 8, 100, 4095], dtype=torch.int32)
+    elementwise.position_scale(x, positions, out, 0.4, 8, 1)
+    close(out, ops.position_scale(x, positions.long(), 0.4, 8, 1))

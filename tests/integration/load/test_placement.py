@@ -7,13 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from deepseek_optimizer import DeepSeekConfig, load_model
 from deepseek_optimizer.backends.cuda import backend as cuda_backend
 from deepseek_optimizer.errors import BackendError, ConfigError, NotEnoughMemoryError
-from deepseek_optimizer.integration.load import loader, placement
+from deepseek_optimizer.integration.load import loader, placement, quantizer
 from deepseek_optimizer.integration.load.quantizer import PackingQuantizer
+from support import family_configs
+from support.models import random_model
 from support.pretended_card import OLD_DRIVER, pretend
 
 pytest.importorskip("triton")
@@ -61,6 +63,46 @@ def test_weights_that_do_not_fit_are_refused_before_any_are_read(tiny_model, car
     said = "the model's weights and a KV cache of 20 MB: .* set a smaller kv_cache_memory, choose a smaller precision"
     with pytest.raises(NotEnoughMemoryError, match=said):
         load_model(tiny_model, device="cuda", kv_cache_memory=20_000_000)
+
+
+def test_transformers_reads_no_weights_that_do_not_fit(tiny_model, card, monkeypatch):
+    card(free=10_000_000)
+    settings = DeepSeekConfig(backend="cuda", kv_cache_memory=20_000_000)
+    for device_map in ("cuda", "auto", None):
+        with pytest.raises(NotEnoughMemoryError, match="the model's weights and a KV cache of 20 MB: .*cuda:0 has 80,000 MB"):
+            LlamaForCausalLM.from_pretrained(tiny_model, device_map=device_map, quantization_config=settings)
+
+
+def test_auto_is_a_card_for_a_backend_that_needs_one(tiny_model, card):
+    card(build=None)
+    with pytest.raises(ConfigError, match="names a CUDA device, but none is available.*install a build for CUDA"):
+        LlamaForCausalLM.from_pretrained(tiny_model, device_map="auto", quantization_config=DeepSeekConfig(backend="cuda"))
+    assert PackingQuantizer(DeepSeekConfig()).update_device_map("auto") == {"": "cpu"}
+    card()
+    assert PackingQuantizer(DeepSeekConfig(backend="cuda")).update_device_map("auto") == {"": "cuda:0"}
+
+
+def test_what_the_backend_does_not_have_is_said_before_weights_are_read(tiny_model, card, monkeypatch, tmp_path):
+    """Op, family, format and cache, each with what to use instead."""
+    random_model(family_configs.lfm2()).save_pretrained(tmp_path)
+    op = "op 'short_conv' of family 'lfm2' yet; load the model with backend=.reference"
+    model = load_model(tmp_path, backend="reference")
+    card()
+    monkeypatch.setattr(loader, "weights_for", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(quantizer.PackWeight, "convert", lambda *_, **__: pytest.fail("weights were read"))
+    for path, fields, said in (
+        (tmp_path, {}, op),
+        (tiny_model, {"precision": "int3"}, "cuda backend does not support weight format 'int3'; choose precision among fp32,"),
+        (tiny_model, {"kv_cache": "int4"}, "cuda backend does not support KV cache dtype 'int4'; choose kv_cache among fp32,"),
+    ):
+        with pytest.raises(BackendError, match=said):
+            load_model(path, device="cuda", **fields)
+        settings = DeepSeekConfig(backend="cuda", **fields)
+        with pytest.raises(BackendError, match=said):
+            AutoModelForCausalLM.from_pretrained(path, device_map="cuda", quantization_config=settings)
+    model.dso.config.backend = "cuda"
+    with pytest.raises(BackendError, match=op):
+        model._apply(lambda tensor: SimpleNamespace(device=CARD) if not tensor.numel() else pytest.fail("a weight moved"))
 
 
 def test_calibration_runs_on_the_cpu(tiny_model, card):

@@ -111,7 +111,7 @@ class _Clock:
 def arena_in(machine, clock=None):
     """An arena on a machine `{"free": bytes}`."""
     store = _Store()
-    grown = CheckedGrowth(store.block_bytes, store.num_blocks, lambda: memory_of(machine["free"]), clock or _Clock())
+    grown = CheckedGrowth(store.block_bytes, store.num_blocks, lambda: memory_of(machine["free"]), clock=clock or _Clock())
     return Arena(store, layers=1, growth=grown)
 
 
@@ -130,6 +130,17 @@ def test_it_grows_in_steps_and_stops_before_the_reserve():
     assert grown.grow(101, 0) == 0 and grown.shortage.startswith("there is no memory for more: this machine has 373 MB")
     assert CheckedGrowth(1 << 20, 70, lambda: memory_of(GB)).grow(65, 64) == 70
     assert CheckedGrowth(1 << 20, 70, lambda: memory_of(0)).grow(1, 0) == 0
+
+
+def test_blocks_that_have_memory_need_no_more():
+    """A store on a device allocates all blocks at the first write: from then on nothing but the cache fills the card."""
+    held = {"blocks": 0}
+    grown = CheckedGrowth(1 << 20, 1000, lambda: memory_of(0 if held["blocks"] else 2 * GB), lambda: held["blocks"])
+    assert grown.grow(1, 0) == STEP >> 20
+    held["blocks"] = 1000
+    assert grown.grow(65, 64) == 1000 and grown.shortage is None
+    held["blocks"] = 100
+    assert grown.grow(101, 64) == 100 and grown.shortage.startswith("there is no memory for more")
 
 
 def test_reserved_address_space_can_be_used():

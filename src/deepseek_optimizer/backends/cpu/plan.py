@@ -72,6 +72,11 @@ class CpuStore:
             shapes, create = state_shapes(states), self.lib.dso_states_create
             self.recurrent = Handle(create, self.lib.dso_states_destroy, shapes, len(states), num_states)
 
+    @property
+    def held_blocks(self) -> int:
+        """None: the address space is reserved, and the system allocates pages as they are written."""
+        return 0
+
     def copy_block(self, source: int, target: int) -> None:
         check(self.lib.dso_cache_copy_block(self.handle, source, target))
 

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 import torch
 
 from ...errors import BackendError
+from ...graph.ir import Graph
 from ...system.cuda_device import why_no_cuda
 from ..base import Backend, Sizes
 from ..registry import BY_NAME, BackendSettings, BackendSpec
@@ -48,4 +49,10 @@ def _sizes() -> Sizes:
     return CudaSizes()
 
 
-SPEC = BackendSpec("cuda", _create, _sizes, device_types=("cuda",), priority=BY_NAME)
+def _check_graph(graph: Graph, kv_dtype: str) -> None:
+    from .supported import check_graph_ops
+
+    check_graph_ops(graph, kv_dtype)
+
+
+SPEC = BackendSpec("cuda", _create, _sizes, device_types=("cuda",), check_graph=_check_graph, priority=BY_NAME)

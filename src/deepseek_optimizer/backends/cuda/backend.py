@@ -17,10 +17,12 @@ from ...system.memory import FreeMemory, device_memory
 from ..base import DEFAULTS, PHASES, AdapterStore, Capabilities, CompileOptions, FileMapping, Norm
 from .buckets import MOST_ROWS
 from .device import Device, device_of, launching_on
+from .gates import OF_OPS
 from .kernels import elementwise, linear, norm
 from .kernels.precision import EMULATED
 from .latent_store import CudaLatentStore
-from .matrices import LAYOUTS, DeviceMatrix
+from .layouts import LAYOUTS
+from .matrices import DeviceMatrix
 from .plan import CudaPlan
 from .sizes import CudaSizes
 from .store import KV_DTYPES, CudaStore
@@ -46,7 +48,8 @@ class CudaBackend(CudaSizes):
     def __init__(self, device: torch.device, captured: bool = True, seam: Device | None = None) -> None:
         if device.type != "cuda" and not EMULATED:
             raise BackendError(f"the cuda backend cannot run on {device}; move the model with model.to('cuda')")
-        self.device, self._captured, self._seam = device, captured, seam or device_of(device)
+        self.device, self._seam = device, seam or device_of(device)
+        self.captures = captured and self._seam.captures
 
     @property
     def capabilities(self) -> Capabilities:
@@ -66,7 +69,7 @@ class CudaBackend(CudaSizes):
             if self.device.type == "cuda"
             else f"'s interpreter on {self.device}"
         )
-        graphs = f"; steps of up to {MOST_ROWS} rows as CUDA graphs" if self._captured and self._seam.captures else ""
+        graphs = f"; steps of up to {MOST_ROWS} rows as CUDA graphs" if self.captures else ""
         return f"Triton{where}{graphs}"
 
     def compile(
@@ -79,14 +82,10 @@ class CudaBackend(CudaSizes):
             GraphError: the graph is invalid.
         """
         check_graph(graph)
-        return CudaPlan(graph, weights, self._seam, self._captured)
+        return CudaPlan(graph, weights, self._seam, self.captures)
 
     def new_store(self, graph: Graph, kv_dtype: str, num_blocks: int, num_states: int = 0) -> CudaStore | CudaLatentStore:
-        check_cache(graph)
-        if kv_dtype not in KV_DTYPES:
-            raise BackendError(
-                f"the cuda backend does not support KV cache dtype {kv_dtype!r}; choose kv_cache among {', '.join(KV_DTYPES)}"
-            )
+        check_cache(graph, kv_dtype)
         spec = graph.cache
         if isinstance(spec, LatentSpec):
             return CudaLatentStore(spec, kv_dtype, num_blocks, self.device)
@@ -139,14 +138,14 @@ class CudaBackend(CudaSizes):
         norm: Norm | None = None,
         residual: bool = False,
     ) -> torch.Tensor:
-        if op != "swiglu":
+        if op not in OF_OPS:
             raise self._missing(f"feed-forward blocks with op {op!r}")
         rows = self._rows(x if norm is None else self.norm(x, *norm))
         (gate, gate_bias), (up, up_bias) = first
         hidden = rows.new_empty(len(rows), gate.rows)
         biases = self._vector(gate_bias), self._vector(up_bias)
         with launching_on(self.device):
-            linear.gate_up(rows, self._matrix(gate), self._matrix(up), biases, hidden)
+            linear.gate_up(rows, self._matrix(gate), self._matrix(up), biases, hidden, OF_OPS[op])
         result = self.linear(hidden, *down, options).view(*x.shape[:-1], down[0].rows)
         if residual:
             with launching_on(self.device):

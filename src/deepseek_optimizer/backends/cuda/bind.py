@@ -8,15 +8,18 @@ import torch
 
 from ...errors import BackendError
 from ...graph.analysis import stack_shapes, weight_shapes
-from ...graph.ir import Graph
+from ...graph.ir import Graph, Node
 from ...graph.min_formats import exact_weights
 from ...quant import pack
 from ...quant.packed import PackedMatrix, PackedWeight
+from ...quant.transposed_stack import biases_of
 from ..kv_b import key_stack, value_stack
 from .kv_b import absorbed_stacks
 from .matrices import DeviceMatrix, DeviceStack
 from .ops import Weights, frequencies_name, ropes
 from .supported import check_matrix, check_stack
+
+EXPERT_PRODUCTS = ("experts_gate_up", "experts_down")
 
 
 def weights_on_device(graph: Graph, weights: Mapping[str, PackedWeight | torch.Tensor], device: torch.device) -> Weights:
@@ -28,6 +31,7 @@ def weights_on_device(graph: Graph, weights: Mapping[str, PackedWeight | torch.T
     """
     bound = Weights({}, {}, {})
     stacks, exact = stack_shapes(graph), exact_weights(graph)
+    biases = {name: node for node in graph.nodes if node.op in EXPERT_PRODUCTS for name in node.attrs.get("biases", ()) if name}
     latent = {node.weights[0]: node.attrs for node in graph.nodes if node.op == "mla_attention"}
     copies: dict[int, tuple[torch.Tensor, DeviceMatrix]] = {}  # by id of the tensor, which is kept alive
     for name, shape in weight_shapes(graph).items():
@@ -36,6 +40,8 @@ def weights_on_device(graph: Graph, weights: Mapping[str, PackedWeight | torch.T
             stack = check_stack(name, weight)
             _check_shape(name, stack.shape, stacks[name])
             bound.stacks[name] = DeviceStack(stack, device)
+        elif name in biases:
+            bound.vectors[name] = _ordered_biases(_vector(name, weight, shape), biases[name], device)
         elif len(shape) == 2:
             if name in exact and isinstance(weight, torch.Tensor):
                 weight = pack(weight.detach().float(), "fp32")
@@ -48,16 +54,27 @@ def weights_on_device(graph: Graph, weights: Mapping[str, PackedWeight | torch.T
                 if key not in copies:
                     copies[key] = matrix.data, DeviceMatrix(matrix, device)
                 bound.matrices[name] = copies[key][1]
-        elif not isinstance(weight, torch.Tensor):
-            raise BackendError(f"the graph needs weight {name!r} as a vector, got {type(weight).__name__}")
         else:
-            _check_shape(name, tuple(weight.shape), shape)
-            bound.vectors[name] = weight.detach().to(device, torch.float32).contiguous()
+            bound.vectors[name] = _vector(name, weight, shape).to(device, torch.float32).contiguous()
     for spec in ropes(graph):
         if not spec.is_dynamic:
             frequencies = torch.tensor(spec.inv_freq, dtype=torch.float32, device=device)
             bound.vectors[frequencies_name(spec)] = frequencies[None].contiguous()
     return bound
+
+
+def _vector(name: str, weight: object, shape: tuple[int, ...]) -> torch.Tensor:
+    if not isinstance(weight, torch.Tensor):
+        raise BackendError(f"the graph needs weight {name!r} as a vector, got {type(weight).__name__}")
+    _check_shape(name, tuple(weight.shape), shape)
+    return weight.detach()
+
+
+def _ordered_biases(biases: torch.Tensor, node: Node, device: torch.device) -> torch.Tensor:
+    """Biases of experts in the order of their packed stack: float32 [experts, matrices, rows]."""
+    if node.attrs.get("layout", "rows") != "rows":
+        biases = biases_of(biases, node.outputs[0].width).flatten(1)
+    return biases.to(device, torch.float32).contiguous()
 
 
 def _add_absorbed(bound: Weights, name: str, kv_b: PackedMatrix, sizes: Mapping[str, int], device: torch.device) -> None:

@@ -19,7 +19,7 @@ def launching_on(device: torch.device) -> AbstractContextManager[object]:
 
 
 class Device(Protocol):
-    """A device with one stream, on which everything runs in the order in which it was asked for.
+    """A device with a stream of its own, on which everything runs in the order in which it was asked for.
 
     Attributes:
         device: torch's device.
@@ -56,8 +56,17 @@ class Device(Protocol):
         """Returns when everything has been done."""
 
 
+# A capture waits for the whole device first, which would be an error during another one, of whatever model.
+_CAPTURING = threading.Lock()
+
+
 class CudaDevice:
-    """Implements `Device` with the current stream of torch and CUDA graphs."""
+    """Implements `Device` with a stream of its own and CUDA graphs.
+
+    Other models of the process have their own streams, and what the caller launches is on the caller's. A step waits on the
+    device for what the calling thread had launched before it, such as a look at the logits of the step before, whose memory it
+    may get; its own work is done when `wait` has returned.
+    """
 
     captures = True
 
@@ -65,11 +74,20 @@ class CudaDevice:
         self.device = device
         self._stepping = threading.Lock()
         self._pool: Any = None  # the memory of all graphs
+        self._own_stream: Any = None  # created in the first step
+
+    @property
+    def _stream(self) -> Any:
+        if self._own_stream is None:
+            self._own_stream = torch.cuda.Stream(self.device)
+        return self._own_stream
 
     @contextmanager
     def step(self) -> Iterator[None]:
         with self._stepping, launching_on(self.device):
-            yield
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self._stream):
+                yield
 
     def staging(self, size: int) -> torch.Tensor:
         with torch.inference_mode(False):  # later steps may write to it outside of inference mode
@@ -85,13 +103,14 @@ class CudaDevice:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        # What other threads do with the device meanwhile, such as encoding pictures, is neither recorded nor an error.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        # Without a stream, torch captures on one that the whole process shares. What other threads do with the device
+        # meanwhile, such as encoding pictures, is neither recorded nor an error.
+        with _CAPTURING, torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
             launch()
         return graph.replay
 
     def wait(self) -> None:
-        torch.cuda.current_stream(self.device).synchronize()
+        self._stream.synchronize()
 
 
 class InterpreterDevice:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from ...graph.ir import Node
+from .gates import gate_of
 from .kernels import elementwise, experts, linear, routing
 from .ops import Op, Run, Values
 
@@ -27,12 +28,18 @@ def _gate_up(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
     """Groups the step's pairs for `experts_down` as well, which reads the same routes."""
     (x, routes), stack = inputs, run.weights.stacks[node.weights[0]]
     tiles = run.pairs[node.inputs[1]] = experts.group_for(routes, node.attrs["experts"], stack)
-    experts.gate_up(x, routes, tiles, stack, outputs[0])
+    experts.gate_up(x, routes, tiles, stack, outputs[0], _biases(run, node), gate_of(node.attrs))
 
 
 def _down(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
     hidden, routes = inputs
-    experts.down(hidden, routes, run.pairs.pop(node.inputs[1]), run.weights.stacks[node.weights[0]], outputs[0])
+    stack = run.weights.stacks[node.weights[0]]
+    experts.down(hidden, routes, run.pairs.pop(node.inputs[1]), stack, outputs[0], _biases(run, node))
+
+
+def _biases(run: Run, node: Node) -> torch.Tensor | None:
+    (name,) = node.attrs.get("biases", (None,))
+    return run.weights.vector(name)
 
 
 def _sigmoid_gate(run: Run, node: Node, inputs: Values, outputs: Values) -> None:

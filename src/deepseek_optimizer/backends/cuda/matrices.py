@@ -2,46 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 
-from ...quant.base import TILE_COLS, TILE_ROWS
+from ...quant.base import TILE_ROWS
 from ...quant.packed import PackedMatrix, PackedStack
-
-
-@dataclass(frozen=True)
-class TileLayout:
-    """How a format's tiles are laid out.
-
-    Attributes:
-        words: words of a row in a tile.
-        scaled: whether each row of a tile has an fp16 scale.
-        narrow: whether products on tensor cores read rows and weights as bf16; otherwise everything is fp32.
-    """
-
-    words: int
-    scaled: bool
-    narrow: bool
-
-    @property
-    def per_word(self) -> int:
-        """Columns in a word."""
-        return TILE_COLS // self.words
-
-    @property
-    def tile_words(self) -> int:
-        """Words of a whole tile, with its scales."""
-        return self.words * TILE_ROWS + (TILE_ROWS // 2 if self.scaled else 0)
-
-
-LAYOUTS = {
-    "fp32": TileLayout(32, scaled=False, narrow=False),
-    "bf16": TileLayout(16, scaled=False, narrow=True),
-    "int8": TileLayout(8, scaled=True, narrow=True),
-    "int4": TileLayout(4, scaled=True, narrow=True),
-}
+from .layouts import LAYOUTS
 
 
 class DeviceTiles:
@@ -50,14 +15,13 @@ class DeviceTiles:
     Attributes:
         rows, cols: size of a matrix.
         words: the tiles, int32 [.., ceil(rows/16), groups, tile_words].
-        halves: the same memory as fp16, for scales.
+        layout: how kernels read them.
         groups: tiles in a row of tiles, ceil(cols/32).
     """
 
     def __init__(self, format_name: str, rows: int, cols: int, words: torch.Tensor) -> None:
         self.format, self.rows, self.cols, self.words = format_name, rows, cols, words
         self.layout = LAYOUTS[format_name]
-        self.halves = words.view(torch.float16)
         self.groups = words.shape[-2]
 
     @property
@@ -69,17 +33,6 @@ class DeviceTiles:
     def row_words(self) -> int:
         """Words of a row."""
         return self.groups * self.layout.words
-
-    @property
-    def constants(self) -> dict[str, Any]:
-        """What kernels are compiled for."""
-        return {
-            "FORMAT": self.format,
-            "WORDS": self.layout.words,
-            "PER_WORD": self.layout.per_word,
-            "TILE_WORDS": self.layout.tile_words,
-            "SCALED": self.layout.scaled,
-        }
 
 
 class DeviceMatrix(DeviceTiles):

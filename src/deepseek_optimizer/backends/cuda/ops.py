@@ -14,6 +14,7 @@ from ...graph.ir import Graph, Node, Value
 from ...graph.ops.products import rows_of
 from ..base import StepBatch
 from ..kv_b import key_stack, value_stack
+from .gates import NO_GATE, OF_OPS, gate_of
 from .kernels import attention as attention_kernels
 from .kernels import elementwise, linear, norm, rope, rows
 from .kernels.expert_groups import PairTiles
@@ -130,12 +131,29 @@ def _linear(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
 
 def _gate_up(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
     (gate, gate_bias), (up, up_bias) = run.weights.products(node)
-    linear.gate_up(inputs[0], gate, up, (gate_bias, up_bias), outputs[0])
+    linear.gate_up(inputs[0], gate, up, (gate_bias, up_bias), outputs[0], gate_of(node.attrs))
 
 
 def _pairwise(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
     a, b = inputs
-    elementwise.apply(node.op, a, b, outputs[0])
+    gate = OF_OPS.get(node.op, NO_GATE)
+    elementwise.apply(node.op if gate is NO_GATE else "gate", a, b, outputs[0], gate)
+
+
+def _each(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
+    factor = run.weights.vectors[node.weights[0]] if node.weights else None
+    elementwise.each(node.op, inputs[0], outputs[0], node.attrs.get("scale", 1.0), factor=factor)
+
+
+def _position_scale(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
+    elementwise.position_scale(inputs[0], run.at.positions, outputs[0], **node.attrs)
+
+
+def _lm_head(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
+    _linear(run, node, inputs, outputs)
+    scale, cap = node.attrs.get("scale", 1.0), node.attrs.get("softcap", 0.0)
+    if scale != 1 or cap != 0:
+        elementwise.each("scale", outputs[0], outputs[0], scale, cap)
 
 
 def _rope_table(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
@@ -167,11 +185,12 @@ def _cache_write(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
 
 def _attention(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
     a, store = node.attrs, run.cache
+    learned = run.weights.vectors[node.weights[0]] if node.weights else None
     for tiles in run.at.phases:
         attention_kernels.attention(
             inputs[0], store.data, store.offsets[a["layer"]], run.at.tables[store.group_of(a["layer"])], tiles,
             run.at.ends, outputs[0], heads=a["heads"], kv_heads=a["kv_heads"], scale=a["scale"], window=a.get("window", 0),
-            sinks=a.get("sinks", 0),
+            sinks=a.get("sinks", 0), softcap=a.get("softcap", 0.0), learned=learned,
         )  # fmt: skip
 
 
@@ -202,15 +221,21 @@ DENSE_OPS: Mapping[str, Op] = {
     "concat": _concat,
     "embedding": _embedding,
     "gate_up": _gate_up,
+    "geglu": _pairwise,
+    "gelu": _each,
     "head_norm": _rms_norm,
     "hidden_out": _hidden_out,
     "layer_norm": _layer_norm,
     "linear": _linear,
-    "lm_head": _linear,
+    "lm_head": _lm_head,
+    "multiply": _pairwise,
+    "position_scale": _position_scale,
     "rms_norm": _rms_norm,
     "rope": _rope,
     "rope_cache": _cache_write,
     "rope_table": _rope_table,
+    "scale": _each,
+    "scale_by": _each,
     "select_rows": _select_rows,
     "state_in": _state_in,
     "swiglu": _pairwise,

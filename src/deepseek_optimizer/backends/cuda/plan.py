@@ -31,7 +31,7 @@ from .kernels.rows import select_rows
 from .latent_ops import LATENT_OPS
 from .memory import memory_errors
 from .ops import DENSE_OPS, Op, Run, frequencies_name, ropes
-from .sizes import plan_bytes
+from .sizes import plan_bytes, reserved_rows
 from .step import DeviceStep, StepIntegers
 from .store import DeviceBlocks
 from .stores import store_class
@@ -122,7 +122,7 @@ class CudaPlan:
         integers = StepIntegers.of(batch, len(self._spans), self._block_q, self._dynamic, store.scratch)
         bucket = integers.bucket
         if bucket.logit_rows > len(self._captured_logits):
-            self._captured_logits = self._empty(bucket.logit_rows, self.graph.logits_width)
+            self._captured_logits = self._empty(bucket.logit_rows, self.graph.logits_width)  # more than `reserve` was told
 
         def launch(at: DeviceStep) -> Results:
             run = Run(None, at, store, self._weights, bucket.states)
@@ -216,13 +216,16 @@ class CudaPlan:
         """Does nothing: the weights are copies on the device."""
 
     def reserve(self, tokens: int, logit_rows: int) -> None:
+        tokens, logit_rows = reserved_rows(tokens, logit_rows, self.captured is not None)
+        if self.captured is not None and logit_rows > len(self._captured_logits):
+            self._captured_logits = self._empty(min(logit_rows, MOST_ROWS), self.graph.logits_width)
         kept = {self._slot_of[value] for node in self.graph.nodes if node.op == "lm_head" for value in node.outputs}
         for index, slot in enumerate(self._slots):
             if index not in kept:
                 self._grow(index, slot.repeat * (logit_rows if slot.selected else tokens))
 
     def buffer_bytes(self, tokens: int, logit_rows: int) -> int:
-        return plan_bytes(self.graph, self._formats, tokens, logit_rows)
+        return plan_bytes(self.graph, self._formats, tokens, logit_rows, self.captured is not None)
 
     def describe(self) -> list[dict[str, Any]]:
         return [self._description(node) for node in self.graph.nodes]

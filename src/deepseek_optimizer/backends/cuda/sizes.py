@@ -17,7 +17,7 @@ from .division import (
     latent_scratch_bytes,
     product_scratch_bytes,
 )
-from .matrices import LAYOUTS
+from .layouts import LAYOUTS
 from .store import KV_DTYPES
 from .stores import block_elements
 from .supported import check_cache
@@ -32,13 +32,30 @@ def value_slots(graph: Graph) -> list[Slot]:
     return [slot for i, slot in enumerate(planned.slots) if i not in logits]
 
 
-def plan_bytes(graph: Graph, formats: Mapping[str, str], tokens: int, logit_rows: int) -> int:
-    """Bytes of a plan's buffers, and of the largest scratch memory of a kernel, which they share. Of logits, only the rows of
-    captured steps are the plan's own."""
+def reserved_rows(tokens: int, logit_rows: int, captured: bool) -> tuple[int, int]:
+    """The rows, and rows of logits, that the buffers of a plan have for steps of up to this size: captured steps are padded to
+    those of their bucket."""
+    if not captured:
+        return tokens, logit_rows
+    return max(tokens, rows_bucket(min(tokens, MOST_ROWS))), max(logit_rows, rows_bucket(min(logit_rows, MOST_ROWS)))
+
+
+def plan_bytes(graph: Graph, formats: Mapping[str, str], tokens: int, logit_rows: int, captured: bool) -> int:
+    """Bytes of a plan's buffers, and of the largest scratch memory of a kernel, which they share.
+
+    With captured steps, also what is theirs: their logits, and as their memory is apart from that of other steps, the same
+    scratch memory for as many rows as they have, and the last hidden states.
+    """
+    tokens, logit_rows = reserved_rows(tokens, logit_rows, captured)
     rows = {True: logit_rows, False: tokens}
     slots = sum(_VALUE_BYTES * slot.width * slot.repeat * rows[slot.selected] for slot in value_slots(graph))
-    captured = _VALUE_BYTES * graph.logits_width * rows_bucket(min(logit_rows, MOST_ROWS))
-    return slots + captured + _scratch_bytes(graph, formats, tokens)
+    held = 0
+    if captured:
+        padded = rows_bucket(min(tokens, MOST_ROWS))
+        hidden = max((node.inputs[0].width for node in graph.nodes if node.op == "hidden_out"), default=0)
+        logits = graph.logits_width * rows_bucket(min(logit_rows, MOST_ROWS))
+        held = _VALUE_BYTES * (logits + hidden * padded) + _scratch_bytes(graph, formats, padded)
+    return slots + held + _scratch_bytes(graph, formats, tokens)
 
 
 def _scratch_bytes(graph: Graph, formats: Mapping[str, str], tokens: int) -> int:
@@ -72,11 +89,13 @@ def _scratch_bytes(graph: Graph, formats: Mapping[str, str], tokens: int) -> int
 
 
 class CudaSizes:
-    """Implements `Sizes`."""
+    """Implements `Sizes`, for plans that capture small steps unless `captures` is set to False."""
+
+    captures = True
 
     def block_bytes(self, graph: Graph, kv_dtype: str) -> int:
-        check_cache(graph)
-        return block_elements(graph.cache) * KV_DTYPES[kv_dtype].itemsize
+        check_cache(graph, kv_dtype)
+        return block_elements(graph.cache, kv_dtype) * KV_DTYPES[kv_dtype].itemsize
 
     def state_bytes(self, graph: Graph) -> int:
         """Zero: graphs with states are refused."""
@@ -88,4 +107,4 @@ class CudaSizes:
         heads = [value for node in graph.nodes if node.op == "lm_head" for value in node.outputs]
         rows = {True: logit_rows, False: tokens}
         logits = sum(_VALUE_BYTES * value.width * rows[value.selected] for value in heads)
-        return plan_bytes(graph, formats, tokens, logit_rows) + logits
+        return plan_bytes(graph, formats, tokens, logit_rows, self.captures) + logits

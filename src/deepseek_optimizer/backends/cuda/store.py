@@ -12,18 +12,21 @@ from ...graph.rope_rotation import KeyRotation
 from ..base import BLOCK_TOKENS, Int32
 from ..reference.block_tensors import BlockTensors
 from ..reference.ops import rope
+from ..reference.scaled_rows import quantized
 from .memory import memory_errors
 
-KV_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+KV_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+_SCALE_BYTES = 4
 
 
-def layer_offsets(spec: CacheSpec) -> tuple[list[int], int]:
-    """Where each layer begins in the blocks of its group, and the length of a block, in elements: that of the largest group."""
+def layer_offsets(spec: CacheSpec, kv_dtype: str) -> tuple[list[int], int]:
+    """Where each layer begins in the blocks of its group, and the length of a block, in elements: that of the largest group.
+    The scales of int8 elements, which follow a layer's, count as bytes."""
     ends, offsets = [0] * spec.groups, []
     for layer in range(spec.layers):
-        group = spec.group_of(layer)
+        group, scales = spec.group_of(layer), 2 * spec.heads_of(layer)[0] if kv_dtype == "int8" else 0
         offsets.append(ends[group])
-        ends[group] += BLOCK_TOKENS * spec.elements_of(layer)
+        ends[group] += BLOCK_TOKENS * (spec.elements_of(layer) + _SCALE_BYTES * scales)
     return offsets, max(ends)
 
 
@@ -34,7 +37,7 @@ class DeviceBlocks(BlockTensors):
     Args:
         offsets: where each layer begins in a block.
         elements: of a block.
-        kv_dtype: "fp32" or "bf16".
+        kv_dtype: a key of `KV_DTYPES`.
         num_blocks: capacity in blocks of 32 tokens.
 
     Attributes:
@@ -56,6 +59,10 @@ class DeviceBlocks(BlockTensors):
     def data(self) -> torch.Tensor:
         """The cache, [blocks, block_elements]; no blocks before the first write."""
         return self._data[0]
+
+    @property
+    def held_blocks(self) -> int:
+        return min(len(self.data), self.num_blocks)  # without the scratch block
 
     def ensure(self, blocks: int) -> None:
         """Allocates memory, before a step that uses blocks < `blocks`."""
@@ -79,14 +86,15 @@ class CudaStore(DeviceBlocks):
     """Implements `KvStore` for keys and values.
 
     In a block, the layers of a group follow each other: the keys [kv_heads, 32, head_dim], then the values likewise. So the 32
-    keys of a head are consecutive, which is what one load of attention reads.
+    keys of a head are consecutive, which is what one load of attention reads. In int8, the scales follow them, float32
+    [2, kv_heads, 32]: max|x| / 127 of each key and value, as in the reference's store.
 
     Args:
         spec: the model's cache, without summaries and copies.
     """
 
     def __init__(self, spec: CacheSpec, kv_dtype: str, num_blocks: int, device: torch.device) -> None:
-        super().__init__(*layer_offsets(spec), kv_dtype, num_blocks, device)
+        super().__init__(*layer_offsets(spec, kv_dtype), kv_dtype, num_blocks, device)
         self.spec = spec
 
     def group_of(self, layer: int) -> int:
@@ -99,20 +107,35 @@ class CudaStore(DeviceBlocks):
         begin = self.offsets[layer] + value * size
         return self.data[:, begin : begin + size].view(-1, kv_heads, BLOCK_TOKENS, head_dim)
 
+    def _scales_of(self, layer: int, value: bool) -> torch.Tensor:
+        """A view of their scales in an int8 cache, float32 [blocks, kv_heads, 32]."""
+        kv_heads, head_dim = self.spec.heads_of(layer)
+        count = kv_heads * BLOCK_TOKENS
+        begin = self.offsets[layer] + count * (2 * head_dim + value * _SCALE_BYTES)
+        return self.data[:, begin : begin + count * _SCALE_BYTES].view(torch.float32).view(-1, kv_heads, BLOCK_TOKENS)
+
+    def _values(self, layer: int, value: bool, blocks: torch.Tensor) -> torch.Tensor:
+        """The keys or values of a layer in these blocks, float32 [blocks, kv_heads, 32, head_dim]."""
+        rows = self._part(layer, value)[blocks].float()
+        return rows * self._scales_of(layer, value)[blocks][..., None] if self.kv_dtype == "int8" else rows
+
     def _rotated(
         self, rotation: KeyRotation, blocks: torch.Tensor, angles: torch.Tensor, group: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """With torch's operations: windows slide rarely, and no step waits for a kernel of its own."""
         for layer in range(self.spec.layers):
             if self.spec.group_of(layer) == group:
-                keys = self._part(layer, False)
-                rows = keys[blocks].float().transpose(1, 2)
+                rows = self._values(layer, False, blocks).transpose(1, 2)
                 turned = rope(
                     rows.flatten(0, 1).flatten(1), angles, rows.shape[2], rotation.key.interleaved, rotation.key.offset
                 )
-                yield keys, turned.view(rows.shape).transpose(1, 2)
+                new = turned.view(rows.shape).transpose(1, 2)
+                if self.kv_dtype == "int8":
+                    new, scales = quantized(new)
+                    yield self._scales_of(layer, False), scales
+                yield self._part(layer, False), new
 
     def read(self, layer: int, block_table: Int32, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         blocks = self._table(block_table, tokens)[: -(-tokens // BLOCK_TOKENS)]
-        key, value = (self._part(layer, part)[blocks].float().transpose(0, 1).flatten(1, 2) for part in (False, True))
+        key, value = (self._values(layer, part, blocks).transpose(0, 1).flatten(1, 2) for part in (False, True))
         return key[:, :tokens].contiguous(), value[:, :tokens].contiguous()

@@ -12,9 +12,9 @@ def store_class(spec: CacheSpec | LatentSpec | RowsSpec) -> type[CudaStore] | ty
     return CudaLatentStore if isinstance(spec, LatentSpec) else CudaStore
 
 
-def block_elements(spec: CacheSpec | LatentSpec | RowsSpec) -> int:
-    """Elements of a block of the cache."""
+def block_elements(spec: CacheSpec | LatentSpec | RowsSpec, kv_dtype: str) -> int:
+    """Elements of a block of the cache; of int8, bytes with its scales."""
     if isinstance(spec, LatentSpec):
         return latent_offsets(spec)[1]
     assert isinstance(spec, CacheSpec)
-    return layer_offsets(spec)[1]
+    return layer_offsets(spec, kv_dtype)[1]

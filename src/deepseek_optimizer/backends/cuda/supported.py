@@ -9,25 +9,25 @@ from ...graph.ir import CacheSpec, Graph, LatentSpec, Node
 from ...graph.ops.products import rows_of
 from ...quant.base import TILE_ROWS
 from ...quant.packed import PackedMatrix, PackedStack, PackedWeight
-from .matrices import LAYOUTS
+from .layouts import LAYOUTS
+from .store import KV_DTYPES
+
+LATENT_DTYPES = ("fp32", "bf16")  # of a cache of latents
 
 # Values of attributes that the kernels do not have, by op; an op has all other values of its attributes.
 _MISSING = {
-    "attention": {"softcap": lambda value: value != 0, "chunked": bool, "causal": bool},
-    "experts_down": {"biases": any, "weigh_input": bool},
-    "experts_gate_up": {
-        "activation": lambda value: value != "silu", "biases": any, "limit": lambda value: value > 0, "weigh_input": bool,
-    },
-    "gate_up": {"activation": lambda value: value != "silu"},
-    "lm_head": {"scale": lambda value: value != 1, "softcap": lambda value: value != 0},
+    "attention": {"chunked": bool, "causal": bool},
+    "experts_down": {"weigh_input": bool},
+    "experts_gate_up": {"activation": lambda value: value not in ("silu", "gelu"), "weigh_input": bool},
+    "gate_up": {"activation": lambda value: value not in ("silu", "gelu")},
     "router": {"scoring": lambda value: value not in ("softmax", "sigmoid")},
     "rope_table": {"rope": lambda value: bool(value.axes)},
 }  # fmt: skip
 OPS = (
     "add", "add_rms_norm", "attention", "cache_write", "concat", "embedding", "experts_down", "experts_gate_up", "gate_up",
-    "head_norm", "hidden_out", "index_choose", "index_write", "latent", "latent_write", "layer_norm", "linear", "lm_head",
-    "mla_attention", "rms_norm", "rope", "rope_cache", "rope_table", "router", "select_rows", "sigmoid_gate", "state_in",
-    "swiglu",
+    "geglu", "gelu", "head_norm", "hidden_out", "index_choose", "index_write", "latent", "latent_write", "layer_norm", "linear",
+    "lm_head", "mla_attention", "multiply", "position_scale", "rms_norm", "rope", "rope_cache", "rope_table", "router", "scale",
+    "scale_by", "select_rows", "sigmoid_gate", "state_in", "swiglu",
 )  # fmt: skip
 
 
@@ -38,8 +38,12 @@ def refuse(what: str, family: str) -> BackendError:
     )
 
 
-def check_graph_ops(graph: Graph) -> None:
-    """Raises BackendError, naming op and family, if the graph has anything that the kernels do not compute."""
+def check_graph_ops(graph: Graph, kv_dtype: str | None = None) -> None:
+    """Raises BackendError, naming op and family, if the graph has anything that the kernels do not compute.
+
+    Args:
+        kv_dtype: of the cache; None: not known yet.
+    """
     for node in graph.nodes:
         if node.op not in OPS:
             raise refuse(f"op {node.op!r}", graph.family)
@@ -48,22 +52,28 @@ def check_graph_ops(graph: Graph) -> None:
             raise refuse(missing, graph.family)
     if graph.states or graph.adapter_sites:
         raise refuse("recurrent states" if graph.states else "adapters", graph.family)
-    check_cache(graph)
+    check_cache(graph, kv_dtype)
 
 
-def check_cache(graph: Graph) -> None:
-    """Raises BackendError if the graph's cache is of another kind than keys and values or latents."""
+def check_cache(graph: Graph, kv_dtype: str | None = None) -> None:
+    """Raises BackendError if the graph's cache is of another kind than keys and values or latents, or of another type."""
     cache = graph.cache
     if not isinstance(cache, (CacheSpec, LatentSpec)):
         raise refuse("the cache of compressed attention", graph.family)
     if cache.summaries or cache.newest:
         raise refuse("a cache with summaries of blocks or copies of the newest tokens", graph.family)
+    known = LATENT_DTYPES if isinstance(cache, LatentSpec) else tuple(KV_DTYPES)
+    if kv_dtype is not None and kv_dtype not in known:
+        raise BackendError(
+            f"the cuda backend does not support KV cache dtype {kv_dtype!r} of family {graph.family!r}; choose kv_cache among "
+            f"{', '.join(known)}"
+        )
 
 
 def _missing(node: Node) -> str | None:
     """What the kernels of a node's op do not have."""
-    if node.op == "attention" and (node.weights or len(node.inputs) > 1):
-        return "op 'attention' with sinks that were learned or chosen blocks"
+    if node.op == "attention" and len(node.inputs) > 1:
+        return "op 'attention' with chosen blocks"
     if node.op == "mla_attention" and len(node.inputs) > 1 and node.attrs.get("window", 0):
         return "op 'mla_attention' with a window over chosen tokens"
     for name, missing in _MISSING.get(node.op, {}).items():
@@ -104,4 +114,7 @@ def _check_packed(name: str, weight: object) -> PackedWeight:
             f"the cuda backend does not support weight format {weight.format!r} of {name!r}; choose precision among "
             f"{', '.join(LAYOUTS)}, or another backend"
         )
+    found, wanted = weight.data.shape[-1], 4 * LAYOUTS[weight.format].tile_words
+    if found != wanted:  # kernels would read other memory
+        raise BackendError(f"weight {name!r} has tiles of {found} bytes, but those of {weight.format} have {wanted}")
     return weight

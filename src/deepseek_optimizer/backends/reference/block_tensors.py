@@ -23,6 +23,10 @@ class BlockTensors:
         self._data: list[torch.Tensor] = []
         self._scales: list[torch.Tensor] = []  # of int8 and int4 elements
 
+    @property
+    def held_blocks(self) -> int:
+        return len(self._data[0])
+
     def copy_block(self, source: int, target: int) -> None:
         self._grow(max(source, target) + 1)
         for tensor in self._tensors:

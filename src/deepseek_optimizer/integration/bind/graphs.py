@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...config import DeepSeekConfig
 from ...engine.draft import DraftVocabulary
 from ...errors import CheckpointError
 from ...graph import rules
 from ...graph.attention_mode import FLASH, AttentionMode, apply_mode
+from ...graph.cache_groups import cached_in
 from ...graph.ir import Graph
 from ...models import build_graph, build_mtp_graph
 
@@ -98,6 +100,26 @@ def model_graph(model: Any, rule_names: tuple[str, ...] | None, mtp_layers: int 
     with torch.device("cpu"):  # as in `plan_graph`
         graph = build_graph(model.config, mtp_layers).renamed(named)
         return rules.apply(graph if has_head(model) else graph.without_head(), rule_names)
+
+
+def planned_graph(model: Any, config: DeepSeekConfig) -> tuple[Graph, list[rules.RuleReport], list[str]]:
+    """The graph that a model's plan is compiled from.
+
+    Args:
+        model: as in `Runtime`; its weights need not be loaded.
+        config: the settings.
+
+    Returns: the graph; what each rule changed; the layers whose attention the attention mode changed.
+    """
+    graph, reports = model_graph(model, config.rules, loaded_mtp_layers(model))
+    graph, in_mode = apply_mode(with_eps_of(model, graph), config.attention)
+    return cached_in(graph, config.kv_cache), reports, in_mode
+
+
+def planned_mtp_graphs(model: Any, config: DeepSeekConfig, main: Graph) -> list[Graph]:
+    """The graphs of the plans of the loaded MTP layers, by depth, with the cache of the model's graph `main`."""
+    graphs = [apply_mode(rules.apply(graph, config.rules)[0], config.attention)[0] for graph in mtp_graphs(model)]
+    return [replace(graph, cache=main.cache) for graph in graphs]  # with the model's groups of layers
 
 
 def loaded_mtp_layers(model: Any) -> int:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ...backends.base import CompileOptions, Plan, check_supported
+from ...backends.base import CompileOptions, Plan
 from ...backends.prompt_plan import PromptPlan
 from ...cache.forgetting import SPARE_OF_COPIES, Forgetting, Groups, max_blocks
 from ...checkpoint import Manifest
@@ -35,22 +35,22 @@ from ..memory.cache_size import (
 from ..memory.growth import CheckedGrowth
 from .adapted_plan import LayerAdapters
 from .context_extension import extension_note
-from .graphs import draft_vocabularies, loaded_mtp_layers, model_graph, mtp_graphs, whole_graph, with_eps_of
+from .graphs import (
+    draft_vocabularies,
+    loaded_mtp_layers,
+    model_graph,
+    planned_graph,
+    planned_mtp_graphs,
+    whole_graph,
+    with_eps_of,
+)
 from .lora_layers import LowRank, added_by
 from .module_tree import ModuleTree
 from .modules import Packed
 from .packed_model import OptimizerWarning as OptimizerWarning
 from .packed_model import PackedModel, packed_model_of
+from .runnable import check_settings, formats_of, kv_dtype
 from .swap import matrices_of, weights_of
-
-
-def kv_dtype(config: DeepSeekConfig, formats: Iterable[str]) -> str:
-    """Storage format of the KV cache for a model whose matrices have these formats: the config's, or the default."""
-    if config.kv_cache != "auto":
-        return config.kv_cache
-    if set(formats) == {"fp32"}:
-        return "fp32"
-    return "int8" if config.sparse_attention else "bf16"
 
 
 def groups_of(graph: Graph) -> Groups:
@@ -89,9 +89,7 @@ class Runtime(PackedModel):
         notes: list[str] | None = None,
     ) -> None:
         super().__init__(model, config, manifest, methods=methods, make_report=make_report, bytes_before=bytes_before)
-        graph, self.rules = model_graph(model, config.rules, loaded_mtp_layers(model))
-        graph, self.in_mode = apply_mode(with_eps_of(model, graph), config.attention)
-        self.graph = cached_in(graph, config.kv_cache)
+        self.graph, self.rules, self.in_mode = planned_graph(model, config)
         self.speculation: SpeculationReport | None = None
         for note in (*(notes or ()), *filter(None, (extension_note(config, model.config),))):
             self.warn_once(note)
@@ -108,8 +106,7 @@ class Runtime(PackedModel):
         """The compiled plan; recompiled after the storage of the weights has changed."""
         with self._making:
             if self._plan is None:
-                formats = sorted({m.format for m in matrices_of(self.model, self.graph).values()})
-                check_supported(self.backend.capabilities, formats, kv_dtype(self.config, formats), self._attention_mode)
+                check_settings(self.backend.capabilities, self.model, self.graph, self.config)
                 self._plan = self.compile(self.graph)
             return self._plan
 
@@ -165,9 +162,7 @@ class Runtime(PackedModel):
         """The plans of the loaded MTP layers by depth, compiled on first access."""
         with self._making:
             if self._mtp_plans is None:
-                mode, options = self.config.attention, self.compile_options
-                graphs = [apply_mode(rules.apply(g, self.config.rules)[0], mode)[0] for g in mtp_graphs(self.model)]
-                graphs = [replace(g, cache=self.graph.cache) for g in graphs]  # with the model's groups of layers
+                graphs, options = planned_mtp_graphs(self.model, self.config, self.graph), self.compile_options
                 self._mtp_plans = [self.backend.compile(g, weights_of(self.model, g), options) for g in graphs]
             return self._mtp_plans
 
@@ -175,12 +170,6 @@ class Runtime(PackedModel):
     def compile_options(self) -> CompileOptions:
         """The options of `Backend.compile` from the config."""
         return CompileOptions(activation=self.config.activation)
-
-    @property
-    def _attention_mode(self) -> str:
-        """The name of the attention mode in `Capabilities.attention_modes`."""
-        config = self.config
-        return "eager" if config.attention_optimization == "eager" else config.attention.kind
 
     @property
     def arena(self) -> Arena:
@@ -235,7 +224,7 @@ class Runtime(PackedModel):
         store = backend.new_store(graph, self.kv_dtype, rest.blocks(self._block_bytes), slots)
         layers = min(graph.cache.layers, graph.hidden_states - 1)  # without those of MTP layers
         empty = 0 if graph.states else graph.hidden_states - 1 - layers
-        growth = CheckedGrowth(store.block_bytes, store.num_blocks, backend.free_memory)
+        growth = CheckedGrowth(store.block_bytes, store.num_blocks, backend.free_memory, lambda: store.held_blocks)
         state_growth = CheckedGrowth(store.state_bytes, slots, backend.free_memory) if slots else None
         return Arena(
             store, layers, _latent_row(graph), _rotation(graph), groups_of(graph), size, growth, state_growth, empty,
@@ -262,7 +251,7 @@ class Runtime(PackedModel):
     @property
     def kv_dtype(self) -> str:
         """Storage format of the KV cache."""
-        return kv_dtype(self.config, [m.format for m in matrices_of(self.model, self.graph).values()])
+        return kv_dtype(self.config, formats_of(self.model, self.graph))
 
     def rebind(self) -> None:
         """Discards the compiled plans; the next call compiles them from the modules' current storage."""

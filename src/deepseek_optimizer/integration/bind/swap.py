@@ -358,12 +358,8 @@ def weights_of(model: nn.Module, graph: Graph) -> dict[str, PackedWeight | torch
     Raises:
         BackendError: a weight is not loaded yet.
     """
-    result: dict[str, PackedWeight | torch.Tensor] = {}
-    for name in graph.weights():
-        path, _, leaf = name.rpartition(".")
-        module = without_adapter(model.get_submodule(path))
-        held = module.held() if isinstance(module, Packed) else {}
-        result[name] = weight = held[leaf] if leaf in held else getattr(module, leaf).data
+    result = _held_by_modules(model, graph)
+    for name, weight in result.items():
         if (weight.data if isinstance(weight, PackedWeight) else weight).device.type == "meta":
             raise BackendError(f"{name} has no data yet; bind the plan after loading the weights")
     return result
@@ -371,4 +367,14 @@ def weights_of(model: nn.Module, graph: Graph) -> dict[str, PackedWeight | torch
 
 def matrices_of(model: nn.Module, graph: Graph) -> dict[str, PackedWeight]:
     """The graph's packed matrices and stacks by parameter name, tied ones once."""
-    return {name: w for name, w in weights_of(model, graph).items() if isinstance(w, PackedWeight)}
+    return {name: w for name, w in _held_by_modules(model, graph).items() if isinstance(w, PackedWeight)}
+
+
+def _held_by_modules(model: nn.Module, graph: Graph) -> dict[str, PackedWeight | torch.Tensor]:
+    result: dict[str, PackedWeight | torch.Tensor] = {}
+    for name in graph.weights():
+        path, _, leaf = name.rpartition(".")
+        module = without_adapter(model.get_submodule(path))
+        held = module.held() if isinstance(module, Packed) else {}
+        result[name] = held[leaf] if leaf in held else getattr(module, leaf).data
+    return result

@@ -34,6 +34,7 @@ from ..bind.classes import check_causal
 from ..bind.context_extension import extended
 from ..bind.dtypes import kept_in_fp32, model_dtype
 from ..bind.graphs import whole_graph
+from ..bind.runnable import check_runnable
 from ..bind.swap import expected_tensors, order_columns, swap_on_meta
 from ..compat import causal_lm_class
 from ..configs import check_config
@@ -79,6 +80,7 @@ def load(
         model, settings, dtype = sketch(checkpoint, config, fields)
         backend_asked_for = settings.backend  # saved with the model, which another machine may load
         settings, target = placed(settings, device)
+        check_runnable(model, settings, target)
         backend = packing_backend(settings)
         checkpoint.mapper = backend.map_file if backend.maps_files else None
         manifest = checkpoint.manifest if isinstance(checkpoint, PackedCheckpoint) else None

@@ -39,6 +39,19 @@ def parse_device(device: Any) -> torch.device:
     return parsed
 
 
+def target_of(backend: str, device: Any) -> torch.device:
+    """The device that a model is loaded to.
+
+    Args:
+        backend: the name that the settings have.
+        device: see `parse_device`; None: a device of this backend, or the CPU.
+
+    Raises:
+        ConfigError: see `parse_device`.
+    """
+    return parse_device(device_of(backend) if device is None else device)
+
+
 def placed(settings: DeepSeekConfig, device: Any) -> tuple[DeepSeekConfig, torch.device]:
     """The device to load a model with a plan to, and the settings for it. On a CUDA device, backend "auto" becomes "cuda".
 
@@ -50,9 +63,7 @@ def placed(settings: DeepSeekConfig, device: Any) -> tuple[DeepSeekConfig, torch
         ConfigError: see `parse_device`.
         BackendError: the backend cannot run there.
     """
-    if device is None:
-        device = device_of(settings.backend)
-    parsed = parse_device(device)
+    parsed = target_of(settings.backend, device)
     if parsed.type == "cuda" and settings.backend == AUTO:
         settings = with_backend(settings, "cuda")
     if parsed.type != "cpu" or settings.backend != AUTO:

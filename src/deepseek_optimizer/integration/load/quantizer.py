@@ -44,6 +44,7 @@ from ..bind.classes import check_class, renamed_for, stored_as
 from ..bind.context_extension import extended
 from ..bind.graphs import has_head, plan_graph, whole_graph
 from ..bind.modules import Packed
+from ..bind.runnable import check_runnable
 from ..bind.swap import expected_tensors, float_shape, order_columns, swap_on_meta
 from ..memory.weights import check_memory
 from ..model.bind_plan import bind
@@ -124,8 +125,9 @@ class PackingQuantizer(HfQuantizer):
         if device_map is None and device_of(self.quantization_config.backend) != "cpu":
             device_map = {"": device_of(self.quantization_config.backend)}
         if isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
-            gpu = torch.cuda.is_available() and runs_on(self.quantization_config.backend, "cuda")
-            return {"": "cuda:0" if gpu else "cpu"}
+            backend = self.quantization_config.backend
+            gpu = torch.cuda.is_available() and runs_on(backend, "cuda")
+            device_map = {"": "cuda:0" if gpu else "cpu" if runs_on(backend, "cpu") else device_of(backend)}
         if isinstance(device_map, dict) and len({str(device) for device in device_map.values()}) > 1:
             raise ConfigError(f"device_map must name one device for an optimized model, got {device_map}")
         named = set(map(str, device_map.values())) if isinstance(device_map, dict) else {str(device_map)}
@@ -185,6 +187,7 @@ class PackingQuantizer(HfQuantizer):
         if self.calibration is not None:
             self.quantization_config = DeepSeekConfig(**without_rounding(self.settings))
             swap_on_meta(model, graph, self.quantization_config, dtype)
+        self._check_device(model, kwargs.get("device_map"))
         _expect_fp32(model, fp32_weights(graph))
         _check_files(checkpoint_files, model)
         self.files, self.mapped = checkpoint_files, MappedFiles(checkpoint_files or ())
@@ -215,8 +218,18 @@ class PackingQuantizer(HfQuantizer):
         if not self.pre_quantized:
             if device_map is None or set(map(str, device_map.values())) == {"cpu"}:
                 check_memory([*model.parameters(), *model.buffers()])
+            elif (device := _only_device(device_map)).type != "cpu":
+                check_memory([*model.parameters(), *model.buffers()], device, self.quantization_config.kv_cache_memory)
             _expect_floats(model, dtype)
         return model
+
+    def _check_device(self, model: Any, device_map: Any) -> None:
+        """Raises BackendError or NotEnoughMemoryError if a model with a plan cannot run on its device, or does not fit."""
+        device = _only_device(device_map)
+        check_runnable(model, self.quantization_config, device)
+        if device.type != "cpu":
+            held = (*model.parameters(), *model.buffers())
+            check_memory(held, device, self.quantization_config.kv_cache_memory)
 
     def _add_mtp_layers(self, model: Any, files: Any, dtype: torch.dtype) -> None:
         """Adds the MTP layers of a checkpoint, if this package's reader supports its files."""
@@ -309,6 +322,13 @@ class PackingQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """True for adapters; the packed weights themselves are frozen."""
         return True
+
+
+def _only_device(device_map: Any) -> torch.device:
+    """The device of a map from `update_device_map`; None: the CPU."""
+    named = next(iter(device_map.values())) if isinstance(device_map, dict) else device_map
+    device = torch.device("cuda", named) if isinstance(named, int) else torch.device(named or "cpu")
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
 def _read_again(checkpoint: Checkpoint, name: str, weight: PackedWeight) -> PackedWeight:

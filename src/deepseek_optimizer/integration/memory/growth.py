@@ -17,7 +17,8 @@ class CheckedGrowth:
 
     Args:
         block_bytes, num_blocks: size and number of the store's blocks.
-        read: returns the memory that is free now.
+        read: returns the memory that is free now, of the device that the store is on.
+        held: returns how many blocks the store has memory for already (`KvStore.held_blocks`), which need no more.
         clock: returns the time in seconds.
     """
 
@@ -26,14 +27,20 @@ class CheckedGrowth:
         block_bytes: int,
         num_blocks: int,
         read: Callable[[], FreeMemory] = free_memory,
+        held: Callable[[], int] = lambda: 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._block_bytes, self._num_blocks, self._read, self._clock = block_bytes, num_blocks, read, clock
+        self._block_bytes, self._num_blocks, self._read, self._held = block_bytes, num_blocks, read, held
+        self._clock = clock
         self._read_at = clock()
         self.shortage: str | None = None
 
     def grow(self, wanted: int, backed: int) -> int:
         """See `cache.Growth`."""
+        backed = max(backed, self._held())
+        if wanted <= backed:  # a device's store allocates all of its blocks at once
+            self.shortage = None
+            return backed
         limit = self._read().to_use
         room = max(0, less_reserve(limit.free)) // self._block_bytes
         step = -(-STEP // self._block_bytes)

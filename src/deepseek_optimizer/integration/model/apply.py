@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from ...backends.registry import choose_backend
 from ...errors import BackendError
 from ...system.cuda_device import why_no_cuda
 from ..bind.instance_method import InstanceMethod
+from ..bind.runnable import check_runnable
 from ..memory.weights import check_memory
 
 
@@ -27,7 +27,7 @@ class Apply(InstanceMethod):
         before = model.device
         target = _target(fn, before)
         if target.type == "cuda" and target != before:
-            choose_backend(self.runtime.config, target)
+            check_runnable(model, self.runtime.config, target)
             check_memory([*model.parameters(), *model.buffers()], target, self.runtime.config.kv_cache_memory)
         torch.nn.Module._apply(model, fn, recurse)
         if model.device != before:

@@ -5,8 +5,9 @@ one tile for the query heads that share a key head, so that keys and values are 
 of a product, of which tensor cores need at least 16. It goes through the visible blocks of 32 tokens, TOKENS / 32 at a time
 (`paged.py`).
 
-Scores and sums are fp32. With a bf16 cache, q and the softmax's weights are rounded to bf16 for products on tensor cores; with
-an fp32 cache nothing is rounded, and half as many tokens are read at a time, as operands are in registers.
+Scores and sums are fp32. With a bf16 or int8 cache, q and the softmax's weights are rounded to bf16 for products on tensor
+cores; with an fp32 cache nothing is rounded, and half as many tokens are read at a time, as operands are in registers. Scales
+of an int8 cache multiply scores and weights.
 """
 
 from __future__ import annotations
@@ -16,7 +17,18 @@ import triton
 import triton.language as tl
 
 from ..division import TILE_FIELDS, Tiles, chunks_of
-from .paged import blocks_to_read, chunk_memory, launch_merge, next_weights, seen_by_rows, tokens_to_read
+from .gates import capped
+from .paged import (
+    blocks_to_read,
+    chunk_memory,
+    finish_tile,
+    launch_merge,
+    next_weights,
+    scales_of,
+    seen_by_rows,
+    tokens_to_read,
+    with_sink,
+)
 from .precision import add_product
 
 _FIELDS = tl.constexpr(TILE_FIELDS)
@@ -24,20 +36,24 @@ _FIELDS = tl.constexpr(TILE_FIELDS)
 
 @triton.jit
 def attend_tile(
-    q, cache, block_tables, tiles, ends, out, partial, stats, block_elements, layer_offset, most_blocks, chunk_blocks, scale,
-    window, sinks, CHUNKS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr,
+    q, cache, block_tables, tiles, ends, learned, out, partial, stats, block_elements, layer_offset, most_blocks, chunk_blocks,
+    scale, softcap, window, sinks, CHUNKS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr,
     HEAD: tl.constexpr, HEAD_BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr, TOKENS: tl.constexpr, NARROW: tl.constexpr,
+    SINKS: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(scale q K^T) V of a tile and a key head. Grid (tiles, KV_HEADS, CHUNKS).
 
     Args:
         q, out: float32 [T, KV_HEADS * GROUP * HEAD].
-        cache: float32 or bf16 [blocks, block_elements], see `store.CudaStore`.
+        cache: float32, bf16 or int8 [blocks, block_elements], see `store.CudaStore`.
         block_tables: int32 [S, most_blocks].
         tiles: see `division.Tiles`. ends: int32 [T], in tokens of the sequence.
         partial, stats: float32 [tiles, KV_HEADS, GROUP, CHUNKS, HEAD] and [.., 2], written instead of `out` if CHUNKS > 1, for
             `merge_chunks`.
+        learned: float32 [KV_HEADS * GROUP], the score of one more key of each head, whose value is 0; read if SINKS.
         chunk_blocks: blocks of a chunk.
+        softcap: scores s become softcap * tanh(s / softcap), unless it is 0.
+        SCALED: whether keys and values are integers with scales.
         GROUP_ROWS: a power of two >= GROUP; HEAD_BLOCK: one >= HEAD; BLOCK_Q * GROUP_ROWS >= 16.
     """
     tile, kv_head, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -66,22 +82,29 @@ def attend_tile(
         t = start + tl.arange(0, TOKENS)
         key, page, stored = tokens_to_read(t, stop, sink_blocks, first_block, last_end, pages)
         place = page * block_elements + layer_offset + (kv_head * 32 + t % 32) * HEAD
-        k = tl.load(cache + place[None, :] + d[:, None], mask=stored[None, :] & (d < HEAD)[:, None], other=0.0)
+        k = tl.load(cache + place[None, :] + d[:, None], mask=stored[None, :] & (d < HEAD)[:, None], other=0)
         scores = tl.zeros([BLOCK_Q * GROUP_ROWS, TOKENS], tl.float32)
+        if SCALED:
+            k = k.to(tl.float32)  # integers, which bf16 holds exactly
         scores = add_product(scores, rows, k, NARROW) * scale
+        if SCALED:
+            scales = scales_of(cache, page * block_elements + layer_offset, KV_HEADS, HEAD) + kv_head * 32 + t % 32
+            scores *= tl.load(scales, mask=stored, other=0.0)[None, :]
+        scores = capped(scores, softcap)
         seen = seen_by_rows(key, stored, token, end, window, sinks)
         weight, fade, maximum, weights = next_weights(scores, seen, maximum, weights)
         value_place = place + KV_HEADS * 32 * HEAD
-        v = tl.load(cache + value_place[:, None] + d[None, :], mask=stored[:, None] & (d < HEAD)[None, :], other=0.0)
+        v = tl.load(cache + value_place[:, None] + d[None, :], mask=stored[:, None] & (d < HEAD)[None, :], other=0)
+        if SCALED:
+            weight *= tl.load(scales + KV_HEADS * 32, mask=stored, other=0.0)[None, :]
+            v = v.to(tl.float32)
         sums = add_product(sums * fade[:, None], weight, v, NARROW)
-    if CHUNKS == 1:
-        divisor = tl.where(real, weights, 1.0)
-        tl.store(out + q_place[:, None] + d[None, :], sums / divisor[:, None], mask=q_mask)
-    else:
-        part = ((tile.to(tl.int64) * KV_HEADS + kv_head) * GROUP + member) * CHUNKS + chunk
-        tl.store(partial + part[:, None] * HEAD + d[None, :], sums, mask=q_mask)
-        tl.store(stats + part * 2, maximum, mask=real)
-        tl.store(stats + part * 2 + 1, weights, mask=real)
+    if SINKS and CHUNKS == 1:
+        sink = tl.load(learned + kv_head * GROUP + member, mask=real, other=0.0)
+        maximum, weights, sums = with_sink(maximum, weights, sums, sink)
+    part = ((tile.to(tl.int64) * KV_HEADS + kv_head) * GROUP + member) * CHUNKS + chunk
+    place = q_place[:, None] + d[None, :]
+    finish_tile(maximum, weights, sums, real, out, place, q_mask, d, part, partial, stats, CHUNKS, HEAD)
 
 
 def attention(
@@ -98,19 +121,22 @@ def attention(
     scale: float,
     window: int = 0,
     sinks: int = 0,
+    softcap: float = 0.0,
+    learned: torch.Tensor | None = None,
 ) -> None:
     """See `attend_tile`. Rows of other tiles are not written."""
     count, head, group = len(tiles.fields), q.shape[1] // heads, heads // kv_heads
     chunks, blocks = chunks_of(tiles.planned, tiles.blocks, kv_heads), block_tables.shape[1]
-    group_rows, narrow = triton.next_power_of_2(group), cache.dtype == torch.bfloat16
+    group_rows, narrow = triton.next_power_of_2(group), cache.dtype != torch.float32
     block_q = max(tiles.block_q, triton.cdiv(16, group_rows))
     head_block = max(16, triton.next_power_of_2(head))
     partial, stats = chunk_memory(tiles, heads, chunks, head, out)
     attend_tile[(count, kv_heads, chunks)](
-        q, cache, block_tables, tiles.fields, ends, out, partial, stats, cache.stride(0), layer_offset, blocks,
-        triton.cdiv(tiles.blocks, chunks) if chunks > 1 else blocks, scale, window, sinks, CHUNKS=chunks, KV_HEADS=kv_heads,
-        GROUP=group, GROUP_ROWS=group_rows, HEAD=head, HEAD_BLOCK=head_block, BLOCK_Q=block_q,
-        TOKENS=64 if narrow else 32, NARROW=narrow, num_warps=4 if narrow else 8, num_stages=2,
+        q, cache, block_tables, tiles.fields, ends, q if learned is None else learned, out, partial, stats, cache.stride(0),
+        layer_offset, blocks, triton.cdiv(tiles.blocks, chunks) if chunks > 1 else blocks, scale, float(softcap), window, sinks,
+        CHUNKS=chunks, KV_HEADS=kv_heads, GROUP=group, GROUP_ROWS=group_rows, HEAD=head, HEAD_BLOCK=head_block, BLOCK_Q=block_q,
+        TOKENS=64 if narrow else 32, NARROW=narrow, SINKS=learned is not None, SCALED=cache.dtype == torch.int8,
+        num_warps=4 if narrow else 8, num_stages=2,
     )  # fmt: skip
     if chunks > 1:
-        launch_merge(partial, stats, tiles, out)
+        launch_merge(partial, stats, tiles, out, learned)

@@ -1,4 +1,4 @@
-"""Element-wise ops of two inputs, one of which may have one element per row."""
+"""Element-wise ops of one input or two, one of which may have one element per row."""
 
 from __future__ import annotations
 
@@ -6,26 +6,90 @@ import torch
 import triton
 import triton.language as tl
 
+from ..gates import NO_GATE, Gate
+from .gates import capped, gated, gelu
+
 _BLOCK = 1024
 
 
 @triton.jit
-def pairwise(a, b, out, count, OP: tl.constexpr, BLOCK: tl.constexpr):
-    """out = a + b ("add") or silu(a) * b ("swiglu"), float32 [count]. Grid (blocks). The output may be an input."""
+def pairwise(a, b, out, count, OP: tl.constexpr, GATE: tl.constexpr, BLOCK: tl.constexpr):
+    """out = a + b ("add"), a * b ("multiply"), or both joined ("gate"), float32 [count]. Grid (blocks). The output may be an
+    input."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x, y = tl.load(a + at, mask=at < count, other=0.0), tl.load(b + at, mask=at < count, other=0.0)
     if OP == "add":
         value = x + y
+    elif OP == "multiply":
+        value = x * y
     else:
-        tl.static_assert(OP == "swiglu")
-        value = x * tl.sigmoid(x) * y
+        tl.static_assert(OP == "gate")
+        value = gated(x, y, GATE)
     tl.store(out + at, value, mask=at < count)
 
 
-def apply(op: str, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+def apply(op: str, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, gate: Gate = NO_GATE) -> None:
     """See `pairwise`; contiguous tensors of one shape."""
     if out.numel():
-        pairwise[(triton.cdiv(out.numel(), _BLOCK),)](a, b, out, out.numel(), OP=op, BLOCK=_BLOCK, num_warps=4)
+        pairwise[(triton.cdiv(out.numel(), _BLOCK),)](
+            a, b, out, out.numel(), OP=op, GATE=gate, BLOCK=_BLOCK, num_warps=4
+        )  # fmt: skip
+
+
+@triton.jit
+def each_element(x, factor, out, count, scale, cap, OP: tl.constexpr, BLOCK: tl.constexpr):
+    """Grid (blocks). The output may be x.
+
+    Args:
+        x, out: float32 [count].
+        factor: float32 [1], read by "scale_by".
+        OP: "scale": out = x * scale, with `cap` > 0 cap * tanh of it / cap; "scale_by": x * factor; "gelu".
+    """
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x + at, mask=at < count, other=0.0)
+    if OP == "scale":
+        value = capped(value * scale, cap)
+    elif OP == "scale_by":
+        value = value * tl.load(factor)
+    else:
+        tl.static_assert(OP == "gelu")
+        value = gelu(value)
+    tl.store(out + at, value, mask=at < count)
+
+
+def each(
+    op: str, x: torch.Tensor, out: torch.Tensor, scale: float = 1.0, cap: float = 0.0, factor: torch.Tensor | None = None
+) -> None:
+    """See `each_element`; contiguous tensors of one shape."""
+    if out.numel():
+        each_element[(triton.cdiv(out.numel(), _BLOCK),)](
+            x, x if factor is None else factor, out, out.numel(), float(scale), float(cap), OP=op, BLOCK=_BLOCK, num_warps=4
+        )  # fmt: skip
+
+
+@triton.jit
+def scale_rows(x, positions, out, width, beta, length, offset, BLOCK: tl.constexpr):
+    """See op `position_scale`. Grid (rows, blocks of columns). The output may be x.
+
+    Args:
+        x, out: float32 [rows, width].
+        positions: int32 [rows].
+    """
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    steps = (tl.load(positions + row) + offset) // length
+    factor = 1.0 + beta * tl.log(1.0 + steps.to(tl.float32))
+    place = row * width + column
+    tl.store(out + place, tl.load(x + place, mask=column < width, other=0.0) * factor, mask=column < width)
+
+
+def position_scale(
+    x: torch.Tensor, positions: torch.Tensor, out: torch.Tensor, beta: float, length: int, offset: int = 0
+) -> None:
+    """See `scale_rows`."""
+    rows, width = x.shape
+    if rows:
+        grid = rows, triton.cdiv(width, _BLOCK)
+        scale_rows[grid](x, positions, out, width, float(beta), length, offset, BLOCK=_BLOCK, num_warps=4)
 
 
 @triton.jit

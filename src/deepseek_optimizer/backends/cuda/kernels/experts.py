@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from ..division import BLOCK, MOST_ROWS, PAIR_FIELDS
+from ..gates import NO_GATE, SILU, Gate
 from ..matrices import DeviceStack
 from .epilogue import finished
 from .expert_groups import PairTiles, chosen_by, group_pairs
@@ -25,48 +26,46 @@ _SUM_BLOCK = 256  # columns of a program of `add_pairs`
 
 @triton.jit
 def pair_vector_product(
-    x, routes, words, halves, out, pairs, outputs, columns, groups, matrix_words, FORMAT: tl.constexpr, WORDS: tl.constexpr,
-    PER_WORD: tl.constexpr, TILE_WORDS: tl.constexpr, SCALED: tl.constexpr, GATED: tl.constexpr, TOP_K: tl.constexpr,
-    BLOCK: tl.constexpr,
+    x, routes, words, biases, out, pairs, outputs, columns, groups, matrix_words, LAYOUT: tl.constexpr, GATE: tl.constexpr,
+    BIASED: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[p] = silu(gate_e x_t) * (up_e x_t) of each pair p = (t, e), or down_e x_p without GATED. Grid (rows of tiles, pairs).
+    """out[p] = gate_e x_t and up_e x_t joined, of each pair p = (t, e), or down_e x_p without a gate. Grid (rows of tiles,
+    pairs).
 
     Args:
-        x: float32 [T, columns], or without GATED [pairs, columns].
+        x: float32 [T, columns], or without a gate [pairs, columns].
         routes: float32 [T, 2 * TOP_K].
-        words, halves: the tiles of all experts, see `DeviceStack`; with GATED gate and up of each expert in turn.
+        words: the tiles of all experts, see `DeviceStack`; with a gate those of gate and up of each expert in turn.
+        biases: float32 [experts, 1 or 2, outputs], read if BIASED.
         out: float32 [pairs, outputs].
         matrix_words: words between two matrices.
     """
     tile_row, pair = tl.program_id(0), tl.program_id(1)
     expert = chosen_by(routes, pair, pairs, TOP_K).to(tl.int64)
     matrix = words + expert * matrix_words
-    scales = halves + expert * matrix_words * 2
     row = pair.to(tl.int64)
-    if GATED:
+    if GATE.kind != "":
         matrix += expert * matrix_words
-        scales += expert * matrix_words * 2
         row = row // TOP_K
     total = tile_row_sums(
-        x + row * columns, 0, 1, columns, matrix, scales, tile_row, groups, 0, groups * WORDS, FORMAT, WORDS, PER_WORD,
-        TILE_WORDS, SCALED, 1, BLOCK,
-    )  # fmt: skip
+        x + row * columns, 0, 1, columns, matrix, tile_row, groups, 0, groups * LAYOUT.words, LAYOUT, 1, BLOCK
+    )
     up = total
-    if GATED:
+    if GATE.kind != "":
+        matrix += matrix_words
         up = tile_row_sums(
-            x + row * columns, 0, 1, columns, matrix + matrix_words, scales + matrix_words * 2, tile_row, groups, 0,
-            groups * WORDS, FORMAT, WORDS, PER_WORD, TILE_WORDS, SCALED, 1, BLOCK,
-        )  # fmt: skip
+            x + row * columns, 0, 1, columns, matrix, tile_row, groups, 0, groups * LAYOUT.words, LAYOUT, 1, BLOCK
+        )
     n = tile_row * 16 + tl.arange(0, 16)
-    value = finished(total, up, x, x, n, outputs, GATED, False, False)
+    own = biases + expert * outputs * (1 if GATE.kind == "" else 2)
+    value = finished(total, up, own, own + outputs, n, outputs, GATE, BIASED, BIASED)
     tl.store(out + pair.to(tl.int64) * outputs + n[None, :], value, mask=(n < outputs)[None, :])
 
 
 @triton.jit
 def pair_tile_product(
-    ordered, order, fields, words, halves, out, outputs, groups, matrix_words, FORMAT: tl.constexpr, WORDS: tl.constexpr,
-    PER_WORD: tl.constexpr, TILE_WORDS: tl.constexpr, SCALED: tl.constexpr, NARROW: tl.constexpr, GATED: tl.constexpr,
-    TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr,
+    ordered, order, fields, words, biases, out, outputs, groups, matrix_words, LAYOUT: tl.constexpr, GATE: tl.constexpr,
+    BIASED: tl.constexpr, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """As `pair_vector_product`, for tiles of pairs of one expert. Grid (tiles, blocks of outputs): programs next to each other
     read the same weights, if an expert has several tiles.
@@ -83,17 +82,16 @@ def pair_tile_product(
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     pair = tl.load(order + first + m, mask=m < count, other=0).to(tl.int64)
     matrix = words + expert * matrix_words
-    scales = halves + expert * matrix_words * 2
     source = pair
-    if GATED:
+    if GATE.kind != "":
         matrix += expert * matrix_words
-        scales += expert * matrix_words * 2
         source = pair // TOP_K
     total, up = tile_sums(
-        ordered, source, m < count, matrix, scales, matrix + matrix_words, scales + matrix_words * 2, n, outputs, groups,
-        FORMAT, WORDS, PER_WORD, TILE_WORDS, SCALED, NARROW, GATED, BLOCK_M, BLOCK_N, BLOCK_J,
+        ordered, source, m < count, matrix, matrix + matrix_words, n, outputs, groups, LAYOUT, GATE.kind != "", BLOCK_M,
+        BLOCK_N, BLOCK_J,
     )  # fmt: skip
-    value = finished(total, up, out, out, n, outputs, GATED, False, False)
+    own = biases + expert * outputs * (1 if GATE.kind == "" else 2)
+    value = finished(total, up, own, own + outputs, n, outputs, GATE, BIASED, BIASED)
     tl.store(out + pair[:, None] * outputs + n[None, :], value, mask=(m < count)[:, None] & (n < outputs)[None, :])
 
 
@@ -118,44 +116,63 @@ def group_for(routes: torch.Tensor, experts: int, stack: DeviceStack) -> PairTil
 
 
 def _products(
-    x: torch.Tensor, routes: torch.Tensor, tiles: PairTiles | None, stack: DeviceStack, gated: bool, out: torch.Tensor
-) -> None:
+    x: torch.Tensor, routes: torch.Tensor, tiles: PairTiles | None, stack: DeviceStack, biases: torch.Tensor | None,
+    gate: Gate, out: torch.Tensor,
+) -> None:  # fmt: skip
     top_k = routes.shape[1] // 2
+    constants = {"LAYOUT": stack.layout, "GATE": gate, "BIASED": biases is not None, "TOP_K": top_k}
+    biases = out if biases is None else biases
     if tiles is None:
         pair_vector_product[(stack.tile_rows, len(out))](
-            x, routes, stack.words, stack.halves, out, len(out), stack.rows, stack.cols, stack.groups, stack.matrix_words,
-            **stack.constants, GATED=gated, TOP_K=top_k, BLOCK=BLOCK, num_warps=4,
+            x, routes, stack.words, biases, out, len(out), stack.rows, stack.cols, stack.groups, stack.matrix_words,
+            **constants, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
     else:
-        sizes = tile_sizes(tiles.block_m, stack, gated) | {"BLOCK_M": tiles.block_m}
+        sizes = tile_sizes(tiles.block_m, stack, gate is not NO_GATE) | {"BLOCK_M": tiles.block_m}
         pair_tile_product[(len(tiles.fields), triton.cdiv(stack.rows, sizes["BLOCK_N"]))](
-            ordered_rows(x, stack.cols, stack), tiles.order, tiles.fields, stack.words, stack.halves, out, stack.rows,
-            stack.groups, stack.matrix_words, **stack.constants, NARROW=stack.layout.narrow, GATED=gated, TOP_K=top_k, **sizes,
-            num_warps=4, num_stages=2,
+            ordered_rows(x, stack.cols, stack), tiles.order, tiles.fields, stack.words, biases, out, stack.rows, stack.groups,
+            stack.matrix_words, **constants, **sizes, num_warps=4, num_stages=2,
         )  # fmt: skip
 
 
-def gate_up(x: torch.Tensor, routes: torch.Tensor, tiles: PairTiles | None, stack: DeviceStack, out: torch.Tensor) -> None:
-    """out[t * top_k + j] = silu(gate_e x_t) * (up_e x_t) for the j-th expert e of token t.
+def gate_up(
+    x: torch.Tensor,
+    routes: torch.Tensor,
+    tiles: PairTiles | None,
+    stack: DeviceStack,
+    out: torch.Tensor,
+    biases: torch.Tensor | None = None,
+    gate: Gate = SILU,
+) -> None:
+    """out[t * top_k + j] = gate_e x_t + b_e and up_e x_t + c_e joined, for the j-th expert e of token t.
 
     Args:
         x: float32 [T, columns], contiguous.
         tiles: of `group_for`.
         stack: gate and up of each expert in turn.
+        biases: float32 [experts, 2, rows], in the same order.
         out: float32 [T * top_k, rows].
     """
-    _products(x, routes, tiles, stack, True, out)
+    _products(x, routes, tiles, stack, biases, gate, out)
 
 
-def down(hidden: torch.Tensor, routes: torch.Tensor, tiles: PairTiles | None, stack: DeviceStack, out: torch.Tensor) -> None:
-    """out[t] = sum over j of weight * down_e hidden[t * top_k + j], for the j-th expert e of token t and its weight.
+def down(
+    hidden: torch.Tensor,
+    routes: torch.Tensor,
+    tiles: PairTiles | None,
+    stack: DeviceStack,
+    out: torch.Tensor,
+    biases: torch.Tensor | None = None,
+) -> None:
+    """out[t] = sum over j of weight * (down_e hidden[t * top_k + j] + b_e), for the j-th expert e of token t and its weight.
 
     Args:
         hidden: float32 [T * top_k, columns], contiguous.
+        biases: float32 [experts, rows].
         out: float32 [T, rows].
     """
     results = torch.empty((len(hidden), stack.rows), dtype=torch.float32, device=hidden.device)
-    _products(hidden, routes, tiles, stack, False, results)
+    _products(hidden, routes, tiles, stack, biases, NO_GATE, results)
     add_pairs[(len(out), triton.cdiv(stack.rows, _SUM_BLOCK))](
         results, routes, out, stack.rows, TOP_K=routes.shape[1] // 2, BLOCK=_SUM_BLOCK, num_warps=2
     )

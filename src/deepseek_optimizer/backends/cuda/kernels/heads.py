@@ -14,21 +14,20 @@ from .linear_vector import block_words, tile_row_sums
 
 @triton.jit
 def head_vector_product(
-    x, x_stride, x_head, words, halves, out, out_stride, out_head, rows, outputs, columns, groups, matrix_words,
-    FORMAT: tl.constexpr, WORDS: tl.constexpr, PER_WORD: tl.constexpr, TILE_WORDS: tl.constexpr, SCALED: tl.constexpr,
+    x, x_stride, x_head, words, out, out_stride, out_head, rows, outputs, columns, groups, matrix_words, LAYOUT: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out[m, h] = W_h x[m, h] for few rows m. Grid (rows of tiles, heads).
 
     Args:
         x, out: float32; rows are `x_stride` and `out_stride` apart, heads `x_head` and `out_head`.
-        words, halves: the tiles of W of the first head, see `DeviceStack`.
+        words: the tiles of W of the first head, see `DeviceStack`.
         matrix_words: words between two matrices.
     """
     tile_row, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     total = tile_row_sums(
-        x + head * x_head, x_stride, rows, columns, words + head * matrix_words, halves + head * matrix_words * 2, tile_row,
-        groups, 0, groups * WORDS, FORMAT, WORDS, PER_WORD, TILE_WORDS, SCALED, ROWS, BLOCK,
+        x + head * x_head, x_stride, rows, columns, words + head * matrix_words, tile_row, groups, 0, groups * LAYOUT.words,
+        LAYOUT, ROWS, BLOCK,
     )  # fmt: skip
     m, n = tl.arange(0, ROWS), tile_row * 16 + tl.arange(0, 16)
     mask = (m < rows)[:, None] & (n < outputs)[None, :]
@@ -37,8 +36,7 @@ def head_vector_product(
 
 @triton.jit
 def head_tile_product(
-    ordered, source_stride, words, halves, out, out_stride, out_head, rows, outputs, groups, matrix_words, FORMAT: tl.constexpr,
-    WORDS: tl.constexpr, PER_WORD: tl.constexpr, TILE_WORDS: tl.constexpr, SCALED: tl.constexpr, NARROW: tl.constexpr,
+    ordered, source_stride, words, out, out_stride, out_head, rows, outputs, groups, matrix_words, LAYOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """As `head_vector_product`, for many rows on tensor cores. Grid (blocks of rows, blocks of outputs, heads).
@@ -48,10 +46,10 @@ def head_tile_product(
     """
     m, head = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(2).to(tl.int64)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    matrix, scales = words + head * matrix_words, halves + head * matrix_words * 2
+    matrix = words + head * matrix_words
     total, _ = tile_sums(
-        ordered, m.to(tl.int64) * source_stride + head, m < rows, matrix, scales, matrix, scales, n, outputs, groups, FORMAT,
-        WORDS, PER_WORD, TILE_WORDS, SCALED, NARROW, False, BLOCK_M, BLOCK_N, BLOCK_J,
+        ordered, m.to(tl.int64) * source_stride + head, m < rows, matrix, matrix, n, outputs, groups, LAYOUT, False, BLOCK_M,
+        BLOCK_N, BLOCK_J,
     )  # fmt: skip
     place = out + m[:, None].to(tl.int64) * out_stride + head * out_head + n[None, :]
     tl.store(place, total, mask=(m < rows)[:, None] & (n < outputs)[None, :])
@@ -76,19 +74,19 @@ class HeadInputs:
             out: float32 [T, heads, rows], contiguous in its last dimension.
         """
         rows, heads = out.shape[:2]
-        words, halves = (tiles[first_matrix + first :] for tiles in (stack.words, stack.halves))
+        words = stack.words[first_matrix + first :]
         if self._ordered is None:
             x = self._x[:, first:]
             head_vector_product[(stack.tile_rows, heads)](
-                x, x.stride(0), x.stride(1), words, halves, out, out.stride(0), out.stride(1), rows, stack.rows, stack.cols,
-                stack.groups, stack.matrix_words, **stack.constants, ROWS=triton.next_power_of_2(rows),
+                x, x.stride(0), x.stride(1), words, out, out.stride(0), out.stride(1), rows, stack.rows, stack.cols,
+                stack.groups, stack.matrix_words, LAYOUT=stack.layout, ROWS=triton.next_power_of_2(rows),
                 BLOCK=block_words(rows), num_warps=4,
             )  # fmt: skip
         else:
             sizes = tile_sizes(rows, stack, gated=False)
             grid = triton.cdiv(rows, sizes["BLOCK_M"]), triton.cdiv(stack.rows, sizes["BLOCK_N"]), heads
             head_tile_product[grid](
-                self._ordered[first:], self._x.shape[1], words, halves, out, out.stride(0), out.stride(1), rows, stack.rows,
-                stack.groups, stack.matrix_words, **stack.constants, NARROW=stack.layout.narrow, **sizes, num_warps=4,
+                self._ordered[first:], self._x.shape[1], words, out, out.stride(0), out.stride(1), rows, stack.rows,
+                stack.groups, stack.matrix_words, LAYOUT=stack.layout, **sizes, num_warps=4,
                 num_stages=2,
             )  # fmt: skip

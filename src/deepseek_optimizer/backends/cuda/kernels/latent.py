@@ -30,7 +30,7 @@ def latent_rows(
     normed = z / tl.sqrt_rn(tl.sum(z * z, 0) / RANK + eps) * tl.load(weight + i, mask=i < RANK, other=0.0)
     tl.store(target + i, normed, mask=i < RANK)
     real = tl.full([1, 1], 1, tl.int1)
-    move_heads(row + RANK, target + RANK, table + token * ROPE, real, ROPE, ROPE, 0, INTERLEAVED, ROPE_BLOCK)
+    move_heads(row + RANK, target + RANK, target, table + token * ROPE, real, ROPE, ROPE, 0, INTERLEAVED, False, ROPE_BLOCK)
 
 
 def latent(

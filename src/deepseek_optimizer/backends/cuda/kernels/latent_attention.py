@@ -23,7 +23,7 @@ import triton.language as tl
 from ..division import HEAD_ROWS, TILE_FIELDS, Tiles, chunks_of, heads_at_once
 from ..matrices import DeviceStack
 from .heads import HeadInputs
-from .paged import blocks_to_read, chunk_memory, launch_merge, next_weights, seen_by_rows, tokens_to_read
+from .paged import blocks_to_read, chunk_memory, finish_tile, launch_merge, next_weights, seen_by_rows, tokens_to_read
 from .precision import add_product, nearest_bf16
 
 _FIELDS = tl.constexpr(TILE_FIELDS)
@@ -106,14 +106,8 @@ def attend_latents(
         seen = seen_by_rows(key, stored, token, end, window, sinks)
         weight, fade, maximum, weights = next_weights(scores, seen, maximum, weights)
         sums = add_product(sums * fade[:, None], weight, latents, NARROW)
-    if CHUNKS == 1:
-        divisor = tl.where(real, weights, 1.0)
-        tl.store(out + place_out, sums / divisor[:, None], mask=mask_out)
-    else:
-        part = (tile.to(tl.int64) * heads + head) * CHUNKS + chunk
-        tl.store(partial + part[:, None] * RANK + c[None, :], sums, mask=mask_out)
-        tl.store(stats + part * 2, maximum, mask=real)
-        tl.store(stats + part * 2 + 1, weights, mask=real)
+    part = (tile.to(tl.int64) * heads + head) * CHUNKS + chunk
+    finish_tile(maximum, weights, sums, real, out, place_out, mask_out, c, part, partial, stats, CHUNKS, RANK)
 
 
 def attend(

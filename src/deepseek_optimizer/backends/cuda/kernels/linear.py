@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..division import MOST_ROWS
+from ..gates import SILU, Gate
 from ..matrices import DeviceMatrix
 from .elementwise import apply
 from .linear_tile import launch_tile
@@ -24,13 +25,14 @@ def gate_up(
     up: DeviceMatrix,
     biases: tuple[torch.Tensor | None, torch.Tensor | None],
     out: torch.Tensor,
+    joined: Gate = SILU,
 ) -> None:
-    """out = silu(x G^T + b_g) * (x U^T + b_u), for matrices of one shape: in one kernel if they have one format."""
+    """out = x G^T + b_g and x U^T + b_u, joined, for matrices of one shape: in one kernel if they have one format."""
     if gate.format != up.format:
         raised = torch.empty_like(out)
         linear(x, gate, biases[0], out)
         linear(x, up, biases[1], raised)
-        apply("swiglu", out, raised, out)
+        apply("gate", out, raised, out, joined)
     elif len(x):
         launch = launch_vector if len(x) <= MOST_ROWS else launch_tile
-        launch(x, gate, biases[0], out, up, biases[1])
+        launch(x, gate, biases[0], out, up, biases[1], joined)

@@ -13,12 +13,14 @@ import torch
 import triton
 import triton.language as tl
 
+from ..gates import NO_GATE, Gate
 from ..matrices import DeviceMatrix, DeviceTiles
 from .epilogue import finished
 from .precision import add_product, nearest_bf16
-from .tiles import decode, scale_place, word_place
+from .tiles import decode, load_codes, load_scales
 
 BLOCK_N, BLOCK_J = 64, 32
+_MOST_COLUMNS = 256  # that the words of a block have: more values in registers would not fit
 _EXACT = 32  # BLOCK_M and BLOCK_N of fp32 products, whose operands do not fit into registers otherwise
 _ORDERED_ROWS, _ORDERED = 16, 64  # rows and words of a program of `order_rows`
 
@@ -45,78 +47,80 @@ def order_rows(
 
 
 @triton.jit
-def weight_block(
-    words, halves, j, n, groups, inside, FORMAT: tl.constexpr, WORDS: tl.constexpr, TILE_WORDS: tl.constexpr,
-    SCALED: tl.constexpr,
-):  # fmt: skip
-    """Words int32 [J, N] and their scales float32 [J, N] of rows n of weights, at words j."""
+def weight_block(words, j, n, groups, inside, LAYOUT: tl.constexpr):
+    """Rows n of weights at words j: what `load_codes` and `load_scales` return, [J, N] each."""
     tile_row, row = (n // 16)[None, :], (n % 16)[None, :]
-    word = tl.load(words + word_place(tile_row, j[:, None], row, groups, WORDS, TILE_WORDS), mask=inside, other=0)
-    scale = tl.full([1, 1], 1.0, tl.float32)
-    if SCALED:
-        place = scale_place(tile_row, j[:, None], row, groups, WORDS, TILE_WORDS)
-        scale = tl.load(halves + place, mask=inside, other=0.0).to(tl.float32)
-    return word, scale
+    low, high = load_codes(words, tile_row, j[:, None], row, groups, inside, LAYOUT)
+    scale, minimum = load_scales(words, tile_row, j[:, None], row, groups, inside, LAYOUT)
+    return low, high, scale, minimum
+
+
+@triton.jit
+def weight_values(low, high, scale, minimum, part: tl.constexpr, LAYOUT: tl.constexpr):
+    """One part of each word of `weight_block`, float32 [J, N]."""
+    value = decode(low, high, part, LAYOUT) * scale
+    if LAYOUT.minimum:
+        value += minimum
+    return value
 
 
 @triton.jit
 def tile_sums(
-    ordered, source, real, words, halves, up_words, up_halves, n, outputs, groups, FORMAT: tl.constexpr, WORDS: tl.constexpr,
-    PER_WORD: tl.constexpr, TILE_WORDS: tl.constexpr, SCALED: tl.constexpr, NARROW: tl.constexpr, GATED: tl.constexpr,
+    ordered, source, real, words, up_words, n, outputs, groups, LAYOUT: tl.constexpr, GATED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """Products of some rows with rows n of W, and with GATED of U: float32 [BLOCK_M, BLOCK_N] each; without GATED twice the
     first.
 
     Args:
-        ordered: rows as `order_rows` writes them, [.., PER_WORD, groups * WORDS].
+        ordered: rows as `order_rows` writes them, [.., per_word, words of a row].
         source: int64 [BLOCK_M], which of them; real: bool [BLOCK_M], False where there is no row.
-        words, halves, up_words, up_halves: the tiles of W and U, see `DeviceTiles`.
+        words, up_words: the tiles of W and U, see `DeviceTiles`.
         n: [BLOCK_N], numbers of the outputs.
     """
-    row_words = groups * WORDS
+    PER_WORD: tl.constexpr = LAYOUT.per_word
+    row_words = groups * LAYOUT.words
     x_rows = ordered + source[:, None] * (PER_WORD * row_words)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = total
     for start in range(0, row_words, BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
         inside = (j < row_words)[:, None] & (n // 16 < (outputs + 15) // 16)[None, :]  # whole tiles, so that loads are wide
-        word, scale = weight_block(words, halves, j, n, groups, inside, FORMAT, WORDS, TILE_WORDS, SCALED)
-        up_word, up_scale = word, scale
+        low, high, scale, minimum = weight_block(words, j, n, groups, inside, LAYOUT)
+        up_low, up_high, up_scale, up_minimum = low, high, scale, minimum
         if GATED:
-            up_word, up_scale = weight_block(up_words, up_halves, j, n, groups, inside, FORMAT, WORDS, TILE_WORDS, SCALED)
+            up_low, up_high, up_scale, up_minimum = weight_block(up_words, j, n, groups, inside, LAYOUT)
         for part in tl.static_range(PER_WORD):
             mask = real[:, None] & (j < row_words)[None, :]
             values = tl.load(x_rows + part * row_words + j[None, :], mask=mask, other=0.0)
-            total = add_product(total, values, decode(word, part, FORMAT) * scale, NARROW)
+            total = add_product(total, values, weight_values(low, high, scale, minimum, part, LAYOUT), LAYOUT.narrow)
             if GATED:
-                up = add_product(up, values, decode(up_word, part, FORMAT) * up_scale, NARROW)
+                raised = weight_values(up_low, up_high, up_scale, up_minimum, part, LAYOUT)
+                up = add_product(up, values, raised, LAYOUT.narrow)
     return total, up
 
 
 @triton.jit
 def tile_product(
-    ordered, words, halves, up_words, up_halves, bias, up_bias, out, out_stride, rows, outputs, groups, FORMAT: tl.constexpr,
-    WORDS: tl.constexpr, PER_WORD: tl.constexpr, TILE_WORDS: tl.constexpr, SCALED: tl.constexpr, NARROW: tl.constexpr,
-    GATED: tl.constexpr, BIASED: tl.constexpr, UP_BIASED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_J: tl.constexpr,
+    ordered, words, up_words, bias, up_bias, out, out_stride, rows, outputs, groups, LAYOUT: tl.constexpr, GATE: tl.constexpr,
+    BIASED: tl.constexpr, UP_BIASED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """out = x W^T + bias, or with GATED silu(x W^T + bias) * (x U^T + up_bias). Grid (blocks of rows, blocks of outputs):
+    """out = x W^T + bias, or with a gate of that and x U^T + up_bias. Grid (blocks of rows, blocks of outputs):
     programs next to each other read the same weights, which then come from the L2 cache.
 
     Args:
-        ordered: x as `order_rows` writes it, [rows, PER_WORD, groups * WORDS].
-        words, halves, up_words, up_halves: the tiles of W and U, see `DeviceMatrix`.
+        ordered: x as `order_rows` writes it, [rows, per_word, words of a row].
+        words, up_words: the tiles of W and U, see `DeviceMatrix`.
         bias, up_bias: float32 [outputs], read if BIASED and UP_BIASED.
         out: float32 [rows, outputs], rows `out_stride` apart.
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     total, up = tile_sums(
-        ordered, m.to(tl.int64), m < rows, words, halves, up_words, up_halves, n, outputs, groups, FORMAT, WORDS, PER_WORD,
-        TILE_WORDS, SCALED, NARROW, GATED, BLOCK_M, BLOCK_N, BLOCK_J,
+        ordered, m.to(tl.int64), m < rows, words, up_words, n, outputs, groups, LAYOUT, GATE.kind != "", BLOCK_M, BLOCK_N,
+        BLOCK_J,
     )  # fmt: skip
-    value = finished(total, up, bias, up_bias, n, outputs, GATED, BIASED, UP_BIASED)
+    value = finished(total, up, bias, up_bias, n, outputs, GATE, BIASED, UP_BIASED)
     tl.store(out + m[:, None].to(tl.int64) * out_stride + n[None, :], value, mask=(m < rows)[:, None] & (n < outputs)[None, :])
 
 
@@ -143,7 +147,11 @@ def tile_sizes(rows: int, tiles: DeviceTiles, gated: bool) -> dict[str, int]:
     both sums must fit into registers."""
     limit = BLOCK_N if tiles.layout.narrow else _EXACT
     outputs = limit // 2 if gated and tiles.layout.narrow else limit
-    return {"BLOCK_M": min(limit, block_rows(rows)), "BLOCK_N": outputs, "BLOCK_J": BLOCK_J}
+    return {
+        "BLOCK_M": min(limit, block_rows(rows)),
+        "BLOCK_N": outputs,
+        "BLOCK_J": min(BLOCK_J, _MOST_COLUMNS // tiles.layout.per_word),
+    }
 
 
 def launch_tile(
@@ -153,12 +161,12 @@ def launch_tile(
     out: torch.Tensor,
     up: DeviceMatrix | None = None,
     up_bias: torch.Tensor | None = None,
+    gate: Gate = NO_GATE,
 ) -> None:
     """See `tile_product`: x float32 [M, K] with M > 0, out float32 [M, N]."""
     rows, sizes, second = len(x), tile_sizes(len(x), matrix, up is not None), matrix if up is None else up
     tile_product[(triton.cdiv(rows, sizes["BLOCK_M"]), triton.cdiv(matrix.rows, sizes["BLOCK_N"]))](
-        ordered_rows(x, matrix.cols, matrix), matrix.words, matrix.halves, second.words, second.halves,
-        out if bias is None else bias, out if up_bias is None else up_bias, out, out.stride(0), rows, matrix.rows,
-        matrix.groups, **matrix.constants, NARROW=matrix.layout.narrow, GATED=up is not None, BIASED=bias is not None,
-        UP_BIASED=up_bias is not None, **sizes, num_warps=4, num_stages=2,
+        ordered_rows(x, matrix.cols, matrix), matrix.words, second.words, out if bias is None else bias,
+        out if up_bias is None else up_bias, out, out.stride(0), rows, matrix.rows, matrix.groups, LAYOUT=matrix.layout,
+        GATE=gate, BIASED=bias is not None, UP_BIASED=up_bias is not None, **sizes, num_warps=4, num_stages=2,
     )  # fmt: skip

@@ -16,49 +16,54 @@ import triton
 import triton.language as tl
 
 from ..division import BLOCK, splits_of
+from ..gates import NO_GATE, Gate
 from ..matrices import DeviceMatrix
 from .epilogue import finished, launch_finish
-from .tiles import decode, scale_place, word_place
+from .tiles import decode, load_codes, load_scales
 
 
 @triton.jit
 def tile_row_sums(
-    x, x_stride, rows, columns, words, halves, tile_row, groups, begin, end, FORMAT: tl.constexpr, WORDS: tl.constexpr,
-    PER_WORD: tl.constexpr, TILE_WORDS: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x, x_stride, rows, columns, words, tile_row, groups, begin, end, LAYOUT: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """float32 [ROWS, 16]: the products of x's rows with the 16 rows of weights, over words [begin, end)."""
+    PER_WORD: tl.constexpr = LAYOUT.per_word
     m, r = tl.arange(0, ROWS), tl.arange(0, 16)
     total = tl.zeros([ROWS, BLOCK, 16], tl.float32)
     for start in range(begin, end, BLOCK):
         j = start + tl.arange(0, BLOCK)
         inside = j < end
-        place = word_place(tile_row, j[:, None], r[None, :], groups, WORDS, TILE_WORDS)
-        word = tl.load(words + place, mask=inside[:, None], other=0)
+        low, high = load_codes(words, tile_row, j[:, None], r[None, :], groups, inside[:, None], LAYOUT)
         block = tl.zeros([ROWS, BLOCK, 16], tl.float32)
+        x_sums = tl.zeros([ROWS, BLOCK], tl.float32)
         for part in tl.static_range(PER_WORD):
             column = j * PER_WORD + part
             mask = (m < rows)[:, None] & (inside & (column < columns))[None, :]
             values = tl.load(x + m[:, None] * x_stride + column[None, :], mask=mask, other=0.0)
-            block += values[:, :, None] * decode(word, part, FORMAT)[None, :, :]
-        if SCALED:
-            place = scale_place(tile_row, j[:, None], r[None, :], groups, WORDS, TILE_WORDS)
-            block *= tl.load(halves + place, mask=inside[:, None], other=0.0).to(tl.float32)[None, :, :]
+            block += values[:, :, None] * decode(low, high, part, LAYOUT)[None, :, :]
+            if LAYOUT.minimum:
+                x_sums += values
+        if LAYOUT.scale != "":
+            scale, minimum = load_scales(words, tile_row, j[:, None], r[None, :], groups, inside[:, None], LAYOUT)
+            block *= scale[None, :, :]
+            if LAYOUT.minimum:
+                block += x_sums[:, :, None] * minimum[None, :, :]
         total += block
     return tl.sum(total, 1)
 
 
 @triton.jit
 def vector_product(
-    x, x_stride, words, halves, up_words, up_halves, bias, up_bias, out, out_stride, partial, rows, outputs, columns, groups,
-    per_split, FORMAT: tl.constexpr, WORDS: tl.constexpr, PER_WORD: tl.constexpr, TILE_WORDS: tl.constexpr,
-    SCALED: tl.constexpr, GATED: tl.constexpr, BIASED: tl.constexpr, UP_BIASED: tl.constexpr, SPLITS: tl.constexpr,
+    x, x_stride, words, up_words, bias, up_bias, out, out_stride, partial, rows, outputs, columns, groups, per_split,
+    LAYOUT: tl.constexpr, GATE: tl.constexpr, BIASED: tl.constexpr, UP_BIASED: tl.constexpr, SPLITS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out = x W^T + bias, or with GATED silu(x W^T + bias) * (x U^T + up_bias). Grid (rows of tiles, SPLITS).
+    """out = x W^T + bias, or with a gate of that and x U^T + up_bias. Grid (rows of tiles, SPLITS).
 
     Args:
         x: float32 [rows, columns], rows `x_stride` apart.
-        words, halves, up_words, up_halves: the tiles of W and U, see `DeviceMatrix`.
+        words, up_words: the tiles of W and U, see `DeviceMatrix`.
         bias, up_bias: float32 [outputs], read if BIASED and UP_BIASED.
         out: float32 [rows, outputs], rows `out_stride` apart; written if SPLITS is 1.
         partial: float32 [1 or 2, SPLITS, rows, outputs], written otherwise.
@@ -66,26 +71,20 @@ def vector_product(
     """
     tile_row, split = tl.program_id(0), tl.program_id(1)
     begin = split * per_split
-    end = tl.minimum(begin + per_split, groups * WORDS)
-    total = tile_row_sums(
-        x, x_stride, rows, columns, words, halves, tile_row, groups, begin, end, FORMAT, WORDS, PER_WORD, TILE_WORDS, SCALED,
-        ROWS, BLOCK,
-    )  # fmt: skip
+    end = tl.minimum(begin + per_split, groups * LAYOUT.words)
+    total = tile_row_sums(x, x_stride, rows, columns, words, tile_row, groups, begin, end, LAYOUT, ROWS, BLOCK)
     up = total
-    if GATED:
-        up = tile_row_sums(
-            x, x_stride, rows, columns, up_words, up_halves, tile_row, groups, begin, end, FORMAT, WORDS, PER_WORD, TILE_WORDS,
-            SCALED, ROWS, BLOCK,
-        )  # fmt: skip
+    if GATE.kind != "":
+        up = tile_row_sums(x, x_stride, rows, columns, up_words, tile_row, groups, begin, end, LAYOUT, ROWS, BLOCK)
     m, n = tl.arange(0, ROWS), tile_row * 16 + tl.arange(0, 16)
     mask = (m < rows)[:, None] & (n < outputs)[None, :]
     if SPLITS == 1:
-        value = finished(total, up, bias, up_bias, n, outputs, GATED, BIASED, UP_BIASED)
+        value = finished(total, up, bias, up_bias, n, outputs, GATE, BIASED, UP_BIASED)
         tl.store(out + m[:, None] * out_stride + n[None, :], value, mask=mask)
     else:
         place = split * rows * outputs + m[:, None] * outputs + n[None, :]
         tl.store(partial + place, total, mask=mask)
-        if GATED:
+        if GATE.kind != "":
             tl.store(partial + SPLITS * rows * outputs + place, up, mask=mask)
 
 
@@ -101,6 +100,7 @@ def launch_vector(
     out: torch.Tensor,
     up: DeviceMatrix | None = None,
     up_bias: torch.Tensor | None = None,
+    gate: Gate = NO_GATE,
 ) -> None:
     """See `vector_product`: x float32 [M, K] with 0 < M <= MOST_ROWS, out float32 [M, N]."""
     rows, splits = len(x), splits_of(matrix.words.shape[0], matrix.row_words)
@@ -110,10 +110,10 @@ def launch_vector(
     if splits > 1:
         partial = torch.empty((1 if up is None else 2, splits, rows, matrix.rows), dtype=torch.float32, device=x.device)
     vector_product[(matrix.words.shape[0], splits)](
-        x, x.stride(0), matrix.words, matrix.halves, second.words, second.halves, x if bias is None else bias,
-        x if up_bias is None else up_bias, out, out.stride(0), partial, rows, matrix.rows, matrix.cols, matrix.groups,
-        blocks * BLOCK, **matrix.constants, GATED=up is not None, BIASED=bias is not None, UP_BIASED=up_bias is not None,
-        SPLITS=splits, ROWS=triton.next_power_of_2(rows), BLOCK=block_words(rows), num_warps=4,
+        x, x.stride(0), matrix.words, second.words, x if bias is None else bias, x if up_bias is None else up_bias, out,
+        out.stride(0), partial, rows, matrix.rows, matrix.cols, matrix.groups, blocks * BLOCK, LAYOUT=matrix.layout,
+        GATE=gate, BIASED=bias is not None, UP_BIASED=up_bias is not None, SPLITS=splits,
+        ROWS=triton.next_power_of_2(rows), BLOCK=block_words(rows), num_warps=4,
     )  # fmt: skip
     if splits > 1:
-        launch_finish(partial, bias, up_bias, out)
+        launch_finish(partial, bias, up_bias, gate, out)

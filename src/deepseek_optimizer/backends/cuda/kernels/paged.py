@@ -41,6 +41,16 @@ def tokens_to_read(t, stop, sink_blocks, first_block, last_end, block_tables):
 
 
 @triton.jit
+def scales_of(cache, layer, KV_HEADS: tl.constexpr, HEAD: tl.constexpr):
+    """Pointers to the scales of a layer in blocks of an int8 cache, float32 [2, KV_HEADS, 32].
+
+    Args:
+        layer: where the layer begins, in bytes.
+    """
+    return cache.to(tl.pointer_type(tl.float32), bitcast=True) + (layer + 2 * KV_HEADS * 32 * HEAD) // 4
+
+
+@triton.jit
 def seen_by_rows(key, stored, token, end, window, sinks):
     """bool [rows, keys]: a row that is token i sees the tokens j < end; with a window, of these only j > i - window and
     j < sinks."""
@@ -65,9 +75,37 @@ def next_weights(scores, seen, maximum, weights):
 
 
 @triton.jit
+def with_sink(maximum, weights, sums, sink):
+    """The softmax of rows with one more key each, whose score is `sink` and whose value is 0."""
+    top = tl.maximum(maximum, sink)
+    fade = tl.exp(maximum - top)
+    return top, weights * fade + tl.exp(sink - top), sums * fade[:, None]
+
+
+@triton.jit
+def finish_tile(
+    maximum, weights, sums, real, out, out_place, mask, d, part, partial, stats, CHUNKS: tl.constexpr, HEAD: tl.constexpr
+):  # fmt: skip
+    """Writes the results of a tile's rows, or with several chunks its part of them for `merge_chunks`.
+
+    Args:
+        real: whether there is a row.
+        out_place: of the elements d of rows in `out`. mask: of what is written.
+        part: of rows in `partial`, if there are several chunks.
+    """
+    if CHUNKS == 1:
+        divisor = tl.where(real, weights, 1.0)
+        tl.store(out + out_place, sums / divisor[:, None], mask=mask)
+    else:
+        tl.store(partial + part[:, None] * HEAD + d[None, :], sums, mask=mask)
+        tl.store(stats + part * 2, maximum, mask=real)
+        tl.store(stats + part * 2 + 1, weights, mask=real)
+
+
+@triton.jit
 def merge_chunks(
-    partial, stats, tiles, out, CHUNKS: tl.constexpr, CHUNK_ROWS: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr,
-    HEAD_BLOCK: tl.constexpr,
+    partial, stats, tiles, sinks, out, CHUNKS: tl.constexpr, CHUNK_ROWS: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """Combines the chunks of tiles with at most one row. Grid (tiles, HEADS, blocks of a head).
 
@@ -75,6 +113,7 @@ def merge_chunks(
         partial: float32 [tiles, HEADS, CHUNKS, HEAD], sums of values that are not divided by the sum of weights yet.
         stats: float32 [tiles, HEADS, CHUNKS, 2], the maximum, and the sum of weights.
         tiles: see `division.Tiles`.
+        sinks: float32 [HEADS], the score of one more key of each head, whose value is 0; read if SINKS.
         out: float32 [T, HEADS * HEAD].
         CHUNK_ROWS: a power of two >= CHUNKS.
     """
@@ -83,10 +122,16 @@ def merge_chunks(
     part = (tile * HEADS + head) * CHUNKS + chunk
     maximum = tl.load(stats + part * 2, mask=chunk < CHUNKS, other=float("-inf"))
     weights = tl.load(stats + part * 2 + 1, mask=chunk < CHUNKS, other=0.0)
-    fade = tl.exp(maximum - tl.max(maximum, 0))
+    top = tl.max(maximum, 0)
+    more = 0.0
+    if SINKS:
+        sink = tl.load(sinks + head)
+        top = tl.maximum(top, sink)
+        more = tl.exp(sink - top)
+    fade = tl.exp(maximum - top)
     mask = (chunk < CHUNKS)[:, None] & (d < HEAD)[None, :]
     sums = tl.load(partial + part[:, None] * HEAD + d[None, :], mask=mask, other=0.0)
-    value = tl.sum(sums * fade[:, None], 0) / tl.sum(weights * fade, 0)
+    value = tl.sum(sums * fade[:, None], 0) / (tl.sum(weights * fade, 0) + more)
     row, count = tl.load(tiles + tile * _FIELDS + 1).to(tl.int64), tl.load(tiles + tile * _FIELDS + 2)
     tl.store(out + (row * HEADS + head) * HEAD + d, value, mask=d < tl.where(count > 0, HEAD, 0))
 
@@ -100,12 +145,14 @@ def chunk_memory(tiles: Tiles, heads: int, chunks: int, head: int, out: torch.Te
     return partial, torch.empty((count, heads, chunks, 2), dtype=torch.float32, device=out.device)
 
 
-def launch_merge(partial: torch.Tensor, stats: torch.Tensor, tiles: Tiles, out: torch.Tensor) -> None:
+def launch_merge(
+    partial: torch.Tensor, stats: torch.Tensor, tiles: Tiles, out: torch.Tensor, sinks: torch.Tensor | None = None
+) -> None:
     """See `merge_chunks`."""
     count, heads, chunks, head = partial.shape
     chunk_rows = triton.next_power_of_2(chunks)
     block = min(triton.next_power_of_2(head), max(16, _MERGED // chunk_rows))
     merge_chunks[(count, heads, triton.cdiv(head, block))](
-        partial, stats, tiles.fields, out, CHUNKS=chunks, CHUNK_ROWS=chunk_rows, HEADS=heads, HEAD=head, HEAD_BLOCK=block,
-        num_warps=2,
+        partial, stats, tiles.fields, partial if sinks is None else sinks, out, CHUNKS=chunks, CHUNK_ROWS=chunk_rows,
+        HEADS=heads, HEAD=head, HEAD_BLOCK=block, SINKS=sinks is not None, num_warps=2,
     )  # fmt: skip

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .paged import scales_of
 from .precision import nearest_bf16
 
 _ROWS = 16  # tokens of a program
@@ -61,29 +62,49 @@ def store_as(out, value, mask):
 
 
 @triton.jit
+def quantized(x, largest):
+    """rint(x / scale), float32, with the scale largest / 127; 0 if that is 0."""
+    scale = tl.div_rn(largest, 127.0)
+    quotient = tl.div_rn(x, tl.where(scale == 0, 1.0, scale))
+    return (quotient + 12582912.0) - 12582912.0  # 1.5 * 2^23: sums are rounded to integers, half to even
+
+
+@triton.jit
 def move_heads(
-    x, out, angles, real, HEAD: tl.constexpr, ROT: tl.constexpr, OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    x, out, scale, angles, real, HEAD: tl.constexpr, ROT: tl.constexpr, OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr,
+    QUANTIZED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out = x with ROT of HEAD elements rotated, from OFFSET on, for a block of rows.
 
     Args:
         x: pointers to float32 [HEAD] of each row, [ROWS, 1]; out: likewise, of any float type, possibly to the same elements.
+        scale: pointers to the scale of each row, [ROWS, 1], which is written if QUANTIZED.
         angles: pointers to [ROT] of each row, cos first.
         real: bool [ROWS, 1], False where there is no row.
         BLOCK: a power of two >= HEAD.
     """
     i = tl.arange(0, BLOCK)[None, :]
+    largest = tl.zeros([1, 1], tl.float32)
+    rest = real & ((i < OFFSET) | (i >= OFFSET + ROT)) & (i < HEAD)
+    others = tl.load(x + i, mask=rest, other=0.0)
+    if QUANTIZED:
+        largest = tl.max(tl.abs(others), 1, keep_dims=True)
     if ROT > 0:
         pair = real & (i < ROT // 2)
         first = OFFSET + (i * 2 if INTERLEAVED else i)
         second = first + 1 if INTERLEAVED else first + ROT // 2
         a, b = tl.load(x + first, mask=pair, other=0.0), tl.load(x + second, mask=pair, other=0.0)
         cos, sin = tl.load(angles + i, mask=pair, other=0.0), tl.load(angles + ROT // 2 + i, mask=pair, other=0.0)
-        store_as(out + first, a * cos - b * sin, pair)
-        store_as(out + second, b * cos + a * sin, pair)
-    rest = real & ((i < OFFSET) | (i >= OFFSET + ROT)) & (i < HEAD)
-    store_as(out + i, tl.load(x + i, mask=rest, other=0.0), rest)
+        turned, other = a * cos - b * sin, b * cos + a * sin
+        if QUANTIZED:
+            largest = tl.maximum(largest, tl.max(tl.maximum(tl.abs(turned), tl.abs(other)), 1, keep_dims=True))
+            turned, other = quantized(turned, largest), quantized(other, largest)
+        store_as(out + first, turned, pair)
+        store_as(out + second, other, pair)
+    if QUANTIZED:
+        others = quantized(others, largest)
+        tl.store(scale, tl.div_rn(largest, 127.0), mask=real)
+    store_as(out + i, others, rest)
 
 
 @triton.jit
@@ -98,7 +119,7 @@ def rotate_and_store(
         q, y: float32 [tokens, HEADS * HEAD]; y may be q. HEADS is 0: there is no q.
         k, v: float32 [tokens, KV_HEADS * HEAD]. KV_HEADS is 0: nothing is written to the cache.
         table: float32 [tokens, ROT] of `rope_angles`; ROT is 0: nothing is rotated.
-        cache: float32 or bf16 [blocks, block_elements], see `store.CudaStore`.
+        cache: float32, bf16 or int8 [blocks, block_elements], see `store.CudaStore`.
         slots: int32 [tokens], 32 * block + place of each token.
         layer_offset: where the layer begins in a block, in elements.
     """
@@ -106,15 +127,22 @@ def rotate_and_store(
     angles, real = table + token * ROT, token < tokens
     if head < HEADS:
         at = (token * HEADS + head) * HEAD
-        move_heads(q + at, y + at, angles, real, HEAD, ROT, OFFSET, INTERLEAVED, BLOCK)
+        move_heads(q + at, y + at, y + token, angles, real, HEAD, ROT, OFFSET, INTERLEAVED, False, BLOCK)
     else:
         row = head - HEADS  # keys' heads, then values'
         slot = tl.load(slots + token, mask=real, other=0)
-        place = cache + (slot // 32).to(tl.int64) * block_elements + layer_offset + (row * 32 + slot % 32) * HEAD
+        layer = (slot // 32).to(tl.int64) * block_elements + layer_offset
+        place = cache + layer + (row * 32 + slot % 32) * HEAD
+        QUANTIZED: tl.constexpr = cache.dtype.element_ty == tl.int8
+        scale = y + token
+        if QUANTIZED:
+            scale = scales_of(cache, layer, KV_HEADS, HEAD) + row * 32 + slot % 32
         if row < KV_HEADS:
-            move_heads(k + (token * KV_HEADS + row) * HEAD, place, angles, real, HEAD, ROT, OFFSET, INTERLEAVED, BLOCK)
+            x = k + (token * KV_HEADS + row) * HEAD
+            move_heads(x, place, scale, angles, real, HEAD, ROT, OFFSET, INTERLEAVED, QUANTIZED, BLOCK)
         else:
-            move_heads(v + (token * KV_HEADS + row - KV_HEADS) * HEAD, place, angles, real, HEAD, 0, 0, INTERLEAVED, BLOCK)
+            x = v + (token * KV_HEADS + row - KV_HEADS) * HEAD
+            move_heads(x, place, scale, angles, real, HEAD, 0, 0, INTERLEAVED, QUANTIZED, BLOCK)
 
 
 def rope(x: torch.Tensor, table: torch.Tensor, heads: int, interleaved: bool, y: torch.Tensor, offset: int = 0) -> None:

@@ -7,42 +7,41 @@ import triton
 import triton.language as tl
 
 from ..matrices import DeviceMatrix
-from .tiles import decode, scale_place, word_place
+from .tiles import decode, load_codes, load_scales
 
 _ROWS, _BLOCK = 16, 64  # rows, and words or columns, of a program
 
 
 @triton.jit
 def embedding_rows(
-    ids, words, halves, out, tokens, columns, groups, scale, FORMAT: tl.constexpr, WORDS: tl.constexpr, PER_WORD: tl.constexpr,
-    TILE_WORDS: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ids, words, out, tokens, columns, groups, scale, LAYOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """out[t] = scale * W[ids[t]]. Grid (blocks of tokens, blocks of words). A row's words are 16 apart.
 
     Args:
         ids: int32 [T].
-        words, halves: the tiles of W, see `DeviceMatrix`.
+        words: the tiles of W, see `DeviceMatrix`.
         out: float32 [T, columns], contiguous.
     """
     token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     j = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
     index = tl.load(ids + token, mask=token < tokens, other=0)
-    inside = (token < tokens) & (j < groups * WORDS)
-    word = tl.load(words + word_place(index // 16, j, index % 16, groups, WORDS, TILE_WORDS), mask=inside, other=0)
-    factor = tl.zeros([ROWS, BLOCK], tl.float32) + scale
-    if SCALED:
-        place = scale_place(index // 16, j, index % 16, groups, WORDS, TILE_WORDS)
-        factor *= tl.load(halves + place, mask=inside, other=0.0).to(tl.float32)
+    inside = (token < tokens) & (j < groups * LAYOUT.words)
+    low, high = load_codes(words, index // 16, j, index % 16, groups, inside, LAYOUT)
+    factor, minimum = load_scales(words, index // 16, j, index % 16, groups, inside, LAYOUT)
+    PER_WORD: tl.constexpr = LAYOUT.per_word
     for part in tl.static_range(PER_WORD):
         column = j * PER_WORD + part
-        value = decode(word, part, FORMAT) * factor
-        tl.store(out + token * columns + column, value, mask=(token < tokens) & (column < columns))
+        value = decode(low, high, part, LAYOUT) * factor
+        if LAYOUT.minimum:
+            value += minimum
+        tl.store(out + token * columns + column, value * scale, mask=(token < tokens) & (column < columns))
 
 
 def embedding(ids: torch.Tensor, table: DeviceMatrix, scale: float, out: torch.Tensor) -> None:
     """See `embedding_rows`."""
     embedding_rows[(triton.cdiv(len(ids), _ROWS), triton.cdiv(table.row_words, _BLOCK))](
-        ids, table.words, table.halves, out, len(ids), table.cols, table.groups, scale, **table.constants, ROWS=_ROWS,
+        ids, table.words, out, len(ids), table.cols, table.groups, scale, LAYOUT=table.layout, ROWS=_ROWS,
         BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip
 
