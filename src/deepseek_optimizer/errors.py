@@ -133,8 +133,8 @@ class BackendError(DeepSeekOptimizerError, RuntimeError):
     """A backend cannot perform an operation: it is not built, the machine lacks the instruction set, or a plan was misused."""
 
 
-class RankLostError(BackendError):
-    """One of the processes that run a model together has ended, so the model cannot be used any more.
+class RankLostError(DeepSeekOptimizerError, RuntimeError):
+    """One of the processes that run a model together has ended, so the model cannot be used any more, nor an engine of it.
 
     Args:
         what: which of them, and how it ended, as a sentence without a period.
