@@ -12,9 +12,15 @@ import time
 import pytest
 import torch
 
-from deepseek_optimizer import ConfigError, Request, SamplingParams, load_model, make_engine
+from deepseek_optimizer import ConfigError, Request, SamplingParams, load_model, make_async_engine, make_engine
 from deepseek_optimizer.backends.cpu import unavailable_reason
-from deepseek_optimizer.errors import BackendError, RankLostError, UnsupportedModelError, UnsupportedRequestError
+from deepseek_optimizer.errors import (
+    BackendError,
+    EngineDeadError,
+    RankLostError,
+    UnsupportedModelError,
+    UnsupportedRequestError,
+)
 from deepseek_optimizer.integration.bind.swap import matrices_of
 from deepseek_optimizer.quant.parts import packed_part
 from support.divided import SIZES, close, load_divided, save_divisible
@@ -48,6 +54,14 @@ def prompt(model, count=50, seed=0):
 def test_logits(whole, divided):
     ids = prompt(whole, 70)
     assert_close_rows(divided(ids).logits[0], whole(ids).logits[0], 1e-5)
+
+
+def test_inference_mode(whole, divided):
+    with torch.inference_mode():
+        ids = prompt(whole, 20)
+        assert_close_rows(divided(ids).logits[0], whole(ids).logits[0], 1e-5)
+        texts = [make_engine(model).generate(requests(model)[:2]) for model in (whole, divided)]
+    assert [r.token_ids for r in texts[0]] == [r.token_ids for r in texts[1]]
 
 
 def test_hidden_states_and_embeddings(whole, divided):
@@ -185,6 +199,9 @@ def test_a_killed_process_ends_all_requests(saved):
     with pytest.raises(RankLostError, match="rank 1 of 2"):
         engine.generate(requests(model))
     assert time.monotonic() - start < 60
+    with pytest.raises(EngineDeadError) as caught:  # what a server's health depends on
+        make_async_engine(model, None, model_name="divided").check_alive()
+    assert isinstance(caught.value.__cause__, RankLostError)
     close(model)
 
 

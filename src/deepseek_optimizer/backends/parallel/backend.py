@@ -66,7 +66,7 @@ class RankBackend(CpuBackend):
             weights: this rank's parts, by the names of the whole weights.
             options: as in `Backend.compile`.
         """
-        shard = shard_of(graph, self.group.rank, self.group.ranks, {n: w.format for n, w in weights.items() if _packed(w)})
+        shard = shard_of(graph, self.group.rank, self.group.ranks, _formats(weights))
         plan = super().compile(shard.graph, {**weights, **_views(shard, weights)}, options)
         return plan if self.leader is None else LeaderPlan(plan, self.leader)
 
@@ -118,8 +118,8 @@ def shard_of(graph: Graph, rank: int, ranks: int, formats: Mapping[str, str]) ->
     return split(graph, rank, ranks, lambda name: Units(*part_units(formats[name])))
 
 
-def _packed(weight: Any) -> bool:
-    return isinstance(weight, PackedMatrix)
+def _formats(weights: Mapping[str, PackedWeight | torch.Tensor]) -> dict[str, str]:
+    return {name: weight.format for name, weight in weights.items() if isinstance(weight, PackedMatrix)}
 
 
 def _views(shard: Shard, weights: Mapping[str, PackedWeight | torch.Tensor]) -> dict[str, PackedMatrix]:
@@ -249,7 +249,8 @@ class LeaderPlan(WrappedPlan):
         return drafted_round(self, batch, drafter, pending, store, call)
 
     def check_weights(self) -> None:
-        """See `Plan.check_weights`. The other processes check theirs when they run."""
+        """See `Plan.check_weights`; also raises RankLostError. The other processes check their weights when they run."""
+        self._leader.check()
         self._own.check_weights()
 
 

@@ -18,6 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
+import torch
+
 from ...errors import BackendError, CheckpointChangedError, RankLostError
 from ..cpu.group import Group
 from .messages import DONE, END, FAILED, READY, receive
@@ -41,6 +43,7 @@ class Leader:
         self._pid, self._lock = os.getpid(), threading.RLock()
         self._dropped: deque[int] = deque()  # numbers of stores that the others may free
         self._stores = 0
+        self._end: str | None = None  # which process has ended and how
         self._main = ThreadPoolExecutor(1, "dso-leader")
         ending = threading.Event()
         for rank, process in enumerate(self._processes, 1):
@@ -78,6 +81,11 @@ class Leader:
     def ask(self, message: tuple[Any, ...], function: Callable[[], Result]) -> list[Any]:
         """As `together`, for a message that the others answer; returns the results of all processes, by rank."""
         return self._in_order(message, lambda: [function(), *(self._answer(rank) for rank in range(1, self.group.ranks))])
+
+    def check(self) -> None:
+        """Raises RankLostError if a process has ended. Cheap."""
+        if (rank := self.group.lost) is not None:
+            raise RankLostError(self._ended(rank))
 
     def new_number(self) -> int:
         """A number for a store, which all processes know it by."""
@@ -118,7 +126,13 @@ class Leader:
         result, and the interrupt to raise afterwards. Python interrupts the main thread only."""
         if threading.current_thread() is not threading.main_thread():
             return function(), None
-        future = self._main.submit(function)
+        mode = torch.is_inference_mode_enabled()  # a thread has its own
+
+        def in_mode() -> Result:
+            with torch.inference_mode(mode):
+                return function()
+
+        future = self._main.submit(in_mode)
         interrupt = None
         while True:
             try:
@@ -136,7 +150,12 @@ class Leader:
         return value
 
     def _ended(self, rank: int) -> str:
-        """Which process has ended and how."""
+        """Which process has ended and how; the first one that is asked for."""
+        if self._end is None:
+            self._end = self._how_ended(rank)
+        return self._end
+
+    def _how_ended(self, rank: int) -> str:
         name = f"rank {rank} of {self.group.ranks}"
         if rank == 0:
             return f"{name}, the leader, could not finish a step"
