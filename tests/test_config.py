@@ -11,6 +11,7 @@ import pytest
 
 from deepseek_optimizer import ConfigError, DeepSeekConfig
 from deepseek_optimizer.config import FUSION_RULES
+from deepseek_optimizer.graph.parallel import Parallel
 
 GOOD = {
     "precision": ["auto", "int3", "int4", "q4_1", "int8", "fp8", "bf16", "fp32"],
@@ -40,6 +41,7 @@ GOOD = {
     "kl_budget": [None, 0.02, 1],
     "strict": [True, False],
     "formats": [None, {}, {"lm_head": "int8", "model.layers.0.mlp.up_proj": "q4_1"}],
+    "parallel": [Parallel(), Parallel(tensor=2)],
     "quant_method": ["deepseek_optimizer"],
 }
 BAD = {
@@ -70,6 +72,7 @@ BAD = {
     "kl_budget": [0, -0.1, float("nan"), float("inf"), "0.02", True],
     "strict": [1, "yes", None],
     "formats": [["int8"], {"lm_head": "int2"}, {"lm_head": None}, {1: "int8"}],
+    "parallel": [2, None, [2], {"tensors": 2}, {"tensor": 0}, {"tensor": True}, {"expert": 2}, {"pipeline": 2}],
     "quant_method": ["bitsandbytes", None],
 }
 

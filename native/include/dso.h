@@ -18,7 +18,7 @@ extern "C" {
 #define DSO_API
 #endif
 
-#define DSO_ABI_VERSION 17
+#define DSO_ABI_VERSION 18
 DSO_API int32_t dso_abi_version(void);
 
 enum {
@@ -29,6 +29,7 @@ enum {
   DSO_ESTATE = 4, /* invalid state (a run was started from inside a run on the same context) */
   DSO_EFILE = 5,  /* a mapped file that was read has changed or failed: "<what happened>: <name>". The output is invalid */
   DSO_ECHECK = 6, /* a checked context detected a write outside a buffer: a bug in this library */
+  DSO_ELOST = 7,  /* a process of the context's group has ended, so its plans cannot run any more */
 };
 DSO_API const char* dso_last_error(void); /* of the calling thread; never NULL */
 
@@ -62,6 +63,23 @@ DSO_API int32_t dso_read_bandwidth(dso_context* c, int64_t bytes, double seconds
  * machine's memory is not equally fast everywhere, this is the limit of a program that reads these regions. */
 DSO_API int32_t dso_read_bandwidth_of(dso_context* c, const void* const* starts, const int64_t* sizes, int32_t count,
                                       double seconds, double* bytes_per_second);
+
+/* ---- groups: one model in several processes of a machine -------------------------------------------------
+ * The processes have ranks from 0. Rank 0, the leader, starts the others; each calls dso_group_create with the same memory and
+ * its own rank. The leader sends bytes to all others; plans exchange rows (DSO_OP_PUBLISH). A process that waits for another
+ * finds out within a quarter of a second if that has ended: a call that waits, and every later one, returns DSO_ELOST. Rank 0
+ * says so of the others (dso_group_lose), and they notice by themselves that their parent is gone. */
+typedef struct dso_group dso_group;
+/* fd: an empty file in memory that all processes of the group share (memfd_create); duplicated by the call. */
+DSO_API int32_t dso_group_create(int32_t fd, int32_t rank, int32_t ranks, dso_group** out);
+DSO_API void dso_group_destroy(dso_group* g);
+DSO_API int32_t dso_group_send(dso_group* g, const void* data, int64_t bytes); /* rank 0: to all others, which receive the same
+                                                                                  bytes in the same order */
+DSO_API int32_t dso_group_receive(dso_group* g, void* data, int64_t bytes);    /* other ranks; waits for as many bytes */
+DSO_API int32_t dso_group_lose(dso_group* g, int32_t rank);                    /* says that this process has ended */
+DSO_API int32_t dso_group_lost(const dso_group* g);                            /* rank of the first process that ended, or -1 */
+/* Plans that are created on the context from now on belong to the group. */
+DSO_API int32_t dso_context_join(dso_context* c, dso_group* g);
 
 /* ---- attention outside a plan ---------------------------------------------------------------------------
  * o = softmax(scale q k^T + mask) v over keys and values that the caller keeps, in fp32; with more than a few queries, products
@@ -483,6 +501,12 @@ enum {
   DSO_OP_ZERO_PADDING = 61, /* in0 F32 -> out0 any: in0, or zeros where batch->axes[0] is not 0 */
   DSO_OP_CLAMP = 62,        /* in0 F32, w0 vector [1] low, w1 vector [1] high -> out0 any: min(max(in0, low), high) */
   DSO_OP_DRAFT_OUT = 63,    /* in0 F32 -> batch->draft_states, if requested. At most one in a plan */
+  /* Of contexts with a group. PUBLISH is followed by SUM_PARTS or JOIN_PARTS, before any other PUBLISH. All processes of the
+   * group run the same steps in the same order, over batches of the same sizes. */
+  DSO_OP_PUBLISH = 64,    /* in0 F32: this process's part */
+  DSO_OP_SUM_PARTS = 65,  /* out0 F32: the sum of all parts, in ascending order of ranks; their widths are those of out0 */
+  DSO_OP_JOIN_PARTS = 66, /* out0 F32: the elements of all parts, in ascending order of ranks; `offset` elements in each part
+                             but the last, which has the rest */
 };
 enum {
   DSO_FLAG_EAGER = 1,
@@ -569,6 +593,8 @@ typedef struct dso_batch {
                                 Not with latent attention or chosen blocks */
   const float* features;     /* [n][T][width] for the plan's n ADD_FEATURES steps, or NULL: they copy their input */
 } dso_batch;
+/* The checks of dso_plan_run, without running: what it returns here it would return there, before anything is written. */
+DSO_API int32_t dso_plan_check_batch(const dso_plan* p, const dso_batch* batch);
 DSO_API int32_t dso_plan_run(dso_plan* p, const dso_batch* batch);
 DSO_API int32_t dso_plan_check(const dso_plan* p); /* dso_mapping_check for all its weights */
 

@@ -13,6 +13,7 @@
 #include "drafted_decode.hpp"
 #include "dso.h"
 #include "error.hpp"
+#include "group.hpp"
 #include "isa.hpp"
 #include "layout.hpp"
 #include "mapped_files.hpp"
@@ -71,6 +72,28 @@ int32_t dso_context_threads(const dso_context* c) { return c ? c->shared->pool.t
 int32_t dso_context_set_checked(dso_context* c, int32_t on) {
   return guarded([&] { shared(c).checked = on != 0; });
 }
+int32_t dso_context_join(dso_context* c, dso_group* g) {
+  return guarded([&] { shared(c).group = given(g, "group").shared; });
+}
+
+int32_t dso_group_create(int32_t fd, int32_t rank, int32_t ranks, dso_group** out) {
+  return guarded([&] {
+    given(out, "out") = nullptr;
+    *out = new dso_group{std::make_shared<Group>(fd, rank, ranks)};
+  });
+}
+void dso_group_destroy(dso_group* g) { delete g; }  // contexts that joined it keep the shared group alive
+int32_t dso_group_send(dso_group* g, const void* data, int64_t bytes) {
+  return guarded([&] { given(g, "group").shared->send(&given(static_cast<const uint8_t*>(data), "data"), bytes); });
+}
+int32_t dso_group_receive(dso_group* g, void* data, int64_t bytes) {
+  return guarded([&] { given(g, "group").shared->receive(&given(static_cast<uint8_t*>(data), "data"), bytes); });
+}
+int32_t dso_group_lose(dso_group* g, int32_t rank) {
+  return guarded([&] { given(g, "group").shared->lose(rank); });
+}
+int32_t dso_group_lost(const dso_group* g) { return g ? g->shared->lost() : -1; }
+
 int32_t dso_read_bandwidth(dso_context* c, int64_t bytes, double seconds, double* bytes_per_second) {
   return guarded([&] { given(bytes_per_second, "bytes_per_second") = read_bandwidth(shared(c), bytes, seconds); });
 }
@@ -212,6 +235,9 @@ int32_t dso_plan_reserve(dso_plan* p, int32_t T, int32_t R) {
 }
 int32_t dso_plan_run(dso_plan* p, const dso_batch* batch) {
   return guarded([&] { given(p, "plan").run(given(batch, "batch")); });
+}
+int32_t dso_plan_check_batch(const dso_plan* p, const dso_batch* batch) {
+  return guarded([&] { given(p, "plan").check_batch(given(batch, "batch")); });
 }
 int32_t dso_plan_decode(dso_plan* p, const dso_batch* batch, dso_decode* d) {
   return guarded([&] { decode(given(p, "plan"), given(batch, "batch"), given(d, "decode")); });

@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "arena.hpp"
+#include "group.hpp"
 #include "kernels.hpp"
 #include "thread_pool.hpp"
 
@@ -14,6 +15,7 @@ struct Context {
   const Kernels& kernels;
   ThreadPool pool;
   std::atomic<bool> checked{false};  // plans created from now on have red zones
+  std::shared_ptr<Group> group;      // of plans created from now on; null: they run in this process alone
   Arena scratch;                     // for calls outside a plan; used only under a Lease of the pool
 };
 

@@ -67,6 +67,9 @@ constexpr Entry kOps[] = {
     {DSO_OP_GROUPED_LINEAR, "GROUPED_LINEAR", make_grouped_linear},
     {DSO_OP_EXPERTS_GATE_UP, "EXPERTS_GATE_UP", make_experts_gate_up},
     {DSO_OP_EXPERTS_DOWN, "EXPERTS_DOWN", make_experts_down},
+    {DSO_OP_PUBLISH, "PUBLISH", make_publish},
+    {DSO_OP_SUM_PARTS, "SUM_PARTS", make_sum_parts},
+    {DSO_OP_JOIN_PARTS, "JOIN_PARTS", make_join_parts},
 };
 
 template <class Row>

@@ -44,6 +44,10 @@ std::unique_ptr<Op> make_concat(StepReader& step);
 std::unique_ptr<Op> make_sigmoid_gate(StepReader& step);
 std::unique_ptr<Op> make_columns(StepReader& step);
 std::unique_ptr<Op> make_clamp(StepReader& step);
+// ops_collective.cpp
+std::unique_ptr<Op> make_publish(StepReader& step);
+std::unique_ptr<Op> make_sum_parts(StepReader& step);
+std::unique_ptr<Op> make_join_parts(StepReader& step);
 // ops_recurrent.cpp
 std::unique_ptr<Op> make_short_conv(StepReader& step);
 std::unique_ptr<Op> make_delta_rule(StepReader& step);

@@ -51,7 +51,7 @@ dso_plan::dso_plan(std::shared_ptr<Context> context, const dso_step* steps, int3
   }
 
   PlanSource source{slots, n_slots, weights, n_weights, vocab_size, context_->kernels, {}, std::vector<bool>(n_slots), {},
-                    {},    {},      {},      {},        {}};
+                    {},    {},      {},      {},        {},         context_->group};
   for (const dso_slot& s : slots_) source.needs.logits |= s.kind == DSO_SLOT_LOGITS;
   for (int32_t i = 0; i < n_steps; ++i) {
     StepReader reader(source, steps[i], i);
@@ -59,6 +59,8 @@ dso_plan::dso_plan(std::shared_ptr<Context> context, const dso_step* steps, int3
     reader.done();
     steps_.push_back({std::move(op), std::move(reader.reads), std::move(reader.writes), steps[i].op});
   }
+  if (source.published >= 0) fail(DSO_EINVAL, "slot %d is published, but no step receives it", source.published);
+  if (source.exchanges) group_ = source.group;
   needs_ = source.needs;
   resources_ = n_slots + 1 + int32_t(needs_.layers);
   run_.slots.resize(n_slots);
@@ -177,6 +179,7 @@ void dso_plan::run(const dso_batch& batch) {
   ThreadPool::Lease lease(context_->pool);
   if (!mapped_.empty()) keep_handler();
   run_.batch.set(batch, needs_);
+  if (group_) group_->check_alive();
   for (Step& s : steps_) s.op->prepare(run_);
   reshape();
   place(run_.batch.T, run_.batch.R);
@@ -188,9 +191,15 @@ void dso_plan::run(const dso_batch& batch) {
   found_ = {};
   if (timing_) mark_ = now();
   lease.team().run(*this);
+  if (group_) group_->check_alive();  // otherwise parts may be missing
   if (found_.zone >= 0) fail_overwritten();
   check_weights();
   runs_ += timing_;
+}
+
+void dso_plan::check_batch(const dso_batch& batch) const {
+  Batch checked;
+  checked.set(batch, needs_);
 }
 
 int64_t dso_plan::next() {

@@ -17,6 +17,7 @@ struct dso_plan final : private dso::Job {
            int32_t n_slots, const dso_weight* weights, int32_t n_weights, int32_t vocab_size);
 
   void run(const dso_batch& batch);
+  void check_batch(const dso_batch& batch) const;  // Error if `run` would refuse it
   const dso::Kernels& kernels() const { return context_->kernels; }
   int32_t vocab_size() const { return vocab_size_; }
   int64_t hidden_width() const { return needs_.hidden_width; }  // of the last hidden state; 0: there is none
@@ -57,6 +58,7 @@ struct dso_plan final : private dso::Job {
   [[noreturn]] void fail_overwritten() const;
 
   const std::shared_ptr<dso::Context> context_;
+  std::shared_ptr<dso::Group> group_;  // that its steps exchange rows with; null: none
   const int32_t vocab_size_;
   std::vector<dso_slot> slots_;
   std::vector<const void*> mapped_;  // starts of the mapped files that contain weights

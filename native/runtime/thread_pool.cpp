@@ -1,45 +1,17 @@
 #include "thread_pool.hpp"
 
-#include <linux/futex.h>
 #include <pthread.h>
 #include <signal.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 #include <x86intrin.h>
 
-#include <chrono>
-#include <climits>
 #include <exception>
 
 #include "error.hpp"
+#include "waiting.hpp"
 
 namespace dso {
 namespace {
-
-constexpr double kSpinSeconds = 40e-6;
-
-// Unlike `pause`, reading the time stamp counter takes the same time on every CPU.
-uint64_t ticks(double seconds) {
-  static const double per_second = [] {
-    using Clock = std::chrono::steady_clock;
-    const auto start = Clock::now();
-    const uint64_t first = __rdtsc();
-    std::chrono::duration<double> passed{};
-    while (passed.count() < 100e-6) passed = Clock::now() - start;
-    return double(__rdtsc() - first) / passed.count();
-  }();
-  return uint64_t(seconds * per_second);
-}
-
-static_assert(sizeof(std::atomic<uint32_t>) == sizeof(uint32_t), "a futex word");
-
-void futex_wait(std::atomic<uint32_t>* word, uint32_t value) {
-  syscall(SYS_futex, reinterpret_cast<uint32_t*>(word), FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
-}
-
-void futex_wake_all(std::atomic<uint32_t>* word) {
-  syscall(SYS_futex, reinterpret_cast<uint32_t*>(word), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
-}
 
 // Threads started meanwhile leave signals to the host program's own threads, except for those that their own instructions may
 // cause: if these are blocked, the process ends without its handlers being called (`mapped_files.hpp`, faulthandler).
@@ -70,7 +42,7 @@ class StandardFloats {
 
 }  // namespace
 
-Team::Team(int threads) : threads_(threads), spin_ticks_(threads > 1 ? ticks(kSpinSeconds) : 0) {
+Team::Team(int threads) : threads_(threads), spin_ticks_(threads > 1 ? spin_ticks(kSpinSeconds) : 0) {
   SignalsBlocked blocked;
   try {
     workers_.reserve(threads - 1);
@@ -133,7 +105,7 @@ void Team::advance() {
 
 void Team::publish() {
   phase_.fetch_add(1);
-  if (sleepers_.load() > 0) futex_wake_all(&phase_);
+  if (sleepers_.load() > 0) wake_all(&phase_, Waiters::kThreads);
 }
 
 void Team::wait(uint32_t phase) {
@@ -143,7 +115,7 @@ void Team::wait(uint32_t phase) {
   }
   // Either publish() sees this sleeper, or the futex sees the new phase: both sides store, then load, in one total order.
   sleepers_.fetch_add(1);
-  while (phase_.load() == phase) futex_wait(&phase_, phase);
+  while (phase_.load() == phase) sleep_while(&phase_, phase, Waiters::kThreads);
   sleepers_.fetch_sub(1);
 }
 

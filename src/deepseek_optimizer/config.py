@@ -16,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from deepseek_optimizer.errors import ConfigError
 from deepseek_optimizer.graph.attention_mode import AttentionMode
+from deepseek_optimizer.graph.parallel import Parallel
 from deepseek_optimizer.graph.rules import RULES
 from deepseek_optimizer.quant import QUANT_METHOD, get_format
 from deepseek_optimizer.system.backend_entries import AUTO, BUILT_IN, names
@@ -203,6 +204,10 @@ class DeepSeekConfig(QuantizationConfigMixin):
         formats: formats of single matrices by module name, such as {"lm_head": "int8"}, or of all modules that match a pattern
             with *, such as {"model.layers.*.mlp.experts.*": "int8"}; overrides `precision`. A name overrides patterns; of
             several matching patterns the first is used. With `kl_budget`, only the formats of the other matrices are chosen.
+        parallel: over how many processes of this machine `load_model` divides the model, such as {"tensor": 2}: each process
+            has a part of every layer, of the cache and of the vocabulary, and `threads` threads (None: its share of those that
+            this process may use). The caller's process is the first of them, and the others end with it. For dense decoders
+            whose number of key and value heads can be divided; such a model can neither be saved nor moved.
     """
 
     quant_method: str = QUANT_METHOD  # type: ignore[assignment]  # Transformers' enum cannot take new members
@@ -233,6 +238,7 @@ class DeepSeekConfig(QuantizationConfigMixin):
     kl_budget: float | None = None
     strict: bool = False
     formats: dict[str, str] | None = None
+    parallel: Parallel = Parallel()  # noqa: RUF009  # immutable
 
     _checks: ClassVar[dict[str, Callable[[str, Any], Any]]] = {
         "quant_method": _one_of(QUANT_METHOD),
@@ -263,6 +269,7 @@ class DeepSeekConfig(QuantizationConfigMixin):
         "kl_budget": _optional(_above_zero),
         "strict": _flag,
         "formats": _optional(_formats),
+        "parallel": lambda name, value: Parallel.of(value),
     }
 
     def __new__(cls, *args: Any, **given: Any) -> DeepSeekConfig:
@@ -395,4 +402,6 @@ def _matches(entry: str, module: str) -> bool:
 
 
 def _jsonable(value: Any) -> Any:
+    if isinstance(value, Parallel):
+        return value.to_dict()
     return list(value) if isinstance(value, tuple) else copy.deepcopy(value)

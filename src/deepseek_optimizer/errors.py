@@ -133,6 +133,20 @@ class BackendError(DeepSeekOptimizerError, RuntimeError):
     """A backend cannot perform an operation: it is not built, the machine lacks the instruction set, or a plan was misused."""
 
 
+class RankLostError(DeepSeekOptimizerError, RuntimeError):
+    """One of the processes that run a model together has ended, so the model cannot be used any more, nor an engine of it.
+
+    Args:
+        what: which of them, and how it ended, as a sentence without a period.
+    """
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"the model runs in several processes, and one of them has ended ({what}): requests in progress have ended too. "
+            "Load the model again; if the system killed the process for memory, free some, or set a smaller kv_cache_memory"
+        )
+
+
 class GraphError(DeepSeekOptimizerError, ValueError):
     """A graph is not well formed, or a requested fusion rule does not exist."""
 

@@ -129,6 +129,15 @@ Profile = Annotated[
         **_MODEL,
     ),
 ]
+TensorParallel = Annotated[
+    int | None,
+    typer.Option(
+        "--tensor-parallel",
+        metavar="N",
+        help="Divide each layer of the model among N processes of this machine. Default: 1.",
+        **_MODEL,
+    ),
+]
 Strict = Annotated[
     bool | None,
     typer.Option("--strict", help="Refuse models that have no execution plan and would take the general path.", **_MODEL),
@@ -259,7 +268,7 @@ _MODEL_FIELDS: dict[str, Any] = {
 
 
 # What the user of a command that loads a model may set besides.
-_LOAD_OPTIONS: dict[str, Any] = {"device": Device, "profile": Profile}
+_LOAD_OPTIONS: dict[str, Any] = {"device": Device, "profile": Profile, "tensor_parallel": TensorParallel}
 
 
 def takes_model_fields(command: Callable[..., None]) -> Callable[..., None]:
@@ -286,6 +295,8 @@ def _with_options(command: Callable[..., None], added: dict[str, Any]) -> Callab
     @functools.wraps(command)
     def wrapper(**values: Any) -> None:
         fields = not_none(**{name: values.pop(name) for name in added})
+        if (tensor := fields.pop("tensor_parallel", None)) is not None:
+            fields["parallel"] = {"tensor": tensor}
         command(**values, fields=fields)
 
     wrapper.__signature__ = signature.replace(parameters=options)  # type: ignore[attr-defined]
@@ -295,7 +306,7 @@ def _with_options(command: Callable[..., None], added: dict[str, Any]) -> Callab
 
 def flag_of(field: str) -> str:
     """The command-line flag of an entry of `fields`."""
-    option = (_MODEL_FIELDS | _LOAD_OPTIONS)[field].__metadata__[0]
+    option = (_MODEL_FIELDS | _LOAD_OPTIONS)["tensor_parallel" if field == "parallel" else field].__metadata__[0]
     flag: str = option.default  # the first argument of an Annotated Option is its flag
     return flag
 

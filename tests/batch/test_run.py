@@ -137,7 +137,7 @@ def test_what_differs_from_run_to_run_is_replaced(job_file):
     assert 0 <= calls[0]["seed"] == calls[1]["seed"] == calls[2]["seed"]
 
 
-@pytest.mark.parametrize("code", ["engine_dead", "model_file_changed", "worker_lost"])
+@pytest.mark.parametrize("code", ["engine_dead", "model_file_changed", "rank_lost", "worker_lost"])
 def test_a_server_that_stays_unavailable(job_file, monkeypatch, code):
     """A dead engine ends the job, without a result; a request that kills a worker each time has an error as its result."""
     job, calls = read_requests(job_file), []

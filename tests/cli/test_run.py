@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from deepseek_optimizer import load_model, make_engine
+from deepseek_optimizer.backends.cpu import unavailable_reason
 from deepseek_optimizer.chat import loading, stream
 
 
@@ -122,3 +123,13 @@ def test_piped_output_is_only_the_answer(dso_process, tiny_model):
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("\n") and "\x1b" not in done.stdout + done.stderr
     assert "%" not in done.stderr  # no progress bar
+
+
+@pytest.mark.skipif(unavailable_reason() is not None, reason="needs the native backend")
+def test_several_processes_give_the_same_text(dso, tiny_model):
+    command = ["run", tiny_model, "Hello", "-t", "0", "-n", "12", "--threads", "1"]
+    plain, divided = dso(*command), dso(*command, "--tensor-parallel", "2")
+    assert divided.exit_code == 0, divided.stderr
+    assert divided.stdout == plain.stdout
+    refused = dso(*command, "--tensor-parallel", "3")
+    assert refused.exit_code == 2 and "tensor=3 does not divide the model's 2 key and value heads" in refused.stderr

@@ -59,8 +59,9 @@ LAYERS = (
     Layer("quant", "weight formats: packing, unpacking, error bounds", may=("system",)),
     Layer(
         "graph",
-        "analysis and planning of graphs, attention modes; `ops/`: one table of all ops; `rules/`: fusion rules",
-        levels=(("ir",), ("ops",), (REST,), ("rules",)),
+        "analysis and planning of graphs, attention modes; `ops/`: one table of all ops; `rules/`: fusion rules; `parallel/`: "
+        "graphs divided among processes",
+        levels=(("ir",), ("ops",), (REST,), ("rules", "parallel")),
     ),
     Layer("config", "`DeepSeekConfig`", may=("graph", "quant", "system")),
     Layer("models", "build a graph from a config, one file per family, without importing Transformers", may=("graph",)),
@@ -79,7 +80,7 @@ LAYERS = (
     Layer(
         "backends",
         "run a graph: `reference` (torch) defines the results, `cpu` (native) is fast, `cuda` (Triton) has not run on a card "
-        "yet; `registry.py` also finds backends of other packages",
+        "yet; `parallel/`: a model in several processes; `registry.py` also finds backends of other packages",
         may=("cache", "graph", "quant", "system"),
         levels=(
             ("sampling",),
@@ -89,6 +90,7 @@ LAYERS = (
             ("reference", "cpu"),
             ("cuda",),
             (REST,),
+            ("parallel",),
         ),
     ),
     Layer(

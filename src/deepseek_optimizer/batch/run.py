@@ -25,7 +25,7 @@ from .results import Results
 
 BASE_URL = "http://localhost"
 _FULL, _UNAVAILABLE, _TIMED_OUT = 429, 503, 504
-_DEAD = ("engine_dead", "model_file_changed")
+_DEAD = ("engine_dead", "model_file_changed", "rank_lost")
 _TRIES = 10  # for a request that the server has no memory or time for, or whose worker process is lost: it may be why
 _LONGEST_WAIT = 60.0
 _AGAIN = 0.1  # seconds until a task that still runs after its cancellation is cancelled again

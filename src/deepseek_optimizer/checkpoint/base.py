@@ -15,8 +15,9 @@ import torch
 
 from ..errors import CheckpointError
 from ..quant import ColumnOrder, PackedMatrix, PackedStack, Packer, get_format, reference_packer
-from ..quant.base import TILE_ROWS
+from ..quant.base import TILE_COLS, TILE_ROWS
 from ..quant.overflow import largest_magnitude, overflow_of
+from ..quant.parts import Span
 from ..quant.tiles import empty_stack, empty_tiles, panels, tile_counts
 from .files import Mapper
 from .stacks import StackPart, StackShape, is_stack, matrices_per_expert, merged_shape, parts
@@ -134,6 +135,32 @@ class Checkpoint(ABC):
         out = empty_tiles(rows, cols, get_format(format).tile_bytes)
         self.pack_rows(name, 0, rows, format, packer, out)
         return PackedMatrix(format, rows, cols, out, self.column_order(name, format))
+
+    def packed_part(
+        self, name: str, format: str, rows: Span | None, cols: Span | None, packer: Packer = reference_packer
+    ) -> PackedMatrix:
+        """Rows [begin, end) and columns [begin, end) of the matrix (None: all), with the bits that they have in `packed`.
+        Besides the result, one panel of memory is needed.
+
+        Raises:
+            CheckpointError: as in `packed`; or the columns are stored in another order.
+        """
+        shape = self.matrix_shape(name)
+        if self.column_order(name, format) is not None:
+            raise CheckpointError(
+                "has its columns in another order, so it cannot be divided; load it without parallel",
+                file=self.info(name).file,
+                tensor=name,
+            )
+        (top, bottom), (left, right) = rows or (0, shape[0]), cols or (0, shape[1])
+        tile_bytes = get_format(format).tile_bytes
+        out = empty_tiles(bottom - top, right - left, tile_bytes)
+        for begin, end in panels(bottom - top, shape[1], PANEL_ELEMENTS):
+            tiles = torch.empty((*tile_counts(end - begin, shape[1]), tile_bytes), dtype=torch.uint8)
+            self.pack_rows(name, top + begin, top + end, format, packer, tiles)
+            first = begin // TILE_ROWS
+            out[first : first + len(tiles)] = tiles[:, left // TILE_COLS : -(-right // TILE_COLS)]
+        return PackedMatrix(format, bottom - top, right - left, out)
 
     def column_order(self, name: str, format: str) -> ColumnOrder | None:
         """The order of the columns of a matrix that is packed in this format, see `PackedMatrix`."""

@@ -6,18 +6,22 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from ..errors import CheckpointError
 from ..quant import PackedWeight, Packer, get_format, reference_packer
+from ..quant.parts import Span, part_of
 from .base import Checkpoint
 from .stacks import surplus_expert
 
 # Buffers that old checkpoints carry and models compute themselves.
 IGNORED = (r".*\.rotary_emb\.inv_freq", r".*\.self_attn\.(bias|masked_bias)")
 _NAMED = 5  # names listed in an error
+Part = tuple[Span | None, Span | None]  # rows and columns
+NO_PARTS: Mapping[str, Part] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ def stream_weights(
     ignored: Iterable[str] = IGNORED,
     order: Sequence[str] | None = None,
     piece_bytes: int | None = None,
+    parts: Mapping[str, Part] = NO_PARTS,
 ) -> Iterator[tuple[str, PackedWeight | torch.Tensor]]:
     """Yields the wanted tensors in file order: packed matrices and stacks, and plain tensors where the format is None.
 
@@ -62,6 +67,8 @@ def stream_weights(
         order: names of the tensors to yield, in this order; None: all, in file order.
         piece_bytes: stacks are yielded in pieces of whole experts, one after the other under the same name, each of about this
             size at most; None: whole.
+        parts: by name, the rows and columns of matrices, or the elements of vectors, to yield instead of the whole; None: all
+            of them.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected, has another shape, or contains NaN. The error names it.
@@ -69,7 +76,7 @@ def stream_weights(
     check_tensors(checkpoint, wanted, shapes, ignored)
     if order is None:
         order = sorted(wanted, key=lambda name: _place(checkpoint, name, shapes[name]))
-    return _stream(checkpoint, {name: wanted[name] for name in order}, shapes, packer, progress, piece_bytes)
+    return _stream(checkpoint, {name: wanted[name] for name in order}, shapes, packer, progress, piece_bytes, parts)
 
 
 def check_tensors(
@@ -118,6 +125,7 @@ def _stream(
     packer: Packer,
     progress: Callable[[LoadProgress], None] | None,
     piece_bytes: int | None,
+    parts: Mapping[str, Part],
 ) -> Iterator[tuple[str, PackedWeight | torch.Tensor]]:
     sizes = {name: sum(checkpoint.info(t).nbytes for t in checkpoint.stored(name, tuple(shapes[name]))) for name in wanted}
     total, done, start = sum(sizes.values()), 0, time.monotonic()
@@ -126,11 +134,13 @@ def _stream(
         if format is None:
             tensor = checkpoint.read(name)
             checkpoint.check_finite(name, tensor)
-            yield name, tensor
+            yield name, tensor if name not in parts else part_of(tensor, *parts[name])
             del tensor  # only the caller may keep it alive
         else:
             shape: Any = tuple(shapes[name])
-            if len(shape) != 3:
+            if name in parts:
+                yield name, checkpoint.packed_part(name, format, *parts[name], packer)
+            elif len(shape) != 3:
                 yield name, checkpoint.packed(name, format, packer)
             elif piece_bytes is None:
                 yield name, checkpoint.packed_stack(name, format, shape, packer)

@@ -18,6 +18,7 @@ import torch
 
 from ..errors import CheckpointError
 from ..quant import QUANT_METHOD, ColumnOrder, PackedMatrix, PackedStack, Packer, reference_packer, unpack
+from ..quant.parts import Span, packed_part
 from .base import TensorInfo
 from .directory import CONFIG, SafetensorsCheckpoint
 from .files import DataFile
@@ -85,6 +86,13 @@ class PackedCheckpoint(SafetensorsCheckpoint):
             return super().packed(name, format, packer)
         rows, cols = self.matrix_shape(name)
         return PackedMatrix(format, rows, cols, self._tiles(name, format), self.column_order(name, format))
+
+    def packed_part(
+        self, name: str, format: str, rows: Span | None, cols: Span | None, packer: Packer = reference_packer
+    ) -> PackedMatrix:
+        """As stored: some rows are mapped, and of columns only their tiles are read."""
+        matrix = self.packed(name, format, packer)
+        return packed_part(matrix, rows, cols) if matrix.order is None else super().packed_part(name, format, rows, cols)
 
     def column_order(self, name: str, format: str) -> ColumnOrder | None:
         return self.manifest.column_order(name, format)

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..errors import CheckpointChangedError, EngineBusyError, EngineDeadError
+from ..errors import CheckpointChangedError, EngineBusyError, EngineDeadError, RankLostError
 from .adapters import Adapter, adapters_of
 from .core import EngineCore
 from .encoder_core import Classifier, EncoderCore
@@ -173,7 +173,7 @@ class AsyncEngine:
         self._stopping = False
         self._dead: BaseException | None = None
         self._logged: set[str] = set()  # replaced files
-        self._changed: CheckpointChangedError | None = None  # detected by a check before a step failed
+        self._changed: CheckpointChangedError | RankLostError | None = None  # detected by a check before a step failed
         self._answers: dict[str, Answers] = {}
         self._adapters: dict[str, Adapter] = {}  # acquired for requests that the thread has not received yet
         self._ids = itertools.count(1)
@@ -217,7 +217,7 @@ class AsyncEngine:
         if self._dead is None and self._changed is None:
             try:
                 self.core.runner.check_weights()
-            except CheckpointChangedError as error:
+            except (CheckpointChangedError, RankLostError) as error:
                 _log.error("the model can no longer be used: %s", error)
                 self._changed = error
         return self._dead or self._changed
@@ -472,7 +472,7 @@ class AsyncEngine:
                 elif self.core.stalled:
                     time.sleep(_NAP)
         except BaseException as error:
-            if isinstance(error, CheckpointChangedError):
+            if isinstance(error, (CheckpointChangedError, RankLostError)):
                 _log.error("the model can no longer be used: %s", error)
             else:
                 _log.exception("the engine's thread has died")

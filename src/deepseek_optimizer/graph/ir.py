@@ -325,6 +325,12 @@ class Graph:
         return any(node.op == "lm_head" for node in self.nodes)
 
     @property
+    def logits(self) -> Value | None:
+        """The logits: the result of `lm_head`, or of the `all_gather` that joins its parts; None: there is no head."""
+        head = next((node.outputs[0] for node in self.nodes if node.op == "lm_head"), None)
+        return next((node.outputs[0] for node in self.nodes if node.op == "all_gather" and head in node.inputs), head)
+
+    @property
     def looks_up(self) -> bool:
         """Whether steps need token ids even if they have `inputs_embeds`."""
         return any(node.op in ("lookup", "hash_router") for node in self.nodes)

@@ -8,9 +8,11 @@ from deepseek_optimizer.backends.cpu.lower import lower
 from deepseek_optimizer.graph import rules
 from deepseek_optimizer.graph.adapters import UNFUSED, with_adapters
 from deepseek_optimizer.graph.ops import OPS
+from deepseek_optimizer.graph.parallel.tensor import split
 from deepseek_optimizer.models import build_encoder_graph, build_graph
 from support.encoders import random_encoder
 from support.models import CASES
+from support.ranks import any_part
 
 
 def lowered(formats, kinds, names=None, case="llama-gqa"):
@@ -104,15 +106,15 @@ def test_every_value_is_written_before_it_is_read():
 def test_lowered_nodes_match_their_specs():
     """Except nodes of the model: the absorbed form of latent attention has its own operands."""
     seen = set()
-    for case in CASES:
-        for names in (None, []):
-            graph = lowered(lambda w: "int4", KINDS, names, case)
-            for node in graph.nodes:
-                spec = OPS[node.op]
-                if spec.origin == "lowering":
-                    seen.add(node.op)
-                    assert len(node.inputs) == len(spec.inputs) and len(node.outputs) == len(spec.outputs)
-                    required = sum(not weight.optional for weight in spec.weights)
-                    assert required <= len(node.weights) <= len(spec.weights) and spec.fits(node, graph)
-                    assert all(attr.type.accepts(attr.of(node)) for attr in spec.attrs)
+    part = split(rules.apply(build_graph(CASES["qwen3-gqa"]()))[0], 0, 2, any_part).graph
+    divided = lower(part, lambda name: "f32", lambda name: "fp32")
+    for graph in (*(lowered(lambda w: "int4", KINDS, names, case) for case in CASES for names in (None, [])), divided):
+        for node in graph.nodes:
+            spec = OPS[node.op]
+            if spec.origin == "lowering":
+                seen.add(node.op)
+                assert len(node.inputs) == len(spec.inputs) and len(node.outputs) == len(spec.outputs)
+                required = sum(not weight.optional for weight in spec.weights)
+                assert required <= len(node.weights) <= len(spec.weights) and spec.fits(node, graph)
+                assert all(attr.type.accepts(attr.of(node)) for attr in spec.attrs)
     assert seen == {name for name, spec in OPS.items() if spec.origin == "lowering"}

@@ -20,6 +20,7 @@ from . import dense_attention, native, packer
 from .adapters import CpuAdapters
 from .compile import ACTIVATIONS, compile_graph, row_kind
 from .environment import forced_isa, forced_threads
+from .group import Group
 from .mapped_file import MappedFile, check_tensor, map_file
 from .plan import CpuPlan, CpuStore
 from .sizes import CpuSizes
@@ -49,6 +50,7 @@ class CpuBackend(CpuSizes):
         isa: None: DSO_ISA if set, otherwise the best that runs on this machine. "avx2", "avx512": the best variant of that
             family. "avx2-base", "avx512-base", "avx512-vnni", ...: exactly that variant.
         threads: None: DSO_THREADS if set, otherwise as many as CPU affinity and cgroup limits allow.
+        group: the processes that its plans exchange rows with; None: there are none.
 
     Raises:
         BackendError: no native build, or the ISA cannot run on this machine (the message says what is missing).
@@ -59,14 +61,17 @@ class CpuBackend(CpuSizes):
     device = torch.device("cpu")
     maps_files = True
 
-    def __init__(self, isa: str | None = None, threads: int | None = None) -> None:
+    def __init__(self, isa: str | None = None, threads: int | None = None, group: Group | None = None) -> None:
         requested = isa or forced_isa()
+        make = native.shared_context if group is None else native.Context
         try:
-            self.context = native.shared_context(_variant(requested), threads or forced_threads())
+            self.context = make(_variant(requested), threads or forced_threads())
         except BackendError as error:
             if isa is None and requested is not None:
                 raise BackendError(f"DSO_ISA={requested}: {error}") from error
             raise
+        if group is not None:
+            group.join(self.context)
 
     @property
     def isa(self) -> str:

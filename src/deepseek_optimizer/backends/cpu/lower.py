@@ -41,7 +41,7 @@ def lower(graph: Graph, kind_of: Callable[[str], str], format_of: Callable[[str]
         for value in node.outputs:
             if value not in in_place:
                 lowered += [Node("convert", (value,), (_as(value, k),)) for k in wanted.get(value, ()) if k != "f32"]
-    return replace(graph, nodes=lowered + _after_head(lowered))
+    return replace(graph, nodes=_with_tail(lowered))
 
 
 def _once(nodes: Iterable[Node]) -> list[Node]:
@@ -69,13 +69,27 @@ def _with_activations(nodes: list[Node]) -> list[Node]:
     return [node for node in merged if node.op != "linear" or node.outputs[0] not in dropped]
 
 
-def _after_head(nodes: list[Node]) -> list[Node]:
+def _with_tail(nodes: list[Node]) -> list[Node]:
+    """The nodes with those of `_after_head`, before the exchange of logits if the head computes some of them only."""
+    at = next((i for i, node in enumerate(nodes) if node.op == "lm_head"), None)
+    if at is None or not (tail := _after_head(nodes[at])):
+        return nodes
+    (before,), (after,) = nodes[at].outputs, tail[-1].outputs
+    rest = [
+        node.with_(
+            inputs=tuple(after if value == before else value for value in node.inputs),
+            outputs=tuple(replace(value, selected=after.selected) for value in node.outputs),
+        )
+        for node in nodes[at + 1 :]
+    ]
+    return [*nodes[: at + 1], *tail, *rest]
+
+
+def _after_head(head: Node) -> list[Node]:
     """Scaling and limiting of logits. Without the rule `last_logits` the head runs on every token, and a node selects the
     requested rows of its output first."""
-    head = nodes[-1]
-    if head.op != "lm_head":
-        return []
-    value, tail = head.outputs[0], []
+    tail: list[Node] = []
+    value = head.outputs[0]
     if not value.selected:
         rows = replace(value, name=f"{value.name}.rows", selected=True)
         tail.append(Node("select_rows", (value,), (rows,)))
@@ -111,6 +125,10 @@ def _split(node: Node, kind_of: Callable[[str], str], format_of: Callable[[str],
         pair = node.with_(outputs=halves)
         gated = GATED[node.attrs.get("activation", "silu")]
         return [_linear(pair, [0], biases), _linear(pair, [1], biases), Node(gated, halves, node.outputs)]
+    if node.op == "all_reduce":
+        return [Node("publish", node.inputs), Node("sum_parts", (), node.outputs)]
+    if node.op == "all_gather":
+        return [Node("publish", node.inputs), Node("join_parts", (), node.outputs, attrs={"each": node.attrs["each"]})]
     if absorbs(node):
         return _absorbed(node)
     if node.op == "latent_choose":

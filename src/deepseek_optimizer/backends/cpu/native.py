@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from ...errors import BackendError, CheckpointChangedError, NotEnoughMemoryError
+from ...errors import BackendError, CheckpointChangedError, NotEnoughMemoryError, RankLostError
 from ...graph.ir import CacheSpec, LatentSpec, RowsSpec, StateSpec
 from . import native_train
 from .buffers import Outputs, checking
 from .kept_rows import KeptRows
 
-ABI_VERSION = 17
+ABI_VERSION = 18
 BLOCK_TOKENS = 32
 
 FORMATS = {
@@ -34,7 +34,7 @@ FLAGS = {"eager": 1, "interleaved": 2, "grouped": 4, "expand": 8, "last": 16, "s
          "gelu": 256, "silu": 512, "channels": 1024, "chunked": 2048, "weigh_input": 4096, "ids": 8192,
          "sqrt_softplus": 16384, "plain_up": 32768, "overlap": 65536,
          "causal": 131072, "shared": 262144}  # fmt: skip
-_EINVAL, _ENOMEM, _EFILE = 1, 2, 5
+_EINVAL, _ENOMEM, _EFILE, _ELOST = 1, 2, 5, 7
 UNDECIDED = -1
 
 I32, I64, PTR = C.c_int32, C.c_int64, C.c_void_p
@@ -176,6 +176,13 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "dso_context_isa": (C.c_char_p, [PTR]),
     "dso_context_threads": (I32, [PTR]),
     "dso_context_set_checked": (I32, [PTR, I32]),
+    "dso_context_join": (I32, [PTR, PTR]),
+    "dso_group_create": (I32, [I32, I32, I32, PTR]),
+    "dso_group_destroy": (None, [PTR]),
+    "dso_group_send": (I32, [PTR, PTR, I64]),
+    "dso_group_receive": (I32, [PTR, PTR, I64]),
+    "dso_group_lose": (I32, [PTR, I32]),
+    "dso_group_lost": (I32, [PTR]),
     "dso_default_threads": (I32, []),
     "dso_attend": (I32, [PTR, PTR]),
     "dso_read_bandwidth": (I32, [PTR, I64, C.c_double, PTR]),
@@ -219,6 +226,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "dso_plan_buffer_bytes": (I64, [PTR, I32, I32]),
     "dso_plan_reserve": (I32, [PTR, I32, I32]),
     "dso_plan_run": (I32, [PTR, PTR]),
+    "dso_plan_check_batch": (I32, [PTR, PTR]),
     "dso_plan_decode": (I32, [PTR, PTR, PTR]),
     "dso_plan_decode_drafted": (I32, [PTR, PTR, PTR, PTR, PTR]),
     "dso_choose": (I32, [PTR, PTR, I32, PTR, I32, PTR, PTR]),
@@ -282,6 +290,8 @@ def check(code: int) -> None:
     if code == _EFILE:
         what, _, file = message.partition(": ")
         raise CheckpointChangedError(what, file=file)
+    if code == _ELOST:
+        raise RankLostError(message)
     raise BackendError(message)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes as C
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -197,7 +197,15 @@ class CpuPlan:
 
     def run(self, batch: StepBatch, store: KvStore | None) -> StepOutput:
         """Runs a step over a `CpuStore`. Before writing anything, shapes are checked here, ids and lengths by the library."""
-        b, output, _keep = self._bound(batch, store)
+        return self._run(batch, *self._bound(batch, store))
+
+    def checked(self, batch: StepBatch, store: KvStore | None) -> Callable[[], StepOutput]:
+        """Raises what `run` would raise before it writes anything; returns the rest of `run`."""
+        bound = self._bound(batch, store)
+        check(self.lib.dso_plan_check_batch(self.handle, C.byref(bound[0])))
+        return functools.partial(self._run, batch, *bound)
+
+    def _run(self, batch: StepBatch, b: Batch, output: StepOutput, keep: list[Any]) -> StepOutput:
         self._call("dso_plan_run", b, output)
         return self._returned(batch, output)
 

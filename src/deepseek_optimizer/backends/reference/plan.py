@@ -61,16 +61,31 @@ class ReferencePlan:
         return output
 
     def _run(self, batch: StepBatch, store: KvStore | None) -> StepOutput:
+        step = self.begin(batch, store)
+        for i in self.needed(batch):
+            self.compute(step, self.graph.nodes[i])
+        return self.result(step)
+
+    def begin(self, batch: StepBatch, store: KvStore | None) -> Step:
+        """A step of which no node has been computed."""
         blocks, slots = (0, 0) if store is None else (store.num_blocks, store.num_states)
         check_batch(batch, self.graph, blocks, self._spans, slots)
-        step = Step.of(batch, store, self.device, self.dtype, len(self._spans))
+        return Step.of(batch, store, self.device, self.dtype, len(self._spans))
+
+    def needed(self, batch: StepBatch) -> list[int]:
+        """Indices of the nodes that a step computes."""
+        unwanted = self._only_earlier if batch.last_hidden or batch.draft_states else self._only_hidden
+        return [i for i in range(len(self.graph.nodes)) if batch.hidden or i not in unwanted]
+
+    def compute(self, step: Step, node: Node) -> None:
+        """Computes a node's outputs."""
+        outputs = _OPS[node.op](self, step, node, *(step.values[v] for v in node.inputs))
+        step.values.update(zip(node.outputs, outputs, strict=True))
+
+    def result(self, step: Step) -> StepOutput:
+        """The result of a step whose nodes have been computed."""
+        batch = step.batch
         asks = batch.last_hidden or batch.draft_states
-        unwanted = self._only_earlier if asks else self._only_hidden
-        for i, node in enumerate(self.graph.nodes):
-            if not batch.hidden and i in unwanted:
-                continue
-            outputs = _OPS[node.op](self, step, node, *(step.values[v] for v in node.inputs))
-            step.values.update(zip(node.outputs, outputs, strict=True))
         logits = self._logits(step)
         hidden = torch.stack([step.hidden[i] for i in range(self.graph.hidden_states)]) if batch.hidden else None
         last = step.hidden[self.graph.hidden_states - 1] if asks else None
@@ -94,7 +109,7 @@ class ReferencePlan:
 
     def _logits(self, step: Step) -> torch.Tensor:
         """[R, V]; R is 0 if the graph has no head."""
-        head = next((n.outputs[0] for n in self.graph.nodes if n.op == "lm_head"), None)
+        head = self.graph.logits
         if head is None:
             return torch.empty(0, self.graph.logits_width, dtype=torch.float32, device=self.device)
         return step.values[head] if head.selected else step.values[head][self._rows(step.batch)]

@@ -64,6 +64,11 @@ def _linear_fits(node: Node, _: Graph) -> bool:
     return len(node.outputs) == len(node.weights) == len(node.attrs["biases"]) and _rows_fit(node)
 
 
+def _head_fits(node: Node, graph: Graph) -> bool:
+    gathered = any(n.op == "all_gather" and n.inputs == node.outputs for n in graph.nodes)
+    return node.inputs[0].width == graph.hidden_size and (gathered or node.outputs[0].width == graph.logits_width)
+
+
 SPECS = (
     OpSpec(
         name="embedding",
@@ -184,7 +189,7 @@ SPECS = (
             Attr("scale", FLOAT, default=1.0),
             Attr("softcap", FLOAT, "limit of the logits; 0: none", 0.0),
         ),
-        fits=lambda n, g: (n.inputs[0].width, n.outputs[0].width) == (g.hidden_size, g.logits_width),
+        fits=_head_fits,
         weight_shapes=matrix_shapes,
         returns="logits",
         product=True,
@@ -192,7 +197,8 @@ SPECS = (
         kernels=_PHASES,
         doc="""
             logits = scale * (x W^T + bias): the step's result. With a `softcap` c, c * tanh(logits / c) (Gemma Team 2024). A
-            graph has at most one such node. V is the vocabulary's size, or that of the draft vocabulary if there is one.
+            graph has at most one such node. V is the vocabulary's size, or that of the draft vocabulary if there is one; in the
+            graph of one of several processes, the number of its rows, and an `all_gather` follows.
         """,
     ),
 )

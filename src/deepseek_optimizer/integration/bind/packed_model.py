@@ -87,6 +87,12 @@ class PackedModel(Instance):
                 self._set_products(self._backend)
             return self._backend
 
+    def use(self, backend: Backend) -> None:
+        """Uses a backend that was created for this model alone."""
+        with self._making:
+            self._backend = backend
+            self._set_products(backend)
+
     def share(self, other: PackedModel) -> None:
         """Uses the backend of another model, which has the same settings and is on the same device."""
         with self._making:

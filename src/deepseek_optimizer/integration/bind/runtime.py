@@ -12,7 +12,7 @@ from ...cache.forgetting import SPARE_OF_COPIES, Forgetting, Groups, max_blocks
 from ...checkpoint import Manifest
 from ...config import DeepSeekConfig
 from ...engine.speculative.draft_length import SpeculationReport
-from ...errors import ConfigError, UnsupportedModelError
+from ...errors import BackendError, ConfigError, UnsupportedModelError
 from ...graph import rules
 from ...graph.adapters import UNFUSED, with_adapters
 from ...graph.attention_mode import apply_mode
@@ -280,6 +280,8 @@ class Runtime(PackedModel):
         return added if isinstance(added, str) else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
+        if self.config.parallel.ranks > 1:
+            raise BackendError("a model in several processes cannot be copied; load it again")
         twin = super().__deepcopy__(memo)
         twin._plan = twin._mtp_plans = twin._arena = twin._adapters = None
         twin._tree = self._tree.of_copy()

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...errors import UnsupportedRequestError
 from ...quant.packed import PackedWeight
 from ..bind.runtime import Runtime
 from ..bind.swap import weights_of
@@ -29,7 +30,15 @@ def fingerprint(runtime: Runtime, *, whole: bool = False) -> dict[str, str]:
     Args:
         runtime: the model's runtime.
         whole: hash all bytes of the weights, which takes a second per gigabyte and core; otherwise a sample of each.
+
+    Raises:
+        UnsupportedRequestError: the model runs in several processes.
     """
+    if runtime.config.parallel.ranks > 1:
+        raise UnsupportedRequestError(
+            "this process has a part of the model's weights only, so a cache cannot be saved for it: use neither "
+            "prefix_cache_dir nor saved prefixes, or load the model without parallel"
+        )
     weights = weights_of(runtime.model, runtime.graph)
     formats = {name: w.format if isinstance(w, PackedWeight) else str(w.dtype) for name, w in weights.items()}
     return {

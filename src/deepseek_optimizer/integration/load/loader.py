@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ...backends.base import Backend
 from ...checkpoint import (
     METHODS,
     Checkpoint,
@@ -24,7 +25,7 @@ from ...checkpoint import (
     open_checkpoint,
     stream_weights,
 )
-from ...checkpoint.load import IGNORED
+from ...checkpoint.load import IGNORED, NO_PARTS, Part
 from ...config import BUILT_IN_TEXT, DeepSeekConfig
 from ...errors import CheckpointError, ConfigError, DeepSeekOptimizerError
 from ...graph.min_formats import exact_weights, fp32_weights
@@ -46,6 +47,7 @@ from .kl_budget import adapt, calibration_tokens
 from .mtp_layers import add_mtp_layers, own_tensors, same_tensor, stored_mtp_layers
 from .placement import packing_backend, parse_device, placed, with_backend
 from .quantizer import mark_quantized
+from .ranks import Member, check_divisible, narrow, parts_of, start_ranks
 from .resolve import resolve
 
 _DTYPES = {
@@ -61,6 +63,7 @@ def load(
     fields: dict[str, Any],
     language_alone: str = "",
     device: Any = None,
+    member: Member | None = None,
 ) -> Any:
     """Implements `load_model`, which documents the arguments.
 
@@ -70,12 +73,15 @@ def load(
         language_alone: why of a multimodal checkpoint its language model is to be loaded alone, if it can; "": the settings
             decide.
         device: as there.
+        member: the process that loads its part of a model that several processes run; None: the first one, or the only one.
     """
     with open_to_load(path, config, fields, language_alone) as (checkpoint, no_plan):
         if no_plan is not None:
-            target = None if device is None else parse_device(device)
             section = checkpoint.config().get("quantization_config")
-            general = load_general(checkpoint, _settings(section, checkpoint, config, fields), no_plan)
+            if (divided := _settings(section, checkpoint, config, fields)).parallel.ranks > 1:
+                check_divisible(divided, torch.device("cpu"), no_plan)
+            target = None if device is None else parse_device(device)
+            general = load_general(checkpoint, divided, no_plan)
             return general if target is None else general.to(target)
         model, settings, dtype = sketch(checkpoint, config, fields)
         backend_asked_for = settings.backend  # saved with the model, which another machine may load
@@ -84,6 +90,9 @@ def load(
         backend = packing_backend(settings)
         checkpoint.mapper = backend.map_file if backend.maps_files else None
         manifest = checkpoint.manifest if isinstance(checkpoint, PackedCheckpoint) else None
+        if settings.parallel.ranks > 1:
+            check_divisible(settings, target, None)
+            return _load_part(model, checkpoint, settings, dtype, backend, member)
         texts = None
         if settings.kl_budget is not None and manifest is None:
             texts = calibration_tokens(settings, load_tokenizer(checkpoint), model.config.max_position_embeddings)
@@ -114,6 +123,42 @@ def load(
     model.dso.mappings.update(checkpoint.mappings())
     if texts is not None:
         adapt(model, texts)
+    return model
+
+
+def _load_part(
+    model: Any, checkpoint: Checkpoint, settings: DeepSeekConfig, dtype: torch.dtype, packing: Backend, member: Member | None
+) -> Any:
+    """Loads this process's part of a model that several processes run.
+
+    Args:
+        model: from `sketch`.
+        checkpoint, settings, dtype: of the model.
+        packing: packs weights.
+        member: this process; None: the leader, which starts the others.
+    """
+    parts = parts_of(model, settings, 0 if member is None else member.group.rank)
+    if member is None:
+        _check_memory(model, checkpoint, torch.device("cpu"), settings.kv_cache_memory)  # of all processes together
+        member = start_ranks(checkpoint, settings)
+    try:
+        with show_reading(checkpoint) if member.leader is not None else nullcontext() as progress:
+            _fill(model, weights_for(model, checkpoint, packing.pack, progress, parts=parts), torch.device("cpu"))
+        checkpoint.check_unchanged()
+        narrow(model, parts)
+        name_source(model, checkpoint, dtype)
+        mark_quantized(model, settings)
+        notes = checkpoint.remarks()
+        total = sum(info.nbytes for info in checkpoint.tensors.values())
+        earlier = checkpoint.manifest if isinstance(checkpoint, PackedCheckpoint) else None
+        bind(model.eval(), settings, earlier=earlier, bytes_before=total, notes=notes, backend=member.backend(settings))
+        model.dso.mappings.update(checkpoint.mappings())
+        if member.leader is not None:
+            member.leader.started()
+    except BaseException:
+        if member.leader is not None:
+            member.leader.close()
+        raise
     return model
 
 
@@ -309,6 +354,7 @@ def weights_for(
     progress: Callable[[LoadProgress], None] | None = None,
     order: Sequence[str] | None = None,
     piece_bytes: int | None = None,
+    parts: Mapping[str, Part] = NO_PARTS,
 ) -> Iterator[tuple[str, PackedWeight | torch.Tensor]]:
     """Yields the weights of a model from `sketch`, as `stream_weights` does, in the dtypes of `plain_dtypes`.
 
@@ -316,7 +362,7 @@ def weights_for(
         model: from `sketch`.
         checkpoint: the checkpoint.
         packer: packs a panel of rows.
-        progress, order, piece_bytes: as in `stream_weights`.
+        progress, order, piece_bytes, parts: as in `stream_weights`.
 
     Raises:
         CheckpointError: as in `stream_weights`; or a tied weight is stored with different values.
@@ -327,7 +373,7 @@ def weights_for(
         if pair[0] in checkpoint.tensors:
             _check_same(checkpoint, *pair)
     ignored = not_wanted(checkpoint, model)
-    streamed = stream_weights(checkpoint, wanted, shapes, packer, progress, ignored, order, piece_bytes)
+    streamed = stream_weights(checkpoint, wanted, shapes, packer, progress, ignored, order, piece_bytes, parts)
     for name, value in streamed:
         dtype = dtypes.get(name)
         if isinstance(value, torch.Tensor) and value.is_floating_point() and dtype is not None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ...backends.base import Backend
 from ...checkpoint.manifest import KEY, Manifest
 from ...config import DeepSeekConfig
 from ..bind.graphs import planned_module, whole_graph
@@ -26,7 +27,7 @@ from .decoder_forward import DecoderForward
 from .forward import PlanForward
 from .outer_model import OuterModel
 from .parameter_count import ParameterCount
-from .refuse import RESIZE, Refuse
+from .refuse import DIVIDED, RESIZE, Refuse
 from .report import make_report
 from .resize import ResizeTokens
 from .save import PackedSave
@@ -39,6 +40,7 @@ def bind(
     earlier: Manifest | None = None,
     bytes_before: int | None = None,
     notes: list[str] | None = None,
+    backend: Backend | None = None,
 ) -> Any:
     """Compiles a plan for a model with packed modules and binds it to this instance. If the model has another head than the
     family's language model head, the plan is bound to its decoder; the head stays a float module and can be trained.
@@ -49,6 +51,7 @@ def bind(
         earlier: a manifest that says how the formats were chosen and the weights rounded.
         bytes_before: size of the model before it was packed, for the report.
         notes: warnings from loading.
+        backend: that was created for this model; None: the one that the settings choose.
 
     Returns: the same model, with the attribute `dso` and the methods of `instance_methods`.
     """
@@ -64,6 +67,8 @@ def bind(
         bytes_before=bytes_before,
         notes=notes,
     )
+    if backend is not None:
+        runtime.use(backend)
     describe(model, config, runtime.manifest)
     for parameter in planned.parameters():
         parameter.requires_grad_(False)
@@ -109,14 +114,16 @@ def instance_methods(runtime: Runtime) -> dict[str, Any]:
             "generate": PlanGenerate(runtime),
             "get_output_embeddings": OutputEmbeddings(runtime),
         }
+    divided = Refuse(DIVIDED) if runtime.config.parallel.ranks > 1 else None
+    resize = ResizeTokens(runtime, bind) if runtime.graph.has_head else Refuse(RESIZE)
     return {
         **served,
         "named_modules": ModuleWalk(runtime),
-        "save_pretrained": PackedSave(runtime),
-        "resize_token_embeddings": ResizeTokens(runtime, bind) if runtime.graph.has_head else Refuse(RESIZE),
+        "save_pretrained": divided or PackedSave(runtime),
+        "resize_token_embeddings": divided or resize,
         "num_parameters": ParameterCount(runtime),
         "report": runtime.report,
-        "_apply": Apply(runtime),
+        "_apply": divided or Apply(runtime),
         "compile": _Compile(runtime),
         "_replicate_for_data_parallel": Refuse("start one process per device, each with its own model"),
     }

@@ -6,6 +6,7 @@ from typing import Any
 
 from ...errors import UnsupportedRequestError
 
+DIVIDED = "its weights are divided among processes; load it without parallel"
 RESIZE = "resize the embeddings of the float model and then optimize it"
 
 

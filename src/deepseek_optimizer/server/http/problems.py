@@ -22,6 +22,7 @@ from ...errors import (
     EngineBusyError,
     EngineDeadError,
     MissingPackageError,
+    RankLostError,
     RequestError,
     WorkerLostError,
     excerpt,
@@ -120,6 +121,8 @@ def _dead(cause: BaseException | None) -> ApiError:
         name = os.path.basename(cause.file or "") or "one of its files"
         message = f"the model can no longer be used: {name} {cause.what}; restore the file and restart the server"
         code = "model_file_changed"
+    elif isinstance(cause, RankLostError):
+        message, code = "a process that runs a part of the model has ended; restart the server", "rank_lost"
     return ApiError(503, message, code=code, headers={"Retry-After": "30"})
 
 

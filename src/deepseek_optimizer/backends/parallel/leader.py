@@ -1,0 +1,209 @@
+"""The leader's side of a group: it starts steps in all processes, and notices when one of them ends.
+
+Messages to the other processes go through shared memory, in one order for all. Answers, which no step needs, come through a
+pipe per process.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from typing import Any, TypeVar
+
+import torch
+
+from ...errors import BackendError, CheckpointChangedError, RankLostError
+from ..cpu.group import Group
+from .messages import DONE, END, FAILED, READY, receive
+
+Result = TypeVar("Result")
+
+_PATIENCE = 5.0  # seconds until a process that was told to end is killed
+
+
+class Leader:
+    """The other processes of a group, as rank 0 sees them. They end when this object does, and when its process does.
+
+    Args:
+        group: this process's place in the group, rank 0.
+        processes: of ranks 1 and higher, which have been started.
+        answers: a pipe from each of them.
+    """
+
+    def __init__(self, group: Group, processes: Sequence[subprocess.Popen[bytes]], answers: Sequence[Connection]) -> None:
+        self.group, self._processes, self._answers = group, list(processes), list(answers)
+        self._pid, self._lock = os.getpid(), threading.RLock()
+        self._dropped: deque[int] = deque()  # numbers of stores that the others may free
+        self._stores = 0
+        self._end: str | None = None  # which process has ended and how
+        self._main = ThreadPoolExecutor(1, "dso-leader")
+        ending = threading.Event()
+        for rank, process in enumerate(self._processes, 1):
+            threading.Thread(target=_watch, args=(group, rank, process, ending), daemon=True, name=f"dso-rank-{rank}").start()
+        self.close = weakref.finalize(self, _close, group, self._processes, self._answers, ending, self._lock)
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of ranks 1 and higher."""
+        return [process.pid for process in self._processes]
+
+    def started(self) -> None:
+        """Waits until all processes have loaded their parts of the model.
+
+        Raises:
+            BackendError: one of them could not; the message says why.
+        """
+        for rank, answer in enumerate(self._answers, 1):
+            try:
+                what, text = receive(answer)
+            except EOFError:
+                raise RankLostError(self._ended(rank)) from None
+            if what != READY:
+                raise BackendError(f"rank {rank} of {self.group.ranks} cannot load its part of the model: {text}")
+
+    def together(self, message: tuple[Any, ...], function: Callable[[], Result]) -> Result:
+        """Sends a message to all other processes, calls `function`, which does here what the message says, and returns its
+        result.
+
+        Raises:
+            RankLostError: a process has ended.
+        """
+        return self._in_order(message, function)
+
+    def ask(self, message: tuple[Any, ...], function: Callable[[], Result]) -> list[Any]:
+        """As `together`, for a message that the others answer; returns the results of all processes, by rank."""
+        return self._in_order(message, lambda: [function(), *(self._answer(rank) for rank in range(1, self.group.ranks))])
+
+    def check(self) -> None:
+        """Raises RankLostError if a process has ended. Cheap."""
+        if (rank := self.group.lost) is not None:
+            raise RankLostError(self._ended(rank))
+
+    def new_number(self) -> int:
+        """A number for a store, which all processes know it by."""
+        with self._lock:
+            self._stores += 1
+            return self._stores
+
+    def drop(self, number: int) -> None:
+        """The others free a store before the next message. May be called at any time, as by a finalizer."""
+        self._dropped.append(number)
+
+    def _in_order(self, message: tuple[Any, ...], function: Callable[[], Result]) -> Result:
+        if os.getpid() != self._pid:
+            raise BackendError("a model in several processes cannot be used after a fork; load it in the child")
+
+        def both() -> Result:
+            while self._dropped:
+                self.group.send(pickle.dumps(("drop_store", self._dropped.popleft())))
+            self.group.send(pickle.dumps(message))
+            return function()
+
+        with self._lock:
+            try:
+                result, interrupt = self._uninterrupted(both)
+            except RankLostError:
+                raise RankLostError(self._ended(self.group.lost or 0)) from None
+            except CheckpointChangedError:
+                raise  # found after the step, which all processes have finished
+            except BaseException:
+                self.group.lose(0)  # the others may be waiting for what will not come
+                raise
+        if interrupt is not None:
+            raise interrupt
+        return result
+
+    def _uninterrupted(self, function: Callable[[], Result]) -> tuple[Result, KeyboardInterrupt | None]:
+        """Calls a function that Ctrl-C does not interrupt, since the processes would no longer agree on the step; returns its
+        result, and the interrupt to raise afterwards. Python interrupts the main thread only."""
+        if threading.current_thread() is not threading.main_thread():
+            return function(), None
+        mode = torch.is_inference_mode_enabled()  # a thread has its own
+
+        def in_mode() -> Result:
+            with torch.inference_mode(mode):
+                return function()
+
+        future = self._main.submit(in_mode)
+        interrupt = None
+        while True:
+            try:
+                return future.result(), interrupt
+            except KeyboardInterrupt as error:
+                interrupt = error
+
+    def _answer(self, rank: int) -> Any:
+        try:
+            what, value = receive(self._answers[rank - 1])
+        except EOFError:
+            raise RankLostError(self._ended(rank)) from None
+        if what != DONE:
+            raise RankLostError(f"rank {rank} of {self.group.ranks}: {value}")
+        return value
+
+    def _ended(self, rank: int) -> str:
+        """Which process has ended and how; the first one that is asked for."""
+        if self._end is None:
+            self._end = self._how_ended(rank)
+        return self._end
+
+    def _how_ended(self, rank: int) -> str:
+        name = f"rank {rank} of {self.group.ranks}"
+        if rank == 0:
+            return f"{name}, the leader, could not finish a step"
+        process, answer = self._processes[rank - 1], self._answers[rank - 1]
+        try:
+            code = process.wait(_PATIENCE)
+        except subprocess.TimeoutExpired:
+            return f"{name}, process {process.pid}, does not answer"
+        try:
+            while answer.poll():
+                what, text = receive(answer)
+                if what == FAILED:
+                    return f"{name}, process {process.pid}: {text}"
+        except (EOFError, OSError):
+            pass
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+        return f"{name}, process {process.pid}, {how}"
+
+
+def _watch(group: Group, rank: int, process: subprocess.Popen[bytes], ending: threading.Event) -> None:
+    process.wait()
+    if not ending.is_set():
+        group.lose(rank)
+
+
+def _close(
+    group: Group,
+    processes: list[subprocess.Popen[bytes]],
+    answers: list[Connection],
+    ending: threading.Event,
+    lock: Any,
+) -> None:
+    """Ends all processes and waits for them."""
+    ending.set()
+    held = lock.acquire(timeout=_PATIENCE)
+    try:
+        if held and group.lost is None:
+            group.send(pickle.dumps((END,)))
+    except RankLostError:
+        pass
+    finally:
+        if held:
+            lock.release()
+    for process in processes:
+        try:
+            process.wait(_PATIENCE if held and group.lost is None else 0.5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    for answer in answers:
+        answer.close()

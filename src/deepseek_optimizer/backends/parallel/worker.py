@@ -1,0 +1,87 @@
+"""What the processes of ranks 1 and higher do: they run what the leader says, until it says `END` or is gone."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from ...errors import CheckpointChangedError, RankLostError
+from ...graph.ir import Graph
+from ..base import Plan, StepBatch
+from .backend import RankBackend
+from .messages import DONE, END, FAILED, answer
+
+
+def serve(backend: RankBackend, graph: Graph, plan: Plan, answers: Connection) -> None:
+    """Runs the leader's messages. Returns when there will be no more of them.
+
+    Args:
+        backend: this process's.
+        graph: of the whole model.
+        plan: what `backend` compiled it to.
+        answers: the pipe to the leader. A message that fails is answered with the reason, and ends the group.
+    """
+    commands = _Commands(backend, graph, plan)
+    try:
+        with backend.thread_context():
+            while True:
+                name, *arguments = pickle.loads(backend.group.receive())  # noqa: S301  # from the leader, through memory of its own
+                if name == END:
+                    return
+                result = getattr(commands, name)(*arguments)
+                if name in ("new_store", "ask_store"):
+                    answer(answers, DONE, result)
+    except RankLostError:
+        return
+    except BaseException as error:
+        answer(answers, FAILED, f"{type(error).__name__}: {error}")
+        backend.group.lose(backend.group.rank)
+        raise
+
+
+class _Commands:
+    """One method per message."""
+
+    def __init__(self, backend: RankBackend, graph: Graph, plan: Plan) -> None:
+        self._backend, self._graph, self._plan = backend, graph, plan
+        self._stores: dict[int, Any] = {}
+        self._logits: torch.Tensor | None = None
+
+    def new_store(self, number: int, kv_dtype: str, num_blocks: int) -> None:
+        self._stores[number] = self._backend.new_store(self._graph, kv_dtype, num_blocks)
+
+    def drop_store(self, number: int) -> None:
+        self._stores.pop(number, None)
+
+    def store(self, number: int, method: str, arguments: tuple[Any, ...]) -> None:
+        getattr(self._stores[number], method)(*arguments)
+
+    def ask_store(self, number: int, method: str, arguments: tuple[Any, ...]) -> Any:
+        return getattr(self._stores[number], method)(*arguments)
+
+    def write_block(self, number: int, block: int, parts: list[bytes]) -> None:
+        self._stores[number].write_block(block, parts[self._backend.group.rank])
+
+    def run(self, number: int, batch: StepBatch) -> None:
+        try:
+            self._plan.run(self._with_logits(batch), self._stores[number])
+        except CheckpointChangedError:
+            pass  # found after the step; the leader finds it too
+
+    def decode(self, number: int, batch: StepBatch, call: Any) -> None:
+        rows = len(batch.logit_rows) * (call.steps if call.keep_logits else 1)
+        try:
+            self._plan.decode(self._with_logits(batch, rows), self._stores[number], call)
+        except CheckpointChangedError:
+            pass
+
+    def _with_logits(self, batch: StepBatch, rows: int | None = None) -> StepBatch:
+        """The batch with memory for its logits, which steps share: new memory would cost page faults at every step."""
+        needed, width = len(batch.logit_rows) if rows is None else rows, self._graph.logits_width
+        if self._logits is None or len(self._logits) < needed:
+            self._logits = torch.empty(needed, width, dtype=torch.float32)
+        return replace(batch, logits=self._logits[:needed])

@@ -1,0 +1,64 @@
+"""Over how many processes a model is divided, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ...errors import ConfigError
+
+MOST_RANKS = 64
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How a model is divided among processes of one machine; each field is a number of processes.
+
+    Attributes:
+        tensor: each layer is divided, see `graph/parallel/tensor.py`.
+        expert: the experts of a layer are divided; only 1 so far.
+        pipeline: the layers are divided; only 1 so far.
+
+    Raises:
+        ConfigError: a value is not supported.
+    """
+
+    tensor: int = 1
+    expert: int = 1
+    pipeline: int = 1
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_RANKS:
+                raise ConfigError(f"parallel: {field.name} must be an integer from 1 to {MOST_RANKS}, got {value!r}")
+        for name in ("expert", "pipeline"):
+            if getattr(self, name) != 1:
+                raise ConfigError(f"parallel: {name} must be 1: only tensor parallelism is supported so far; set tensor")
+
+    @property
+    def ranks(self) -> int:
+        """Number of processes."""
+        return self.tensor * self.expert * self.pipeline
+
+    def to_dict(self) -> dict[str, int]:
+        """The fields as JSON."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def of(cls, value: Any) -> Parallel:
+        """From a mapping with some of the fields, or a `Parallel`.
+
+        Raises:
+            ConfigError: the value is neither, or a field is unknown or invalid.
+        """
+        if isinstance(value, cls):
+            return value
+        names = [field.name for field in fields(cls)]
+        if not isinstance(value, Mapping):
+            raise ConfigError(f'parallel must be a dict such as {{"tensor": 2}}, got {value!r}')
+        for name in value:
+            if name not in names:
+                raise ConfigError(f"parallel has no field {name!r}; its fields are {', '.join(names)}")
+        return cls(**value)

@@ -1,0 +1,44 @@
+"""The process of one of the ranks 1 and higher: loads its part of a model, and runs what the leader says.
+
+Started by `ranks.start_ranks` with the numbers of two file descriptors: the group's memory and the pipe to the leader.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import warnings
+from multiprocessing.connection import Connection
+
+
+def main() -> int:
+    """Returns the process's status."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches all its processes; the leader ends this one
+    memory, pipe = map(int, sys.argv[1:])
+    answers = Connection(pipe)
+    job = answers.recv()
+    from ...backends.cpu.group import Group
+    from ...backends.parallel import serve
+    from ...backends.parallel.messages import FAILED, READY, answer
+    from ...config import DeepSeekConfig
+    from .loader import load
+    from .ranks import Member
+
+    group = Group(memory, job["rank"], job["ranks"])
+    os.close(memory)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the leader issues them
+            settings = DeepSeekConfig.from_dict(job["settings"])
+            model = load(job["path"], settings, {}, member=Member(group, job["threads"]))
+    except BaseException as error:  # whatever it is, the leader raises it
+        answer(answers, FAILED, f"{type(error).__name__}: {error}")
+        return 1
+    answer(answers, READY, "")
+    serve(model.dso.backend, model.dso.graph, model.dso.plan, answers)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""Loading a model into several processes: the parts of its weights that each of them has, and starting the others.
+
+Each process creates the whole model on the meta device and reads its own parts from the checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...backends.cpu import CpuBackend, unavailable_reason
+from ...backends.cpu.environment import forced_threads
+from ...backends.cpu.group import Group
+from ...backends.cpu.native import library, number
+from ...backends.parallel import Leader, RankBackend
+from ...backends.parallel.backend import shard_of
+from ...checkpoint import Checkpoint
+from ...checkpoint.load import Part
+from ...config import DeepSeekConfig
+from ...errors import BackendError, ConfigError
+from ...quant import get_format
+from ...system.backend_entries import AUTO
+from ..bind.graphs import loaded_mtp_layers, whole_graph
+from ..bind.modules import PackedLinear
+from ..bind.swap import expected_tensors
+
+_MODULE = "deepseek_optimizer.integration.load.rank_process"
+
+
+@dataclass(frozen=True)
+class Member:
+    """A process of a group, while it loads its part.
+
+    Attributes:
+        group: its place.
+        threads: number of threads of its backend.
+        leader: of rank 0 the other processes.
+    """
+
+    group: Group
+    threads: int
+    leader: Leader | None = None
+
+    def backend(self, settings: DeepSeekConfig) -> RankBackend:
+        """The backend that runs this process's part."""
+        return RankBackend(settings.isa, self.threads, self.group, self.leader)
+
+
+def check_divisible(settings: DeepSeekConfig, device: torch.device, no_plan: str | None) -> None:
+    """Raises an error if a model with these settings cannot run in several processes.
+
+    Args:
+        settings: with `parallel`.
+        device: where the model is loaded to.
+        no_plan: why it has no execution plan; None: it has one.
+
+    Raises:
+        ConfigError: a setting conflicts with `parallel`.
+        BackendError: the native backend is not available.
+    """
+    ways = f"parallel: tensor={settings.parallel.tensor}"
+    if no_plan is not None:
+        raise ConfigError(
+            f"{ways} needs an execution plan, which this model does not have ({no_plan}); load it without parallel"
+        )
+    if device.type != "cpu" or settings.backend not in (AUTO, CpuBackend.name):
+        raise ConfigError(f'{ways} runs on backend "cpu" only; leave backend and device unset, or load it without parallel')
+    if settings.kl_budget is not None or settings.calibration is not None:
+        raise ConfigError(
+            f"{ways}: calibration and kl_budget need the whole model; convert it first with `dso convert`, and load the result "
+            "with parallel"
+        )
+    if (reason := unavailable_reason()) is not None:
+        raise BackendError(f"{ways} needs the native backend: {reason}")
+
+
+def parts_of(model: Any, settings: DeepSeekConfig, rank: int) -> dict[str, Part]:
+    """The parts of tensors that a rank has, by name; of all others it has the whole.
+
+    Args:
+        model: from `loader.sketch`.
+        settings: with `parallel`.
+        rank: the rank.
+
+    Raises:
+        UnsupportedModelError, ConfigError: the model cannot be divided so.
+    """
+    if loaded_mtp_layers(model):
+        raise ConfigError(
+            f'parallel: tensor={settings.parallel.tensor} cannot divide layers for multi-token prediction; set mtp="off"'
+        )
+    formats = {name: f for name, f in expected_tensors(model)[0].items() if f is not None}
+    shard = shard_of(whole_graph(model), rank, settings.parallel.ranks, _Formats(formats))
+    return {name: (part.rows, part.cols) for name, part in shard.parts.items()}
+
+
+class _Formats(dict[str, str]):
+    """Formats by name; matrices that are not packed are divided like fp32."""
+
+    def __missing__(self, name: str) -> str:
+        return get_format("fp32").name
+
+
+def narrow(model: Any, parts: Mapping[str, Part]) -> None:
+    """Gives packed modules the sizes of the parts that they hold."""
+    for name, module in model.named_modules():
+        rows, cols = parts.get(f"{name}.weight", (None, None))
+        if isinstance(module, PackedLinear):
+            module.out_features = module.out_features if rows is None else rows[1] - rows[0]
+            module.in_features = module.in_features if cols is None else cols[1] - cols[0]
+
+
+def start_ranks(checkpoint: Checkpoint, settings: DeepSeekConfig) -> Member:
+    """Starts the other processes, which load their parts of a checkpoint; this one becomes their leader.
+
+    Raises:
+        BackendError: a process cannot be started.
+    """
+    ranks = settings.parallel.ranks
+    threads = settings.threads or forced_threads() or max(1, number(library().dso_default_threads()) // ranks)
+    memory = os.memfd_create("dso-group", os.MFD_CLOEXEC)
+    try:
+        group = Group(memory, 0, ranks)
+        processes, answers = [], []
+        for rank in range(1, ranks):
+            ours, theirs = socket.socketpair()
+            answer = Connection(ours.detach())
+            try:
+                processes.append(_start(memory, theirs.fileno()))
+            finally:
+                theirs.close()
+            answers.append(answer)
+            answer.send(_job(checkpoint.path, settings, rank, threads))
+    finally:
+        os.close(memory)
+    return Member(group, threads, Leader(group, processes, answers))
+
+
+def _start(memory: int, pipe: int) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    command = [sys.executable, "-m", _MODULE, str(memory), str(pipe)]
+    try:
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=(memory, pipe), env=environment)
+    except OSError as error:
+        raise BackendError(f"a further process cannot be started ({error}); load the model without parallel") from error
+
+
+def _job(path: Path, settings: DeepSeekConfig, rank: int, threads: int) -> dict[str, Any]:
+    return {
+        "path": str(path),
+        "settings": settings.to_dict(),
+        "rank": rank,
+        "ranks": settings.parallel.ranks,
+        "threads": threads,
+    }

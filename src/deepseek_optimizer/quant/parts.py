@@ -1,0 +1,57 @@
+"""Parts of matrices: some rows or columns, with the bits that they have in the whole matrix."""
+
+from __future__ import annotations
+
+import torch
+
+from .base import PANEL_ROWS, TILE_COLS, TILE_ROWS
+from .blocks import SUPERBLOCK
+from .kquants import BLOCK_FORMATS
+from .packed import PackedMatrix
+from .tiles import empty_tiles
+
+Span = tuple[int, int]
+
+
+def part_units(format_name: str) -> tuple[int, int]:
+    """Numbers of rows and columns that a part of a matrix in this format begins at a multiple of."""
+    if format_name == "fp8":  # scales of blocks of 128 x 128
+        return PANEL_ROWS, PANEL_ROWS
+    superblocks = any(f.superblock for f in BLOCK_FORMATS if f.name == format_name)
+    return TILE_ROWS, SUPERBLOCK if superblocks else TILE_COLS
+
+
+def packed_part(matrix: PackedMatrix, rows: Span | None = None, cols: Span | None = None) -> PackedMatrix:
+    """Rows [begin, end) and columns [begin, end) of a packed matrix; None: all.
+
+    Rows alone are a view of its tiles; with columns, tiles are copied. Of a mapped matrix, only these tiles are read.
+
+    Args:
+        matrix: with its columns in the model's order.
+        rows, cols: begin at multiples of `part_units`; they end at such, or with the matrix.
+
+    Raises:
+        ValueError: they do not.
+    """
+    row_unit, col_unit = part_units(matrix.format)
+    if matrix.order is not None:
+        raise ValueError("the matrix has its columns in another order")
+    (top, bottom), (left, right) = rows or (0, matrix.rows), cols or (0, matrix.cols)
+    for (begin, end), size, unit in (((top, bottom), matrix.rows, row_unit), ((left, right), matrix.cols, col_unit)):
+        if begin % unit or not 0 <= begin < end <= size or (end % unit and end != size):
+            raise ValueError(f"[{begin}, {end}) of {size} is not a part of {matrix.format}, whose blocks have {unit}")
+    tiles = matrix.data[top // TILE_ROWS : -(-bottom // TILE_ROWS)]
+    if cols is not None:
+        taken = tiles[:, left // TILE_COLS : -(-right // TILE_COLS)]
+        tiles = empty_tiles(bottom - top, right - left, matrix.data.shape[-1]).copy_(taken)
+    return PackedMatrix(matrix.format, bottom - top, right - left, tiles)
+
+
+def part_of(
+    weight: PackedMatrix | torch.Tensor, rows: Span | None = None, cols: Span | None = None
+) -> PackedMatrix | torch.Tensor:
+    """The same of a packed matrix, or of a dense matrix or vector, of which it is a view."""
+    if isinstance(weight, PackedMatrix):
+        return packed_part(weight, rows, cols)
+    part = weight if rows is None else weight[slice(*rows)]
+    return part if cols is None else part[:, slice(*cols)]
