@@ -57,11 +57,10 @@ class BackendSpec:
         sizes: returns the sizes of its allocations. Raises BackendError if these are unknown.
         unavailable_reason: why "auto" must not choose it on this machine, with the remedy; None: it can run.
         device_types: torch's device types that it runs on; None: all of them.
-        check_graph: raises BackendError, which names op and family, if the backend does not compute all of a graph with
-            this type of cache. Called
-            before weights are read; `Backend.compile` checks it too.
         priority: "auto" chooses the highest among the available ones that run on the device. The native CPU backend has 100,
             the reference backend FALLBACK; one with BY_NAME must be named.
+        check_graph: raises BackendError, which names op and family, if the backend does not compute all of a graph with this
+            type of cache. Called before weights are read; `Backend.compile` checks it too.
     """
 
     name: str
@@ -69,8 +68,8 @@ class BackendSpec:
     sizes: Callable[[], Sizes]
     unavailable_reason: Callable[[BackendSettings], str | None] = lambda settings: None
     device_types: tuple[str, ...] | None = None
-    check_graph: Callable[[Graph, str], None] = lambda graph, kv_dtype: None
     priority: int = 50
+    check_graph: Callable[[Graph, str], None] = lambda graph, kv_dtype: None
 
     def runs_on(self, device_type: str) -> bool:
         return self.device_types is None or device_type in self.device_types

@@ -4,6 +4,9 @@ Anything else is refused by name before anything is compiled.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 from ...errors import BackendError
 from ...graph.ir import CacheSpec, Graph, LatentSpec, Node
 from ...graph.ops.products import rows_of
@@ -15,7 +18,7 @@ from .store import KV_DTYPES
 LATENT_DTYPES = ("fp32", "bf16")  # of a cache of latents
 
 # Values of attributes that the kernels do not have, by op; an op has all other values of its attributes.
-_MISSING = {
+_MISSING: Mapping[str, Mapping[str, Callable[[Any], object]]] = {
     "attention": {"chunked": bool, "causal": bool},
     "experts_down": {"weigh_input": bool},
     "experts_gate_up": {"activation": lambda value: value not in ("silu", "gelu"), "weigh_input": bool},
