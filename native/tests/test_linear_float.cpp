@@ -108,10 +108,8 @@ float chain(const Case& c, int t, int n) {
   return acc;
 }
 
-// It is promised to the bit but where an instruction of its own adds pairs (BF16 and FP8 on avx512-bf16 and amx).
-bool chained(const Variant& v, int format) {
-  return format == DSO_F32 || v.name.rfind("avx2", 0) == 0 || v.name == "avx512" || v.name == "avx512-vnni";
-}
+// It is promised to the bit but where an instruction of its own adds pairs (BF16 and FP8, see has_dot_bf16).
+bool chained(const Variant& v, int format) { return format == DSO_F32 || !has_dot_bf16(v.name); }
 
 void near_double(const Variant& v, const Case& c, const std::vector<float>& y) {
   for (int t = 0; t < c.tokens; ++t)
