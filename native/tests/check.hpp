@@ -42,13 +42,16 @@ inline int report(const char* name) {
 
 // The number of random cases of a test: `n`, or with DSO_TEST_DIVISOR=20 a twentieth of it, at least one. For emulators, where
 // all of them would take hours; `make test-arm` sets it.
-inline int rounds(int n) {
+inline int test_divisor() {
   static const int divisor = [] {
     const char* given = getenv("DSO_TEST_DIVISOR");
     return given && atoi(given) > 1 ? atoi(given) : 1;
   }();
-  return n > divisor ? n / divisor : 1;
+  return divisor;
 }
+inline int rounds(int n) { return n > test_divisor() ? n / test_divisor() : 1; }
+// The step through the fixed cases of a test: 1, or with a divisor n.
+inline int every(int n) { return test_divisor() > 1 ? n : 1; }
 
 struct Random {  // xorshift64*
   uint64_t state;
