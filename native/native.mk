@@ -1,10 +1,12 @@
 # native:       builds the library and copies it into the source tree, for development without installing.
 # test-native:  builds with AddressSanitizer and UndefinedBehaviorSanitizer and runs the native tests; then runs them on the
 #               optimized build. GCC aligns no frames for stack-use-after-return for AVX-512 (its bug 110027).
+# test-arm:     cross-builds for ARM64 and runs the native tests under qemu-user, on five CPU models (ARM_MODELS: on some). Needs
+#               Debian's g++-aarch64-linux-gnu and qemu-user.
 CMAKE ?= $(or $(shell command -v cmake),$(BIN)/cmake)
 NATIVE_JOBS ?= $(shell nproc)
 
-.PHONY: native test-native test-native-tsan
+.PHONY: native test-native test-native-tsan test-arm
 
 $(BIN)/cmake: $(VENV)/.created
 	$(BIN)/python -m pip install --quiet cmake ninja
@@ -30,3 +32,10 @@ test-native-tsan: $(filter $(BIN)/cmake,$(CMAKE))
 	$(CMAKE) -S . -B build/native-tsan -DDSO_TESTS=ON -DDSO_SANITIZE=thread
 	$(CMAKE) --build build/native-tsan -j $(NATIVE_JOBS) --target $(TSAN_TESTS)
 	cd build/native-tsan && TSAN_OPTIONS=die_after_fork=0 ctest --output-on-failure --timeout 900 -R '^($(subst $(eval ) ,|,$(strip $(TSAN_TESTS))))$$'
+
+ARM_MODELS ?=
+test-arm: $(filter $(BIN)/cmake,$(CMAKE))
+	@command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null || { echo "make test-arm needs g++-aarch64-linux-gnu and qemu-user"; exit 1; }
+	$(CMAKE) -S . -B build/native-arm -DDSO_TESTS=ON -DDSO_OPTIMIZE=-O2 -DCMAKE_TOOLCHAIN_FILE=build_tools/cmake/aarch64-linux-gnu.cmake
+	$(CMAKE) --build build/native-arm -j $(NATIVE_JOBS)
+	python3 native/tests/run_arm.py build/native-arm $(ARM_MODELS)

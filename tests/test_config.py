@@ -25,7 +25,7 @@ GOOD = {
     "kv_cache": ["auto", "fp32", "bf16", "int8", "int4"],
     "kv_cache_memory": [None, 1 << 20],
     "threads": [None, 1, 64],
-    "isa": [None, "avx2", "avx512", "amx"],
+    "isa": [None, "avx2", "avx512", "amx", "neon"],
     "backend": ["auto", "cpu", "cuda", "reference"],
     "cuda_graphs": [True, False],
     "activation": ["auto", "int8", "int16"],

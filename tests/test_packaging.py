@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-NATIVE_PLATFORM = sys.platform == "linux" and platform.machine() == "x86_64"
+NATIVE_PLATFORM = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_both_commands_are_installed(wheel):
     ]
 
 
-@pytest.mark.skipif(not NATIVE_PLATFORM, reason="the native part is for x86-64 Linux")
+@pytest.mark.skipif(not NATIVE_PLATFORM, reason="the native part is for Linux on x86-64 and ARM64")
 def test_auditwheel_accepts_the_wheel(wheel, tmp_path):
     environment = {
         **os.environ,

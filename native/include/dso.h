@@ -34,9 +34,9 @@ enum {
 DSO_API const char* dso_last_error(void); /* of the calling thread; never NULL */
 
 /* ---- CPU ------------------------------------------------------------------------------------------------
- * ISA names, best last: "avx2", "avx2-vnni", "avx512", "avx512-vnni", "avx512-bf16" (VNNI and BF16), "amx"; and "amx-emulated"
- * (never chosen automatically: the AMX code over portable tiles, for tests on hosts without AMX; requires what "avx512-bf16"
- * requires). */
+ * ISA names, best last. x86: "avx2", "avx2-vnni", "avx512", "avx512-vnni", "avx512-bf16" (VNNI and BF16), "amx", "amx-emulated"
+ * (never chosen automatically: the AMX code over portable tiles, for tests; requires what "avx512-bf16" requires). ARM: "neon",
+ * "neon-dotprod", "neon-i8mm" (and BF16). */
 DSO_API int32_t dso_isa_count(void);
 DSO_API const char* dso_isa_name(int32_t i);
 DSO_API int32_t dso_isa_runs_here(const char* name); /* 1, 0, or -1 for an unknown name */
@@ -45,7 +45,7 @@ DSO_API const char* dso_cpu_description(void);       /* JSON: vendor, model name
 
 /* ---- context: an ISA's kernels and a thread pool ------------------------------------------------------- */
 typedef struct dso_context dso_context;
-/* isa: NULL selects the best ISA that runs on this CPU; a family name ("avx2", "avx512") selects exactly that variant. threads
+/* isa: NULL selects the best ISA that runs on this CPU; a family name ("avx2", "neon") selects exactly that variant. threads
  * <= 0: set from CPU affinity and cgroup limits. The pool's threads start with the first run and are recreated after a fork. A
  * context may be shared by several plans, which keep it alive; runs on one context are serialized. */
 DSO_API int32_t dso_context_create(const char* isa, int32_t threads, dso_context** out);

@@ -313,7 +313,7 @@ constexpr int64_t latent_group = 128;   // elements of an int8 or int4 latent th
 constexpr int64_t max_head_dim = 512;   // head_dim is also even: cache and attention take columns in pairs
 constexpr int64_t max_summary_width = 3840;  // maximum number of elements of a key that estimates are computed from
 
-// One per variant; null if the compiler could not build it.
+// One per variant of the processor; null if the compiler could not build it.
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx2_vnni();
 const Kernels* kernels_avx512();
@@ -321,5 +321,8 @@ const Kernels* kernels_avx512_vnni();
 const Kernels* kernels_avx512_bf16();
 const Kernels* kernels_amx();
 const Kernels* kernels_amx_emulated();
+const Kernels* kernels_neon();
+const Kernels* kernels_neon_dotprod();
+const Kernels* kernels_neon_i8mm();
 
 }  // namespace dso

@@ -1,6 +1,5 @@
 #include "arena.hpp"
 
-#include <sys/mman.h>
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 #else
@@ -14,6 +13,7 @@
 
 #include "error.hpp"
 #include "layout.hpp"
+#include "memory.hpp"
 
 namespace dso {
 
@@ -25,17 +25,12 @@ int64_t bytes_of_parts(const char* what, const char* parts, int64_t count, int64
     fail(DSO_ENOMEM, "%s: %lld %s exceed the address space", what, (long long)count, parts);
   return bytes;
 }
-namespace {
-constexpr int64_t kPage = 4096, kHugePage = 2 << 20;
-}
 
 Arena::Arena(int64_t bytes) {
   if (bytes <= 0) return;
-  const int64_t size = round_up(bytes, bytes >= kHugePage ? kHugePage : kPage);
-  void* p = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (p == MAP_FAILED)
-    fail(DSO_ENOMEM, "%lld bytes of memory could not be allocated: %s", (long long)size, std::strerror(errno));
-  if (size >= kHugePage) madvise(p, size, MADV_HUGEPAGE);  // only a hint: the memory works without it
+  const int64_t size = round_up(bytes, bytes >= kHugePage ? kHugePage : page_bytes());
+  void* const p = map_memory(size);
+  if (!p) fail(DSO_ENOMEM, "%lld bytes of memory could not be allocated: %s", (long long)size, std::strerror(errno));
   data_ = static_cast<uint8_t*>(p);
   size_ = size;
   ASAN_POISON_MEMORY_REGION(data_ + bytes, size_ - bytes);
@@ -43,7 +38,7 @@ Arena::Arena(int64_t bytes) {
 
 Arena::~Arena() {
   ASAN_UNPOISON_MEMORY_REGION(data_, size_);  // for the next owner of these addresses
-  if (data_) munmap(data_, size_);
+  if (data_) unmap_memory(data_, size_);
 }
 
 void Arena::close() {
@@ -67,9 +62,9 @@ void Arena::reserve(int64_t bytes) {
 }
 
 void Arena::release(int64_t from) {
-  const int64_t begin = round_up(from, kPage);
+  const int64_t begin = round_up(from, page_bytes());
   if (begin >= size_) return;
-  if (madvise(data_ + begin, size_ - begin, MADV_DONTNEED) != 0)
+  if (!discard_memory(data_ + begin, size_ - begin))
     fail(DSO_ENOMEM, "memory could not be returned to the system: %s", std::strerror(errno));
 }
 

@@ -6,43 +6,19 @@
 #include <cstring>
 #include <utility>
 
-#include "cpu_features.hpp"
 #include "error.hpp"
 #include "layout.hpp"
+#include "read_memory.hpp"
 
 namespace dso {
 namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr int64_t kStride = 512;  // bytes per iteration of the loop
+constexpr int64_t kStride = kReadStride;
 constexpr int64_t kLeast = 1 << 20;
 constexpr int64_t kRoundBytes = 256 << 20;  // minimum bytes per round, so that its start and end do not count
 constexpr int kLeastRounds = 4;
-
-typedef int64_t Bytes32 __attribute__((vector_size(32)));
-typedef int64_t Bytes64 __attribute__((vector_size(64)));
-
-// The widest loads of this CPU, whatever the context's ISA: narrow loads keep too few cache lines in flight to saturate the
-// memory bus. One accumulator per load, so that no load waits for another. Always inlined: compiled for the ISA of its caller.
-template <class Vector>
-[[gnu::always_inline]] inline int64_t read(const uint8_t* begin, const uint8_t* end) {
-  constexpr int64_t kLoads = 8;
-  static_assert(kStride % (kLoads * sizeof(Vector)) == 0);
-  Vector sum[kLoads] = {};
-  for (const uint8_t* p = begin; p < end; p += kLoads * sizeof(Vector))
-#pragma GCC unroll 8
-    for (int64_t i = 0; i < kLoads; ++i) {
-      Vector x;  // copied, since a caller's memory may begin anywhere
-      std::memcpy(&x, p + i * int64_t(sizeof(Vector)), sizeof(Vector));
-      sum[i] ^= x;
-    }
-#pragma GCC unroll 8
-  for (int64_t i = 1; i < kLoads; ++i) sum[0] ^= sum[i];
-  return sum[0][0];
-}
-[[gnu::target("avx512f")]] int64_t read_avx512(const uint8_t* begin, const uint8_t* end) { return read<Bytes64>(begin, end); }
-[[gnu::target("avx2")]] int64_t read_avx2(const uint8_t* begin, const uint8_t* end) { return read<Bytes32>(begin, end); }
 
 // Writes memory that was just allocated, so that its pages exist; each thread writes what it will read.
 class FirstTouch final : public Job {
@@ -110,7 +86,7 @@ class Reading final : public Job {
  private:
   const int threads_;
   const double seconds_;
-  int64_t (*const read_)(const uint8_t*, const uint8_t*) = detect_features() & kAvx512f ? read_avx512 : read_avx2;
+  const ReadMemory read_ = widest_reads();
   std::vector<MemoryRegion> parts_;
   std::vector<size_t> first_;
   int64_t bytes_ = 0, passes_ = 1;

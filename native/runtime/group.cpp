@@ -1,23 +1,23 @@
 #include "group.hpp"
 
-#include <errno.h>
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <unistd.h>
-#include <x86intrin.h>
-
 #include <algorithm>
+#include <cerrno>
 #include <cstring>
 
 #include "error.hpp"
+#include "files.hpp"
 #include "layout.hpp"
+#include "memory.hpp"
+#include "processor.hpp"
+#include "spinning.hpp"
+#include "threads.hpp"
 #include "waiting.hpp"
 
 namespace dso {
 namespace {
 
 constexpr int32_t kMostRanks = 64;
-constexpr int64_t kPage = 4096, kRingBytes = 1 << 20;
+constexpr int64_t kRingBytes = 1 << 20;
 constexpr double kLookAfter = 0.2;  // seconds between two looks whether the parent is still there
 
 struct alignas(64) Counter {
@@ -31,45 +31,46 @@ struct Group::Shared {                        // zero bytes are its initial stat
   alignas(64) std::atomic<uint32_t> changes;  // counts what others may wait for
   std::atomic<uint32_t> sleepers;
   std::atomic<int32_t> lost;    // 1 + rank; 0: none
-  std::atomic<int32_t> leader;  // its process id
+  std::atomic<int64_t> leader;  // its process id
   Counter sent;                 // bytes, by the leader
   Counter taken[kMostRanks];    // bytes, by each of the others
   Counter arrived[kMostRanks];  // number of the last exchange whose part is complete
 };
 
 Group::Group(int fd, int32_t rank, int32_t ranks)
-    : fd_(fcntl(fd, F_DUPFD_CLOEXEC, 0)), rank_(rank), ranks_(ranks), spin_ticks_(spin_ticks(kSpinSeconds)) {
+    : fd_(duplicate_file(fd)),
+      rank_(rank),
+      ranks_(ranks),
+      spin_ticks_(spin_ticks(kSpinSeconds)),
+      head_bytes_(round_up(int64_t(sizeof(Shared)), page_bytes())) {
   if (ranks < 1 || ranks > kMostRanks || rank < 0 || rank >= ranks) {
-    if (fd_ >= 0) close(fd_);
+    if (fd_ >= 0) close_file(fd_);
     fail(DSO_EINVAL, "rank is %d of %d, must be below, and there are at most %d", rank, ranks, kMostRanks);
   }
   if (fd_ < 0) fail(DSO_EINVAL, "fd is %d, which cannot be duplicated: %s", fd, strerror(errno));
   try {
-    static_assert(sizeof(Shared) <= 3 * kPage);
-    shared_ = reinterpret_cast<Shared*>(map(0, 3 * kPage));
-    ring_ = map(3 * kPage, kRingBytes);
+    shared_ = reinterpret_cast<Shared*>(map(0, head_bytes_));
+    ring_ = map(head_bytes_, kRingBytes);
   } catch (...) {
-    if (shared_) munmap(shared_, 3 * kPage);
-    close(fd_);
+    if (shared_) unmap_memory(shared_, head_bytes_);
+    close_file(fd_);
     throw;
   }
-  end_ = 3 * kPage + kRingBytes;
-  if (rank == 0) shared_->leader = getpid();
+  end_ = head_bytes_ + kRingBytes;
+  if (rank == 0) shared_->leader = process_number();
 }
 
 Group::~Group() {
-  if (regions_) munmap(regions_, size_t(2 * ranks_ * region_bytes_));
-  munmap(ring_, kRingBytes);
-  munmap(shared_, 3 * kPage);
-  close(fd_);
+  if (regions_) unmap_memory(regions_, 2 * ranks_ * region_bytes_);
+  unmap_memory(ring_, kRingBytes);
+  unmap_memory(shared_, head_bytes_);
+  close_file(fd_);
 }
 
 // Every process allocates the same range; the first one's pages stay.
 uint8_t* Group::map(int64_t offset, int64_t bytes) const {
-  const int code = posix_fallocate(fd_, offset, bytes);
-  if (code != 0) fail(DSO_ENOMEM, "%lld bytes that processes share: %s", (long long)bytes, strerror(code));
-  void* const at = mmap(nullptr, size_t(bytes), PROT_READ | PROT_WRITE, MAP_SHARED, fd_, offset);
-  if (at == MAP_FAILED) fail(DSO_ENOMEM, "%lld bytes that processes share: %s", (long long)bytes, strerror(errno));
+  void* const at = map_shared_file(fd_, offset, bytes);
+  if (!at) fail(DSO_ENOMEM, "%lld bytes that processes share: %s", (long long)bytes, strerror(errno));
   return static_cast<uint8_t*>(at);
 }
 
@@ -88,14 +89,14 @@ void Group::lose(int32_t rank) {
 
 void Group::arrived() {
   shared_->changes.fetch_add(1);
-  if (shared_->sleepers.load() > 0) wake_all(&shared_->changes, Waiters::kProcesses);
+  if (shared_->sleepers.load() > 0) wake_all(shared_->changes, Waiters::kProcesses);
 }
 
 template <class Ready>
 bool Group::wait(const Ready& ready) {
-  for (const uint64_t start = __rdtsc(); __rdtsc() - start < spin_ticks_;) {
+  for (const uint64_t start = ticks(); ticks() - start < spin_ticks_;) {
     if (ready()) return true;
-    _mm_pause();
+    relax();
   }
   for (;;) {
     // As in Team::wait: either the other process sees this sleeper, or the futex sees the change.
@@ -103,9 +104,9 @@ bool Group::wait(const Ready& ready) {
     if (lost() >= 0) return false;
     if (ready()) return true;
     shared_->sleepers.fetch_add(1);
-    if (!ready()) sleep_while(&shared_->changes, changes, Waiters::kProcesses, kLookAfter);
+    if (!ready()) wait_while(shared_->changes, changes, Waiters::kProcesses, kLookAfter);
     shared_->sleepers.fetch_sub(1);
-    if (rank_ > 0 && getppid() != shared_->leader.load()) lose(0);
+    if (rank_ > 0 && parent_process() != shared_->leader.load()) lose(0);
   }
 }
 
@@ -146,9 +147,9 @@ void Group::receive(uint8_t* data, int64_t bytes) {
 // New regions lie after the old ones: another process may still be reading those.
 void Group::reserve(int64_t bytes) {
   if (bytes <= region_bytes_) return;
-  const int64_t size = round_up(std::max(bytes, 2 * region_bytes_), kPage), all = 2 * ranks_ * size;
+  const int64_t size = round_up(std::max(bytes, 2 * region_bytes_), page_bytes()), all = 2 * ranks_ * size;
   uint8_t* const fresh = map(end_, all);
-  if (regions_) munmap(regions_, size_t(2 * ranks_ * region_bytes_));
+  if (regions_) unmap_memory(regions_, 2 * ranks_ * region_bytes_);
   regions_ = fresh;
   region_bytes_ = size;
   end_ += all;

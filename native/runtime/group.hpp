@@ -1,4 +1,4 @@
-// The processes that run one model together, on one machine. They share a file in memory: a page of counters, a ring of bytes
+// The processes that run one model together, on one machine. They share a file in memory: counters, a ring of bytes
 // from the leader (rank 0) to the others, and regions in which plans exchange rows.
 //
 // All processes run the same plans over batches of the same sizes in the same order, so each of them counts exchanges by
@@ -46,6 +46,7 @@ class Group {
   const int fd_;
   const int32_t rank_, ranks_;
   const uint64_t spin_ticks_;
+  const int64_t head_bytes_;  // of the counters, in whole pages
   Shared* shared_ = nullptr;
   uint8_t* ring_ = nullptr;
   int64_t end_ = 0;  // of the file, as far as this process has used it

@@ -1,7 +1,7 @@
 // The ISA variants of this build, their requirements, and the choice among them.
 #pragma once
-#include <array>
 #include <cstdint>
+#include <span>
 
 #include "kernels.hpp"
 
@@ -14,8 +14,7 @@ struct Isa {
   bool automatic;               // may be chosen automatically
 };
 
-constexpr int kIsas = 7;
-const std::array<Isa, kIsas>& isas();   // best last; names as in dso.h
+std::span<const Isa> isas();            // of this processor, best last; names as in dso.h; in variants_<processor>.cpp
 const Isa* find_isa(const char* name);  // null for an unknown name
 bool runs_here(const Isa& isa);
 

@@ -1,20 +1,16 @@
 #include "mapped_files.hpp"
 
-#include <errno.h>
-#include <fcntl.h>
-#include <pthread.h>
-#include <signal.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
 #include <atomic>
+#include <cerrno>
 #include <memory>
 #include <mutex>
 #include <string>
 
 #include "error.hpp"
+#include "faults.hpp"
+#include "files.hpp"
+#include "memory.hpp"
+#include "threads.hpp"
 
 namespace dso {
 namespace {
@@ -37,14 +33,12 @@ struct Mapping {
 
 std::atomic<Mapping*> mappings{nullptr};
 std::atomic<int32_t> live{0};
-std::atomic<pid_t> chaining{0};  // the thread in which the previous handler is being called
-struct sigaction before;         // the previous handler, called for all other faults; written under the mutex
 
 std::mutex& mutex() {
   static std::mutex* const made = [] {
     auto* const m = new std::mutex;  // never destroyed: mappings may be removed while the process exits
-    pthread_atfork([] { mutex().lock(); }, [] { mutex().unlock(); },
-                   [] { mutex().unlock(); });  // so that a child does not inherit a locked mutex
+    // So that a child does not inherit a locked mutex.
+    at_fork([] { mutex().lock(); }, [] { mutex().unlock(); }, [] { mutex().unlock(); });
     return m;
   }();
   return *made;
@@ -82,66 +76,21 @@ bool replace_by_zeros(void* address) {
   const Range r = find(address);
   if (!r.mapping) return false;
   r.mapping->state.store(kLost);  // first: a thread that reads zeros must see this state
-  void* const made = mmap(reinterpret_cast<void*>(r.begin), r.end - r.begin, PROT_READ | PROT_WRITE,
-                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0);
-  return made != MAP_FAILED;
-}
-
-void call_default(int signal, bool fault) {
-  struct sigaction standard = {};
-  standard.sa_handler = SIG_DFL;
-  sigaction(signal, &standard, nullptr);
-  if (!fault) raise(signal);  // a fault repeats by itself
-}
-
-void call_before(int signal, siginfo_t* info, void* context) {
-  const bool fault = info->si_code > 0;
-  const pid_t thread = pid_t(syscall(SYS_gettid));
-  // Python's faulthandler, after writing, restores the handler it replaced and raises the signal again: if that is this one,
-  // stop.
-  if (!fault && chaining.load() == thread) return call_default(signal, fault);
-  if (!(before.sa_flags & SA_SIGINFO)) {
-    if (before.sa_handler == SIG_IGN && !fault) return;
-    if (before.sa_handler == SIG_DFL || before.sa_handler == SIG_IGN) return call_default(signal, fault);
-  }
-  chaining.store(thread);
-  if (before.sa_flags & SA_SIGINFO)
-    before.sa_sigaction(signal, info, context);
-  else
-    before.sa_handler(signal);
-  chaining.store(0);
-}
-
-void on_sigbus(int signal, siginfo_t* info, void* context) {
-  const int error = errno;
-  if (info->si_code != BUS_ADRERR || !replace_by_zeros(info->si_addr)) call_before(signal, info, context);
-  errno = error;
+  return map_zeros(r.begin, r.end);
 }
 
 // ---- the functions below hold the mutex
 
-void install() {
-  struct sigaction now = {};
-  if (sigaction(SIGBUS, nullptr, &now) == 0 && (now.sa_flags & SA_SIGINFO) && now.sa_sigaction == on_sigbus) return;
-  struct sigaction ours = {};
-  ours.sa_sigaction = on_sigbus;
-  ours.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_RESTART |
-                  SA_NODEFER;  // so that a signal raised by a handler within ours is delivered within ours
-  sigemptyset(&ours.sa_mask);
-  before = now;
-  sigaction(SIGBUS, &ours, nullptr);
-}
-
-int64_t modified(const struct stat& s) { return int64_t(s.st_mtim.tv_sec) * 1000000000 + s.st_mtim.tv_nsec; }
+void install() { handle_faults(replace_by_zeros); }
 
 // Checks the file; a detected change is permanent.
 int32_t look(Mapping& m) {
-  struct stat s;
+  FileState s;
   if (m.state.load() == kIntact && m.fd >= 0) {
     int32_t found = kIntact, intact = kIntact;
-    if (fstat(m.fd, &s) != 0 || s.st_size < m.bytes)
+    if (!state_of_file(m.fd, s) || s.bytes < m.bytes)
       found = kLost;
-    else if (s.st_size != m.bytes || modified(s) != m.modified_ns)
+    else if (s.bytes != m.bytes || s.modified_ns != m.modified_ns)
       found = kWritten;
     if (found != kIntact) m.state.compare_exchange_strong(intact, found);
   }
@@ -152,7 +101,7 @@ int32_t look(Mapping& m) {
 
 int64_t add_mapping(const void* address, int64_t bytes, int fd, int64_t modified_ns, const char* name) {
   if (!address || bytes < 1 || !name) fail(DSO_EINVAL, "invalid mapping: %lld bytes at %p", (long long)bytes, address);
-  const int own = fd < 0 ? -1 : fcntl(fd, F_DUPFD_CLOEXEC, 3);
+  const int own = fd < 0 ? -1 : duplicate_file(fd);
   if (fd >= 0 && own < 0) fail(DSO_EINVAL, "%s: its file descriptor cannot be duplicated (error %d)", name, errno);
   std::lock_guard lock(mutex());
   Mapping* m = mappings.load();
@@ -165,7 +114,7 @@ int64_t add_mapping(const void* address, int64_t bytes, int fd, int64_t modified
   static int64_t numbers = 0;
   m->fd = own, m->bytes = bytes, m->modified_ns = modified_ns, m->name = name;
   m->state.store(kIntact);
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(address), page = uintptr_t(sysconf(_SC_PAGESIZE));
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(address), page = uintptr_t(page_bytes());
   place(*m, ++numbers, begin / page * page, (begin + bytes + page - 1) / page * page);
   live.fetch_add(1);
   install();
@@ -177,7 +126,7 @@ void remove_mapping(int64_t number) {
   for (Mapping* m = mappings.load(); m; m = m->next) {
     if (number == 0 || m->number.load() != number) continue;
     place(*m, 0, 0, 0);
-    if (m->fd >= 0) close(m->fd);
+    if (m->fd >= 0) close_file(m->fd);
     m->fd = -1;
     live.fetch_sub(1);
     return;

@@ -1,46 +1,14 @@
 #include "thread_pool.hpp"
 
-#include <pthread.h>
-#include <signal.h>
-#include <unistd.h>
-#include <x86intrin.h>
-
 #include <exception>
 
 #include "error.hpp"
+#include "processor.hpp"
+#include "spinning.hpp"
+#include "threads.hpp"
 #include "waiting.hpp"
 
 namespace dso {
-namespace {
-
-// Threads started meanwhile leave signals to the host program's own threads, except for those that their own instructions may
-// cause: if these are blocked, the process ends without its handlers being called (`mapped_files.hpp`, faulthandler).
-class SignalsBlocked {
- public:
-  SignalsBlocked() {
-    sigset_t all;
-    sigfillset(&all);
-    for (int fault : {SIGBUS, SIGSEGV, SIGILL, SIGFPE}) sigdelset(&all, fault);
-    pthread_sigmask(SIG_SETMASK, &all, &before_);
-  }
-  ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
-
- private:
-  sigset_t before_;
-};
-
-// A task's bits must not depend on the thread that runs it, but a host may have set its thread to flush denormals (torch can,
-// and so does loading a library built with -ffast-math). Round to nearest, keep denormals, no traps.
-class StandardFloats {
- public:
-  StandardFloats() { _mm_setcsr(0x1f80); }
-  ~StandardFloats() { _mm_setcsr(before_); }
-
- private:
-  const unsigned before_ = _mm_getcsr();
-};
-
-}  // namespace
 
 Team::Team(int threads) : threads_(threads), spin_ticks_(threads > 1 ? spin_ticks(kSpinSeconds) : 0) {
   SignalsBlocked blocked;
@@ -48,10 +16,10 @@ Team::Team(int threads) : threads_(threads), spin_ticks_(threads > 1 ? spin_tick
     workers_.reserve(threads - 1);
     for (int t = 1; t < threads; ++t) {
       workers_.emplace_back([this, t] {
-        StandardFloats floats;
+        FloatSettings floats;
         serve(t);
       });
-      pthread_setname_np(workers_.back().native_handle(), "dso-worker");
+      name_thread(workers_.back(), "dso-worker");
     }
   } catch (const std::exception& e) {  // no thread available (system_error), or no memory for its handle
     stop();
@@ -68,7 +36,7 @@ void Team::stop() {
 }
 
 void Team::run(Job& job) {
-  StandardFloats floats;
+  FloatSettings floats;
   job_ = &job;
   finished_.store(false, std::memory_order_relaxed);
   advance();
@@ -105,23 +73,23 @@ void Team::advance() {
 
 void Team::publish() {
   phase_.fetch_add(1);
-  if (sleepers_.load() > 0) wake_all(&phase_, Waiters::kThreads);
+  if (sleepers_.load() > 0) wake_all(phase_, Waiters::kThreads);
 }
 
 void Team::wait(uint32_t phase) {
-  for (const uint64_t start = __rdtsc(); __rdtsc() - start < spin_ticks_;) {
+  for (const uint64_t start = ticks(); ticks() - start < spin_ticks_;) {
     if (phase_.load(std::memory_order_acquire) != phase) return;
-    _mm_pause();
+    relax();
   }
-  // Either publish() sees this sleeper, or the futex sees the new phase: both sides store, then load, in one total order.
+  // Either publish() sees this sleeper, or wait_while() sees the new phase: both sides store, then load, in one total order.
   sleepers_.fetch_add(1);
-  while (phase_.load() == phase) sleep_while(&phase_, phase, Waiters::kThreads);
+  while (phase_.load() == phase) wait_while(phase_, phase, Waiters::kThreads);
   sleepers_.fetch_sub(1);
 }
 
 struct ThreadPool::Owned {
-  explicit Owned(pid_t pid) : pid(pid) {}
-  const pid_t pid;
+  explicit Owned(int64_t pid) : pid(pid) {}
+  const int64_t pid;
   std::mutex mutex;
   std::atomic<std::thread::id> holder{};
   std::unique_ptr<Team> team;
@@ -129,11 +97,11 @@ struct ThreadPool::Owned {
 
 ThreadPool::~ThreadPool() {
   Owned* o = owned_.load();
-  if (o && o->pid == getpid()) delete o;  // after a fork its threads belong to the parent: nothing to join
+  if (o && o->pid == process_number()) delete o;  // after a fork its threads belong to the parent: nothing to join
 }
 
 ThreadPool::Owned* ThreadPool::owned() {
-  const pid_t pid = getpid();
+  const int64_t pid = process_number();
   Owned* current = owned_.load(std::memory_order_acquire);
   while (!current || current->pid != pid) {
     // The parent's mutex may be locked and its threads do not exist here: the child abandons both, untouched.

@@ -2,13 +2,12 @@
 // GFLOP/s (four operations per visible pair of query and key and per dimension). Best of several runs. Also the cost of the
 // attention modes at 4K to 32K tokens: all heads of a row, one thread. Usage: bench_attention [variant]. Prints a table, then
 // one line of JSON.
-#include <immintrin.h>
-
 #include <algorithm>
 
 #include "cache.hpp"
 #include "kv_fixture.hpp"
 #include "plan_parts.hpp"
+#include "read_memory.hpp"
 #include "timing.hpp"
 
 struct Shape {
@@ -39,13 +38,11 @@ struct Case {
 
 // Speed of plain loads of the same memory on one thread.
 static double read_speed(Buffer& memory) {
-  const __m128i* p = (const __m128i*)memory.get();
-  const size_t n = memory.size() / sizeof(__m128i);
+  const ReadMemory read = widest_reads();
+  const size_t bytes = memory.size() / kReadStride * kReadStride;
   const double t = best([&] {
-    __m128i s[8] = {};
-    for (size_t i = 0; i + 8 <= n; i += 8)
-      for (size_t j = 0; j < 8; ++j) s[j] = _mm_or_si128(s[j], _mm_load_si128(p + i + j));
-    for (__m128i& x : s) __asm__ volatile("" : : "x"(x));
+    volatile int64_t result = read(memory.get(), memory.get() + bytes);
+    (void)result;
   });
   return (double)memory.size() / t * 1e-9;
 }

@@ -1,8 +1,6 @@
 // Speed of matrix products: per variant, format and token count, GB/s of packed weights and GMAC/s on one core, compared with a
 // plain read loop over the same buffer.
 //   bench_linear [variant] [cols] [rows] [tokens...]       (default: every variant, 1536 8960, 1 4 16 512)
-#include <immintrin.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -11,6 +9,7 @@
 
 #include "block_layout.hpp"
 #include "check.hpp"
+#include "read_memory.hpp"
 
 namespace {
 template <class Body>
@@ -26,18 +25,10 @@ double best_seconds(Body body) {
   return best;
 }
 
-__attribute__((target("avx2"))) void read_all(const uint8_t* p, size_t bytes) {
-  __m256i a = _mm256_setzero_si256(), b = a, c = a, d = a;
-  for (size_t i = 0; i + 128 <= bytes; i += 128) {
-    _mm_prefetch((const char*)p + i + 8192, _MM_HINT_T0);
-    _mm_prefetch((const char*)p + i + 8256, _MM_HINT_T0);
-    a = _mm256_or_si256(a, _mm256_load_si256((const __m256i*)(p + i)));
-    b = _mm256_or_si256(b, _mm256_load_si256((const __m256i*)(p + i + 32)));
-    c = _mm256_or_si256(c, _mm256_load_si256((const __m256i*)(p + i + 64)));
-    d = _mm256_or_si256(d, _mm256_load_si256((const __m256i*)(p + i + 96)));
-  }
-  a = _mm256_or_si256(_mm256_or_si256(a, b), _mm256_or_si256(c, d));
-  __asm__ volatile("" : : "x"(a));
+void read_all(const uint8_t* p, size_t bytes) {
+  static const ReadMemory read = widest_reads();
+  volatile int64_t result = read(p, p + bytes / kReadStride * kReadStride);
+  (void)result;
 }
 }  // namespace
 

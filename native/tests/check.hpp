@@ -13,6 +13,7 @@
 
 #include "../kernels/kernels.hpp"
 #include "dso.h"
+#include "isa.hpp"
 
 using namespace dso;
 
@@ -38,6 +39,19 @@ inline int report(const char* name) {
   printf("%s: %s (%d failures)\n", name, failures ? "FAILED" : "ok", failures);
   return failures ? 1 : 0;
 }
+
+// The number of random cases of a test: `n`, or with DSO_TEST_DIVISOR=20 a twentieth of it, at least one. For emulators, where
+// all of them would take hours; `make test-arm` sets it.
+inline int test_divisor() {
+  static const int divisor = [] {
+    const char* given = getenv("DSO_TEST_DIVISOR");
+    return given && atoi(given) > 1 ? atoi(given) : 1;
+  }();
+  return divisor;
+}
+inline int rounds(int n) { return n > test_divisor() ? n / test_divisor() : 1; }
+// The step through the fixed cases of a test: 1, or with a divisor n.
+inline int every(int n) { return test_divisor() > 1 ? n : 1; }
 
 struct Random {  // xorshift64*
   uint64_t state;
@@ -104,21 +118,16 @@ struct Variant {
   const Kernels* kernels;
 };
 inline std::vector<Variant> variants() {  // those that were built and run on this machine
-  const struct {
-    const char* name;
-    const Kernels* (*get)();
-  } all[] = {{"avx2", kernels_avx2},
-             {"avx2-vnni", kernels_avx2_vnni},
-             {"avx512", kernels_avx512},
-             {"avx512-vnni", kernels_avx512_vnni},
-             {"avx512-bf16", kernels_avx512_bf16},
-             {"amx", kernels_amx},
-             {"amx-emulated", kernels_amx_emulated}};
   std::vector<Variant> here;
-  for (const auto& v : all)
-    if (dso_isa_runs_here(v.name) == 1 && v.get()) here.push_back({v.name, v.get()});
+  for (const Isa& isa : isas())
+    if (runs_here(isa)) here.push_back({isa.name, isa.kernels()});
   check(!here.empty(), "no variant runs here");
   return here;
+}
+
+// Whether a variant has an instruction that adds pairs of bf16 products, with a rounding of its own.
+inline bool has_dot_bf16(const std::string& isa) {
+  return isa == "avx512-bf16" || isa.starts_with("amx") || isa == "neon-i8mm";
 }
 
 // The variants whose attention and row kernels are their own: the others share these with one of them (runtime/variants.cpp),

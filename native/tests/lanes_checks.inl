@@ -32,7 +32,7 @@ static void check_memory(const char* isa, Random& random) {
       check(memory[i] == (i >= 8 && i < 8 + used ? -1.0f : (float)(i + 1)), "%s store of %d: element %d is %g", isa, n, i,
             memory[i]);
   }
-  for (int repeat = 0; repeat < 3000; ++repeat) {
+  for (int repeat = 0; repeat < rounds(3000); ++repeat) {
     alignas(64) float x[16];
     for (float& e : x) e = repeat % 2 ? from_bits(random.bits()) : random.normal();
     uint16_t b[16], h[16];
@@ -56,7 +56,7 @@ static void check_memory(const char* isa, Random& random) {
 
 static void check_arithmetic(const char* isa, Random& random) {
   const float special[] = {0.0f, -0.0f, NAN, INFINITY, -INFINITY, 1.0f, 1e-40f, 3.4e38f};
-  for (int repeat = 0; repeat < 3000; ++repeat) {
+  for (int repeat = 0; repeat < rounds(3000); ++repeat) {
     alignas(64) float a[16], b[16], c[16];
     for (int i = 0; i < 16; ++i) {
       a[i] = repeat % 3 ? random.normal() * 100 : from_bits(random.bits());
@@ -110,7 +110,7 @@ static void check_arithmetic(const char* isa, Random& random) {
 }
 
 static void check_integers(const char* isa, Random& random) {
-  for (int repeat = 0; repeat < 3000; ++repeat) {
+  for (int repeat = 0; repeat < rounds(3000); ++repeat) {
     alignas(64) int32_t v[16];
     int8_t bytes[16], stored[16];
     alignas(64) float f[16];
@@ -156,7 +156,7 @@ static void check_e4m3(const char* isa) {
 }
 
 static void check_bytes(const char* isa, Random& random) {
-  for (int repeat = 0; repeat < 300; ++repeat) {
+  for (int repeat = 0; repeat < rounds(300); ++repeat) {
     alignas(64) uint8_t x[64], up[64], down[64], in_place[64], found[64], joined[64], chosen[64], other[64];
     alignas(64) uint32_t rotated[16], words[16];
     uint8_t table[16];
@@ -192,7 +192,7 @@ static void check_bytes(const char* isa, Random& random) {
 }
 
 static void check_halves(const char* isa, Random& random) {
-  for (int repeat = 0; repeat < 300; ++repeat) {
+  for (int repeat = 0; repeat < rounds(300); ++repeat) {
     alignas(64) float x[16];
     uint8_t bytes[16];
     int8_t small[16];
@@ -223,7 +223,7 @@ static void check_halves(const char* isa, Random& random) {
 }
 
 static void check_dots(const char* isa, Random& random) {
-  for (int repeat = 0; repeat < 3000; ++repeat) {
+  for (int repeat = 0; repeat < rounds(3000); ++repeat) {
     alignas(64) uint8_t w[64];
     int8_t a[4];
     const int style = repeat % 4;  // extremes saturate a naive maddubs
@@ -239,7 +239,7 @@ static void check_dots(const char* isa, Random& random) {
     for (int i = 0; i < 16; ++i) {
       int32_t u8 = 1000, lo = 1000, hi = -5, u7 = 3;
       for (int k = 0; k < 4; ++k) {
-        u8 += w[4 * i + k] * a[k];
+        u8 += (w[4 * i + k] - dot_bias) * a[k];
         lo += (w[4 * i + k] & 15) * a[k];
         hi += (w[4 * i + k] >> 4) * a[k];
         u7 += (w[4 * i + k] >> 1) * a[k];
@@ -268,7 +268,7 @@ static void check_dots(const char* isa, Random& random) {
 }
 
 static void check_pairs(const char* isa, Random& random) {
-  for (int repeat = 0; repeat < 1000; ++repeat) {
+  for (int repeat = 0; repeat < rounds(1000); ++repeat) {
     alignas(64) uint16_t a[32], b[32];
     alignas(64) float even[16], odd[16];
     for (int i = 0; i < 32; ++i) {
@@ -311,11 +311,12 @@ static void check_pairs(const char* isa, Random& random) {
 // e^x from -106 to 90 and at the ends; 2^x down from 0; silu.
 static void check_math(const char* isa, std::vector<uint32_t>& bits) {
   double worst = 0, worst2 = 0;
-  for (int step = 0; step < 40000; ++step) {
+  const int steps = rounds(40000);
+  for (int step = 0; step < steps; ++step) {
     alignas(64) float x[16], minus[16];
     for (int i = 0; i < 16; ++i) {
-      x[i] = -106.0f + 196.0f * (float)(step * 16 + i) / 640000.0f;
-      minus[i] = -160.0f * (float)(step * 16 + i) / 640000.0f;
+      x[i] = -106.0f + 196.0f * (float)(step * 16 + i) / (16.0f * (float)steps);
+      minus[i] = -160.0f * (float)(step * 16 + i) / (16.0f * (float)steps);
     }
     const Floats e = out(exp(load(x))), e2 = out(exp2(load(minus))), s = out(silu(load(x)));
     for (int i = 0; i < 16; ++i) {

@@ -167,7 +167,7 @@ static std::vector<float> in_tasks(Setup& s, Family family, Random& random) {
 }
 
 static bool rounds_to_bf16(const Setup& s, Family f) {  // families that round q and the weights
-  const bool has_dot = s.variant.name == "avx512-bf16" || s.variant.name.starts_with("amx");
+  const bool has_dot = has_dot_bf16(s.variant.name);
   return has_dot && s.c.type != DSO_KV_F32 && f != Family::eager;
 }
 
@@ -347,7 +347,7 @@ int main() {
   Random random(2);
   for (const Variant& v : vector_variants()) {
     for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8, DSO_KV_INT4}) {
-      for (int i = 0; i < 16; ++i) {
+      for (int i = 0; i < rounds(16); ++i) {
         const int32_t dims[] = {2, 16, 30, 40, 64, 80, 96, 128, 256, 400, 512, 2 * (1 + random.below(128))};
         const int32_t d = dims[random.below(12)];
         const int64_t ctx = random.below(3) ? random.below(700) : random.below(40),
@@ -384,7 +384,7 @@ int main() {
           chunks.chunked = true;
           all_families(v, chunks, random);
         }
-      for (int i = 0; i < 12; ++i) {
+      for (int i = 0; i < rounds(12); ++i) {
         const int64_t ctx = random.below(1500);
         const Case c = {type,
                         1 + random.below(2),

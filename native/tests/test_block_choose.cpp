@@ -141,7 +141,7 @@ class Model {
   dso_cache cache;
 };
 
-bool rounds_q(const Model& m) { return m.spec.type != DSO_KV_F32 && (m.isa == "avx512-bf16" || m.isa.starts_with("amx")); }
+bool rounds_q(const Model& m) { return m.spec.type != DSO_KV_F32 && has_dot_bf16(m.isa); }
 
 // A layer of a sequence as stored in the cache, and for each full block and kv head the maxima and minima of the keys.
 struct Held {

@@ -14,7 +14,7 @@ static void test_variants_choose_the_same() {
   Random random(5);
   const std::vector<Variant> variants = ::vector_variants();
   int decided = 0, undecided = 0;
-  for (int round = 0; round < 400; ++round) {
+  for (int round = 0; round < rounds(400); ++round) {
     const int32_t vocab = 1 + random.below(round % 4 ? 300 : 5000);
     std::vector<float> logits = normal((size_t)vocab, 1.0f + (float)random.below(6), random), noise((size_t)vocab);
     if (round % 3 == 0)

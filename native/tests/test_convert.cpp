@@ -77,7 +77,7 @@ int main() {
       Random random(7);
       for (int width : {1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 127, 576, 1009}) {
         std::vector<float> x((size_t)width);
-        for (int repeat = 0; repeat < 20; ++repeat) {
+        for (int repeat = 0; repeat < rounds(20); ++repeat) {
           const float magnitude = std::ldexp(1.0f, random.below(200) - 100);
           for (float& e : x) e = random.normal() * magnitude;
           compare(v, kind, x, 32 * random.below(width / 32 + 1), "random");
@@ -96,7 +96,7 @@ int main() {
         compare(v, kind, x, 0, "ties");
         for (float& e : x) e = random.below(2) ? 1.0f : -1.0f;  // the largest codes
         compare(v, kind, x, 0, "signs");
-        for (uint32_t u = 0; u < 64; ++u) {  // any bit pattern
+        for (uint32_t u = 0; u < (uint32_t)rounds(64); ++u) {  // any bit pattern
           for (float& e : x) e = from_bits(random.bits());
           compare(v, kind, x, 0, "bits");
         }

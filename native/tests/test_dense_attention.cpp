@@ -139,7 +139,7 @@ void errors() {
 
 int main() {
   for (const Variant& variant : variants())
-    for (uint64_t seed = 0; seed < 60; ++seed)
+    for (uint64_t seed = 0; seed < (uint64_t)rounds(60); ++seed)
       for (int32_t mask : {DSO_MASK_NONE, DSO_MASK_BYTES, DSO_MASK_NUMBERS, DSO_MASK_CAUSAL}) {
         equals_double<float>(variant, seed, mask, false);
         equals_double<float>(variant, seed, mask, true);

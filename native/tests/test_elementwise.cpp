@@ -248,7 +248,7 @@ int main() {
   for (int64_t n : {576, 1536, 4095}) rows(all, n, 20, random);
   for (int64_t n : {1, 2, 15, 16, 17, 63, 64, 65, 100, 130}) products(all, n, 1 + random.below(70), random);
   for (const Variant& v : all) {
-    for (int i = 0; i < 60; ++i) {
+    for (int i = 0; i < rounds(60); ++i) {
       const int64_t d = 2 * (1 + random.below(128)), rot = random.below(2) ? d : 2 * (1 + random.below((int)d / 2));
       rope(v, 1 + random.below(5), d, random.below((int)(d - rot) + 1), rot, i & 1, i & 2, random);
     }

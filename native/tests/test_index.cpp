@@ -68,7 +68,7 @@ static void write(const Variant& v, int type, int32_t index, Random& random) {
 }
 
 static void scores(const Variant& v, int type, int64_t heads, int32_t index, int64_t tokens, Random& random) {
-  const bool rounds = type != DSO_KV_F32 && (v.name == "avx512-bf16" || v.name.starts_with("amx"));
+  const bool rounds = type != DSO_KV_F32 && has_dot_bf16(v.name);
   Keys keys(*v.kernels, type, index, tokens, random);
   const std::vector<float> k = normal((size_t)(tokens * index), 1, random), w = normal((size_t)heads, 1, random);
   std::vector<float> q = normal((size_t)(heads * index), 1, random);
@@ -370,7 +370,7 @@ int main() {
       plans({type, 3, 16, 1, 24}, *v.kernels, 5, 70);
     }
     for (int kind = 0; kind < 5; ++kind)
-      for (int i = 0; i < 40; ++i) {
+      for (int i = 0; i < rounds(40); ++i) {
         const int64_t n = 2 + random.below(random.below(2) ? 40 : 3000);
         select(v, n, 1 + random.below((int)std::min<int64_t>(n - 1, 512)), kind, random);
       }

@@ -1,8 +1,14 @@
 // The lanes of each ISA and the functions on them against scalar code, and against each other. This file is compiled for any
-// x86-64; each ISA's checks are compiled for that ISA, and run if the machine supports it.
+// CPU of its processor; each ISA's checks are compiled for that ISA, and run if the machine supports it.
+#ifdef __x86_64__
 #include <immintrin.h>
+#else
+#include <arm_neon.h>
+#endif
 
 #include "check.hpp"
+
+#ifdef __x86_64__
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,bmi2")
@@ -44,15 +50,50 @@
 #include "lanes_checks.inl"
 #pragma GCC pop_options
 
+#else
+#define DSO_ISA_NAMESPACE lanes_neon
+#include "../kernels/neon/lanes.hpp"
+#include "../kernels/generic/math.hpp"
+#include "lanes_checks.inl"
+#undef DSO_ISA_NAMESPACE
+#undef DSO_NEON_LANES_HPP
+#undef DSO_MATH_HPP
+
+#pragma GCC push_options
+#pragma GCC target("arch=armv8.2-a+dotprod")
+#define DSO_ISA_NAMESPACE lanes_neon_dotprod
+#include "../kernels/neon/lanes.hpp"
+#include "../kernels/generic/math.hpp"
+#include "lanes_checks.inl"
+#undef DSO_ISA_NAMESPACE
+#undef DSO_NEON_LANES_HPP
+#undef DSO_MATH_HPP
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("arch=armv8.2-a+dotprod+i8mm+bf16")
+#define DSO_ISA_NAMESPACE lanes_neon_i8mm
+#include "../kernels/neon/lanes.hpp"
+#include "../kernels/generic/math.hpp"
+#include "lanes_checks.inl"
+#pragma GCC pop_options
+#endif
+
 int main() {
   const struct {
     const char* isa;
     void (*run)(const char*, std::vector<uint32_t>&);
   } all[] = {
+#ifdef __x86_64__
       {"avx2", lanes_avx2::check_lanes},
       {"avx2-vnni", lanes_avx2_vnni::check_lanes},
       {"avx512", lanes_avx512::check_lanes},
       {"avx512-bf16", lanes_avx512_bf16::check_lanes},
+#else
+      {"neon", lanes_neon::check_lanes},
+      {"neon-dotprod", lanes_neon_dotprod::check_lanes},
+      {"neon-i8mm", lanes_neon_i8mm::check_lanes},
+#endif
   };
   std::vector<uint32_t> first;
   for (const auto& lanes : all) {

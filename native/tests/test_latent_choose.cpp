@@ -180,7 +180,7 @@ bool good_choice(const Model& m, const Extremes& x, const Sequence& s, int64_t t
   }
   if (std::count(chosen.begin(), chosen.end(), 1) != blocks) return false;
   if (n <= c.top_k) return true;
-  const bool rounds_q = c.type != DSO_KV_F32 && (m.isa == "avx512-bf16" || m.isa.starts_with("amx"));
+  const bool rounds_q = c.type != DSO_KV_F32 && has_dot_bf16(m.isa);
   return best_are_chosen(chosen, S, W, s.rows.data() + token * c.row_width(), c.heads, c.width(), x.largest.data(),
                          x.smallest.data(), rounds_q ? 0x1p-8 : 2e-6);
 }

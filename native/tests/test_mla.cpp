@@ -251,14 +251,15 @@ static void folding(const Variant& v, int64_t rank, int64_t chunks, int64_t grou
 int main() {
   Random random(5);
   for (const Variant& v : vector_variants()) {
-    for (int i = 0; i < 30; ++i) folding(v, 2 * (1 + random.below(150)), 1 + random.below(40), 1 + random.below(20), random);
+    for (int i = 0; i < rounds(30); ++i)
+      folding(v, 2 * (1 + random.below(150)), 1 + random.below(40), 1 + random.below(20), random);
     for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8, DSO_KV_INT4}) {
-      for (int i = 0; i < 12; ++i)
+      for (int i = 0; i < rounds(12); ++i)
         writing(v, LatentCache::shape(type, 2 * (1 + random.below(200)), 2 * (1 + random.below(32)), 2 * random.below(20)),
                 random);
       reading_index(v, type, random);
       const int32_t ranks[] = {32, 2, 30, 34, 64, 96, 128, 130, 200, 256, 512}, heads[] = {1, 3, 16, 20};
-      for (int i = 0; i < 22; ++i) {
+      for (int i = 0; i < rounds(22); ++i) {
         const int64_t tokens = i % 3 == 0 ? 1 + random.below(1100) : 1 + random.below(80);
         const float magnitude = i % 8 == 6 ? 30.0f : i % 8 == 7 ? 1e3f : 1.0f;
         absorbed(v, LatentCache::shape(type, ranks[i % 11], 2 * (1 + random.below(32)), 2 * random.below(3)), tokens,

@@ -82,7 +82,7 @@ struct Setup {
 
 static void against_reference(const Setup& s, const std::vector<float>& out) {
   const MlaHead& h = s.head;
-  const bool has_dot = s.variant.name == "avx512-bf16" || s.variant.name.starts_with("amx"), rounded = !h.single && has_dot;
+  const bool has_dot = has_dot_bf16(s.variant.name), rounded = !h.single && has_dot;
   const std::vector<float> latents = s.cache.read();
   auto held = [&](float x) { return h.single ? x : rounded_bf16(x); };
   for (int64_t r = 0; r < s.rows; ++r) {
@@ -190,7 +190,7 @@ int main() {
     for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8, DSO_KV_INT4}) {
       rows_of_latents(v, LatentCache::shape(type, 2 * (1 + random.below(100)), 4, 0), random);
       const int64_t dims[][3] = {{128, 64, 128}, {20, 12, 18}, {2, 2, 2}, {6, 2, 40}, {192, 64, 256}, {30, 16, 62}};
-      for (int i = 0; i < 24; ++i) {
+      for (int i = 0; i < rounds(24); ++i) {
         const auto& d = dims[i % 6];
         const int64_t ctx = random.below(3) ? random.below(40) : random.below(600),
                       rows = 1 + random.below(random.below(2) ? 70 : 6);

@@ -208,7 +208,7 @@ void long_context(const Variant& v, int32_t type, const Case& c, Random& random)
 
 int main() {
   Random random(31);
-  for (int i = 0; i < 60; ++i) pieces(random);
+  for (int i = 0; i < rounds(60); ++i) pieces(random);
   for (const Variant& v : vector_variants())
     for (int32_t type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8, DSO_KV_INT4}) {
       long_context(v, type, {3, 18, 0, 0, 20000 + random.below(700), 9}, random);

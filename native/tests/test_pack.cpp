@@ -131,7 +131,7 @@ void shapes(const std::vector<Variant>& all) {
 // Groups with corner cases of the rule, among ordinary ones.
 void corners(const std::vector<Variant>& all) {
   Random random(2);
-  for (int round = 0; round < 60; ++round) {
+  for (int round = 0; round < rounds(60); ++round) {
     const int rows = 33, cols = round % 2 ? 150 : 96;
     std::vector<float> wanted((size_t)(rows * cols));
     for (int r = 0; r < rows; ++r)

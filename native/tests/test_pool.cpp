@@ -3,7 +3,6 @@
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
-#include <x86intrin.h>
 
 #include <atomic>
 #include <chrono>
@@ -15,6 +14,7 @@
 #include "check.hpp"
 #include "cpu_limits.hpp"
 #include "error.hpp"
+#include "processor.hpp"
 #include "thread_pool.hpp"
 
 namespace {
@@ -99,11 +99,11 @@ void results_are_seen() {
     }
     void task(int64_t i, int) override {
       ++count[i];
-      for (int k = 0; k < 20; ++k) _mm_pause();
+      for (int k = 0; k < 20; ++k) relax();
     }
   };
   ThreadPool pool(2);
-  for (int run = 0; run < 20000; ++run) {
+  for (int run = 0; run < rounds(20000); ++run) {
     ThreadPool::Lease lease(pool);
     Count job;
     lease.team().run(job);
@@ -121,22 +121,24 @@ void floats() {
       volatile float x = 1e-38f;
       x = x * 0.01f;
       flushed += x == 0;
-      for (int k = 0; k < 200; ++k) _mm_pause();  // so that both take some
+      for (int k = 0; k < 200; ++k) relax();  // so that both take some
     }
   };
-  const unsigned before = _mm_getcsr(), flushing = before | 0x8040;
+  using Bits = FloatSettings::Bits;
+  const Bits before = FloatSettings::get(), flushing = FloatSettings::kFlushing;
   ThreadPool pool(2);
-  for (unsigned setting : {flushing, before, flushing}) {  // the first is what the workers inherit
-    _mm_setcsr(setting);
+  for (const Bits setting : {flushing, before, flushing}) {  // the first is what the workers inherit
+    FloatSettings::set(setting);
     Tiny job;
     {
       ThreadPool::Lease lease(pool);
       lease.team().run(job);
     }
-    const unsigned after = _mm_getcsr();
-    _mm_setcsr(before);
+    const Bits after = FloatSettings::get() & flushing;
+    FloatSettings::set(before);
     check(job.flushed == 0, "%d denormals became zero", job.flushed.load());
-    check((after & 0x8040) == (setting & 0x8040), "the caller's setting was %x, is %x", setting, after);
+    check(after == (setting & flushing), "the caller's setting was %llx, is %llx", (unsigned long long)setting,
+          (unsigned long long)after);
   }
 }
 

@@ -100,9 +100,7 @@ bool run(const Context& context, const Case& k, Operands& o) {
 }
 
 // Whether an element of C is a plain chain of fused multiply-adds in fp32.
-bool chained(const std::string& isa, const Case& k) {
-  return (k.flags & DSO_PRODUCT_EXACT) || isa.rfind("avx2", 0) == 0 || isa == "avx512" || isa == "avx512-vnni";
-}
+bool chained(const std::string& isa, const Case& k) { return (k.flags & DSO_PRODUCT_EXACT) || !has_dot_bf16(isa); }
 
 void against_double(const std::string& isa, const Case& k, Operands& o) {
   const std::string name = text(isa, k);
@@ -152,7 +150,7 @@ Case random_case(Random& random) {
 void products(const Variant& v) {
   Random random(1);
   const Context context(v.name, 1);
-  for (int i = 0; i < 160; ++i) {
+  for (int i = 0; i < rounds(160); ++i) {
     const Case k = random_case(random);
     Operands o(k, random);
     if (run(context, k, o)) against_double(v.name, k, o);
@@ -163,7 +161,7 @@ std::vector<uint8_t> bytes_of(Buffer& b) { return {b.get(), b.get() + b.size()};
 
 void threads(const Variant& v) {
   const Context one(v.name, 1), two(v.name, 2), three(v.name, 3);
-  for (int i = 0; i < 12; ++i) {
+  for (int i = 0; i < rounds(12); ++i) {
     Random random((uint64_t)(100 + i));
     Case k = random_case(random);
     k.M += random.below(500), k.N += random.below(200);
@@ -183,7 +181,7 @@ void threads(const Variant& v) {
 // Groups against single products, bit for bit.
 void groups(const Variant& v) {
   const Context context(v.name, 2);
-  for (int i = 0; i < 30; ++i) {
+  for (int i = 0; i < rounds(30); ++i) {
     Random random((uint64_t)(7 + i));
     const int count = 1 + random.below(5), form = i % 3, flags = random.below(2) ? DSO_PRODUCT_ADD : 0;
     const int64_t N = 1 + random.below(70), other = 1 + random.below(70);  // of `other`: K, or M of TN
@@ -220,7 +218,7 @@ void groups(const Variant& v) {
 void specials(const Variant& v) {
   const Context context(v.name, 1);
   Random random(3);
-  for (int i = 0; i < 40; ++i) {
+  for (int i = 0; i < rounds(40); ++i) {
     Case k = random_case(random);
     k.K += 1, k.bias = false, k.flags &= ~DSO_PRODUCT_ADD;
     Operands o(k, random);
@@ -239,7 +237,7 @@ void specials(const Variant& v) {
 void sums(const Variant& v) {
   const Context context(v.name, 2);
   Random random(4);
-  for (int i = 0; i < 30; ++i) {
+  for (int i = 0; i < rounds(30); ++i) {
     const int64_t T = random.below(50), N = 1 + random.below(600);
     Numbers x(T, N, random.below(3), random.below(2)), s(1, N, 0, random.below(2));
     x.fill(random), s.fill(random);
@@ -259,7 +257,7 @@ void sums(const Variant& v) {
 }
 
 void refusals() {
-  const Context context("avx2", 1);
+  const Context context(isas().front().name, 1);
   Numbers a(4, 4, 0, DSO_TYPE_F32), c(4, 4, 0, DSO_TYPE_F32);
   const dso_train_matrix good = a.matrix(), to = c.matrix();
   const auto refused = [&](const char* what, int form, int flags, int64_t M, const dso_train_matrix& left,

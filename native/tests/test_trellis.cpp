@@ -62,7 +62,7 @@ int main() {
   const std::vector<Variant> all = variants();
   if (all.empty()) return report("test_trellis");
   Random random(7);
-  for (int round = 0; round < 24; ++round) {
+  for (int round = 0; round < rounds(24); ++round) {
     Case c{1 + random.below(60), 1 + random.below(200), {}, {}};
     c.weights = normal((size_t)(c.rows * c.cols), std::ldexp(1.0f, -random.below(12)), random);
     if (round % 3 == 1)

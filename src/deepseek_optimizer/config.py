@@ -27,7 +27,7 @@ MAX_THREADS: Final = 1024
 Precision = Literal["auto", "int3", "int4", "q4_1", "int8", "fp8", "bf16", "fp32"]
 Attention = Literal["flash", "eager", "sliding", "sparse"]
 KvCache = Literal["auto", "fp32", "bf16", "int8", "int4"]
-Isa = Literal["avx2", "avx512", "amx"]
+Isa = Literal["avx2", "avx512", "amx", "neon"]
 Activation = Literal["auto", "int8", "int16"]
 Mtp = Literal["auto", "off"]
 Vision = Literal["auto", "off"]
@@ -166,8 +166,8 @@ class DeepSeekConfig(QuantizationConfigMixin):
             of free memory.
         threads: number of worker threads of the native backend; None: the environment variable DSO_THREADS, or else as many as
             CPU affinity and cgroup limits allow.
-        isa: instruction set to use: "avx2", "avx512" or "amx"; None: the environment variable DSO_ISA, or else the best one
-            that this machine supports.
+        isa: instruction set to use: "avx2", "avx512", "amx" or "neon"; None: the environment variable DSO_ISA, or else the best
+            one that this machine supports.
         backend: "cpu" (native), "cuda" (Triton, not tested on a card yet), "reference" (plain torch), the name of a backend
             registered by another package (see `backends/registry.py`), or "auto": the best one that can run on the model's
             device.
@@ -253,7 +253,7 @@ class DeepSeekConfig(QuantizationConfigMixin):
         "kv_cache": _one_of("auto", "fp32", "bf16", "int8", "int4"),
         "kv_cache_memory": _optional(_integer(1 << 16, 1 << 60)),
         "threads": _optional(_integer(1, MAX_THREADS)),
-        "isa": _optional(_one_of("avx2", "avx512", "amx")),
+        "isa": _optional(_one_of("avx2", "avx512", "amx", "neon")),
         "backend": _backend,
         "cuda_graphs": _flag,
         "activation": _one_of("auto", "int8", "int16"),

@@ -9,6 +9,7 @@
 
 namespace dso::DSO_ISA_NAMESPACE {
 #define DSO_INLINE static inline __attribute__((always_inline))
+#include "../x86/small_lanes.inl"
 
 struct F {
   __m256 lo, hi;
@@ -251,14 +252,15 @@ DSO_INLINE I sum16_i8(const void* p) {  // the sum of 16 signed bytes, in every 
   return {all, all};
 }
 
+constexpr int32_t dot_bias = 0;  // dot_u8 multiplies w - dot_bias
 #ifdef __AVXVNNI__
-constexpr bool vnni = true;
+constexpr bool has_dot_int = true;
 DSO_INLINE I dot_u8(I acc, B w, B a) {  // w: any u8, a: s8
   return {_mm256_dpbusd_avx_epi32(acc.lo, w.lo, a.lo), _mm256_dpbusd_avx_epi32(acc.hi, w.hi, a.hi)};
 }
 DSO_INLINE I dot_u7(I acc, B w, B a) { return dot_u8(acc, w, a); }  // w: u8 <= 127, a: s8
 #else
-constexpr bool vnni = false;
+constexpr bool has_dot_int = false;
 DSO_INLINE __m256i dot_u7_half(__m256i acc, __m256i w, __m256i a) {  // pairs <= 2*127*128: maddubs cannot saturate
   return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, a), _mm256_set1_epi16(1)));
 }

@@ -1,3 +1,3 @@
 #define DSO_BASE avx2
 #include "lanes.hpp"
-#include "../generic/linear_vnni.inl"
+#include "../generic/linear_dot.inl"

@@ -13,6 +13,7 @@
 
 namespace dso::DSO_ISA_NAMESPACE {
 #define DSO_INLINE static inline __attribute__((always_inline))
+#include "../x86/small_lanes.inl"
 
 using F = __m512;   // 16 x f32
 using I = __m512i;  // 16 x i32
@@ -163,12 +164,13 @@ DSO_INLINE I sum16_i8(const void* p) {  // the sum of 16 signed bytes, in every 
   return _mm512_broadcastd_epi32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
 }
 
+constexpr int32_t dot_bias = 0;  // dot_u8 multiplies w - dot_bias
 #ifdef __AVX512VNNI__
-constexpr bool vnni = true;
+constexpr bool has_dot_int = true;
 DSO_INLINE I dot_u7(I acc, B w, B a) { return _mm512_dpbusd_epi32(acc, w, a); }  // w: u8 <= 127, a: s8
 DSO_INLINE I dot_u8(I acc, B w, B a) { return _mm512_dpbusd_epi32(acc, w, a); }  // w: any u8, a: s8
 #else
-constexpr bool vnni = false;
+constexpr bool has_dot_int = false;
 DSO_INLINE I dot_u7(I acc, B w, B a) {  // pairs <= 2*127*128: maddubs cannot saturate
   return _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(w, a), _mm512_set1_epi16(1)));
 }

@@ -17,6 +17,8 @@ struct Format {
       : layout.trellis    ? 63
       : has_table(format) ? 255
                           : (1 << (layout.low + layout.high)) - 1;
+  // What the products of the stored values are already reduced by, see dot_u8 in the lanes.
+  static constexpr int32_t dot_bias = largest > 127 ? DSO_ISA_NAMESPACE::dot_bias : 0;
 };
 
 // 4 columns of a plane of `bits` bits, as the bits from `to` on of bytes.

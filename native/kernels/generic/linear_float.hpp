@@ -8,8 +8,6 @@
 // column, or two BF16 columns. Steps of a tile row are contiguous, across tiles. A block is M tokens x N tiles of accumulators
 // in registers. Few rows stream the weights once (limited by memory); more rows process a panel of weights that stays in L1.
 #pragma once
-#include <immintrin.h>
-
 #include <cstdint>
 #include <cstring>
 
@@ -56,7 +54,7 @@ static void block(const uint8_t* w, int64_t w_next, const uint8_t* x, int64_t x_
   for (int64_t s = 0; s < steps; s++, w += step_bytes, x += 4) {
     if constexpr (stream) {
 #pragma GCC unroll 8
-      for (int n = 0; n < N; n++) _mm_prefetch((const char*)w + n * w_next + ahead, _MM_HINT_T0);
+      for (int n = 0; n < N; n++) __builtin_prefetch(w + n * w_next + ahead);
     }
     if constexpr (format == DSO_F32) {
       F weight[N];

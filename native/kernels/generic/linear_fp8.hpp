@@ -29,7 +29,7 @@ struct Codes {  // packed tile rows, from one block of columns on
   template <int N, int half>
   DSO_INLINE B step(const Codes& w, int n, int tile, int four) {
     const uint8_t* codes = w.at + n * w.next + tile * tile_bytes + 64 * four;
-    if constexpr (half == 0) _mm_prefetch((const char*)codes + ahead / N, _MM_HINT_T0);
+    if constexpr (half == 0) __builtin_prefetch(codes + ahead / N);
     return expand_e4m3<half>(codes);
   }
 };

@@ -8,7 +8,7 @@
 // read directly: unpacking uses ports that dot products leave free. Measured on Zen 5, panels of unpacked weights in L1, blocks
 // of K and cache-sized blocks of tokens gained nothing at any token count from 8 to 512. Formats with a trellis are the
 // exception: unpacking takes them longer than the dot products of 4 tokens, so they are unpacked to panels, once for all
-// tokens.
+// tokens. A variant whose products read another order than the packed one (neon/pairs.hpp) unpacks all formats.
 #pragma once
 #include "int_tiles.hpp"
 
@@ -29,9 +29,9 @@ struct Rows {
 // acc += the exact dot products of `quads` times 4 columns, from column 4 * first of a group on.
 template <class W, int first, int quads, int M, int N>
 DSO_INLINE void dots(I (&acc)[M][N], const uint8_t* w, int64_t row_bytes, const uint8_t* x, int64_t stride) {
-  // Without VNNI, sums of small codes are 16-bit for as many quads as cannot overflow: each adds two products of at most
+  // Otherwise sums of small codes are 16-bit for as many quads as cannot overflow: each adds two products of at most
   // largest * 128.
-  constexpr int possible = 32767 / (256 * W::largest), run = vnni ? 0 : possible < quads ? possible : quads;
+  constexpr int possible = 32767 / (256 * W::largest), run = has_dot_int ? 0 : possible < quads ? possible : quads;
   // For one token, two chains of dot products: one would take longer than unpacking the weights.
   constexpr bool two_chains = M * N == 1 && run == 0;
   I sum[M][N], odd = izero();
@@ -116,7 +116,7 @@ DSO_INLINE void accumulate_half(F (&acc)[M][N], typename W::Place w, int64_t row
   F sum[M];
   for (int m = 0; m < M; ++m) {
     if constexpr (W::halves == 1) {
-      start[m] = iset(-W::offset * x.sums(m)[g]);
+      start[m] = iset((W::dot_bias - W::offset) * x.sums(m)[g]);
       sum[m] = set((float)x.sums(m)[g]);
     } else {
       const I s = sum_of_half<kind, half>(x, m, g);
@@ -202,7 +202,7 @@ constexpr int block_rows = 4;  // tokens per block
 // Up to this number of tokens, tile rows are multiplied one after the other by all tokens at once. Unpacking trellis codes
 // takes more instructions than the products of 4 tokens leave room for.
 template <int format>
-constexpr int few_rows = Format<format>::layout.trellis && registers >= 32 && vnni ? 8 : block_rows;
+constexpr int few_rows = Format<format>::layout.trellis && registers >= 32 && has_dot_int ? 8 : block_rows;
 
 // Formats that only files use are compiled for blocks of 1 and block_rows tokens: every shape of every format would make the
 // build several times as long.
@@ -242,6 +242,15 @@ static void some_tiles(const Matrix& w, const Output& out, const Rows<kind>& x, 
 }
 
 // ---- panels of unpacked weights
+#ifdef DSO_OWN_PANELS  // a variant's own, defined before this file, for all formats
+template <int format>
+using Panel = DSO_OWN_PANELS<format>;
+constexpr bool own_panels = true;
+#else
+template <int format>
+using Panel = Unpacked<format>;
+constexpr bool own_panels = false;
+#endif
 constexpr int panel_groups = 16;  // of each tile row; panels of 3 tile rows take 27 KB
 
 // M tokens x N tile rows, groups [g0, g1), which are in the panel. Between panels, sums are in y.
@@ -254,7 +263,10 @@ static void panel_block(const uint8_t* panel, const Output& out, const Rows<kind
   F acc[M][N];
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < N; ++n) acc[m][n] = g0 ? load_sums(out, t + m, tile + n) : zero();
-  for (int64_t g = g0; g < g1; ++g) accumulate_half<W, 0>(acc, W::place(panel, g - g0), row_bytes, x, g);
+  for (int64_t g = g0; g < g1; ++g) {
+    accumulate_half<W, 0>(acc, W::place(panel, g - g0), row_bytes, x, g);
+    if constexpr (W::halves == 2) accumulate_half<W, 1>(acc, W::place(panel, g - g0), row_bytes, x, g);
+  }
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < N; ++n)
       if (last)
@@ -267,7 +279,7 @@ static void panel_block(const uint8_t* panel, const Output& out, const Rows<kind
 template <int format, int kind, int N>
 static void unpacked_tiles(const Matrix& w, const Output& out, const Rows<kind>& x, int64_t T, int64_t tile) {
   using P = Packed<format>;
-  using W = Unpacked<format>;
+  using W = Panel<format>;
   alignas(64) uint8_t panel[N * panel_groups * W::bytes];
   const int64_t groups = x.width / 32, row_bytes = groups * tile_bytes(format);
   const uint8_t* rows = w.data + tile * row_bytes;
@@ -281,8 +293,12 @@ static void unpacked_tiles(const Matrix& w, const Output& out, const Rows<kind>&
         for (int64_t i = 0; i < P::bytes; i += 64) __builtin_prefetch(from.group + next + i, 0, 2);
         W::unpack(from, panel + (n * panel_groups + g - g0) * W::bytes);
       }
-    for (int64_t t = 0; t < T; t += block_rows)
-      with_constant<block_rows>(T - t, [&]<int M>() { panel_block<W, kind, M, N>(panel, out, x, t, tile, g0, g1); });
+    if constexpr (own_panels) {  // T is a multiple of block_rows
+      for (int64_t t = 0; t < T; t += block_rows) panel_block<W, kind, block_rows, N>(panel, out, x, t, tile, g0, g1);
+    } else {
+      for (int64_t t = 0; t < T; t += block_rows)
+        with_constant<block_rows>(T - t, [&]<int M>() { panel_block<W, kind, M, N>(panel, out, x, t, tile, g0, g1); });
+    }
   }
 }
 
@@ -294,8 +310,17 @@ static void linear_int(const Matrix& w, const Output& out, const Rows<kind>& x, 
     for (; tile < end; ++tile) up_to_a_block<format, kind, 1>(w, out, x, 0, T, tile, fetch);
     return;
   }
+  if constexpr (own_panels) {  // blocks of block_rows tokens, then the rest
+    const int64_t whole = T / block_rows * block_rows;
+    for (int64_t t = begin; t < end; ++t) {
+      unpacked_tiles<format, kind, 1>(w, out, x, whole, t);
+      Stream fetch;
+      if (whole < T) up_to_a_block<format, kind, 1>(w, out, x, whole, T - whole, t, fetch);
+    }
+    return;
+  }
   constexpr int N =
-      registers >= 32 && vnni ? 3 : 1;  // 4 x 3 int32 and 4 x 3 float accumulators; without VNNI, dot products need registers
+      registers >= 32 && has_dot_int ? 3 : 1;  // 4 x 3 int32 and 4 x 3 float accumulators; pairs_u7 needs more registers
   Later later(w, (T + block_rows - 1) / block_rows * (x.width / 32) * ((end - begin + N - 1) / N));
   const auto tiles = [&]<int n>() {
     for (; tile + n <= end; tile += n)

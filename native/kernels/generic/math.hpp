@@ -73,8 +73,6 @@ DSO_INLINE F tanh(F x) {
   return less(square, set(0.390625f), small, large);
 }
 
-DSO_INLINE float from_f16(uint16_t x) { return _cvtsh_ss(x); }
-DSO_INLINE uint16_t to_f16(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }  // half to even
 DSO_INLINE float from_bf16(uint16_t x) {
   const uint32_t u = (uint32_t)x << 16;
   float f;

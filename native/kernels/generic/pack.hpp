@@ -2,11 +2,8 @@
 // defines it in torch.
 //
 // A tile's 16 rows are transposed, so that a lane is a row: extrema, scales and codes of 16 groups are computed side by side
-// without a horizontal step, and four code vectors joined are already the tile's layout. Transposition and the fp16 rounding
-// use 128- and 256-bit instructions that every variant has.
+// without a horizontal step, and four code vectors joined are already the tile's layout.
 #pragma once
-#include <immintrin.h>
-
 #include <cstdint>
 #include <cstring>
 
@@ -52,13 +49,7 @@ static inline void transpose(const void* in, void* out) {
   float* b = (float*)out;
   for (int r = 0; r < rows; r += 4) {
     for (int c = 0; c < cols; c += 4) {
-      __m128 x0 = _mm_loadu_ps(a + r * cols + c), x1 = _mm_loadu_ps(a + (r + 1) * cols + c);
-      __m128 x2 = _mm_loadu_ps(a + (r + 2) * cols + c), x3 = _mm_loadu_ps(a + (r + 3) * cols + c);
-      _MM_TRANSPOSE4_PS(x0, x1, x2, x3);
-      _mm_storeu_ps(b + c * rows + r, x0);
-      _mm_storeu_ps(b + (c + 1) * rows + r, x1);
-      _mm_storeu_ps(b + (c + 2) * rows + r, x2);
-      _mm_storeu_ps(b + (c + 3) * rows + r, x3);
+      transpose4<rows, cols>(a, b, r, c);
     }
   }
 }
@@ -253,7 +244,7 @@ static inline void unpack_group(const uint8_t* tile, int r, float* out) {
 static inline float f16_at(const uint8_t* p) {
   uint16_t h;
   memcpy(&h, p, 2);
-  return _cvtsh_ss(h);
+  return from_f16(h);
 }
 
 // 4 columns of row r of a plane of `bits` bits, one per byte.
@@ -287,8 +278,7 @@ static inline void unpack_integers(const uint8_t* row, int64_t g, int r, float* 
                 (float)(layout.joined ? byte >> 4 : (int8_t)numbers[16 * layout.halves + 16 * half + r]);
     }
     // scale * code is exact, so only the sum with min rounds.
-    const __m128 factor = _mm_set1_ps(scale), base = _mm_set1_ps(least);
-    const __m128i offset = _mm_set1_epi32(code_offset(format));
+    const ByteScale by = byte_scale(scale, least, code_offset(format));
     for (int quad = 8 / layout.halves * half; quad < 8 / layout.halves * (half + 1); quad++) {
       uint32_t word = plane_word<layout.low>(group, quad, r);
       if constexpr (layout.high) word |= plane_word<layout.high>(group + 64 * layout.low, quad, r) << layout.low;
@@ -298,9 +288,7 @@ static inline void unpack_integers(const uint8_t* row, int64_t g, int r, float* 
         for (uint8_t& byte : bytes) byte = table_of<format>[byte];
         memcpy(&word, bytes, 4);
       }
-      const __m128i code = _mm_sub_epi32(_mm_cvtepu8_epi32(_mm_cvtsi32_si128((int32_t)word)), offset);
-      const __m128 w = _mm_mul_ps(factor, _mm_cvtepi32_ps(code));
-      _mm_storeu_ps(out + 4 * quad, layout.has_min ? _mm_add_ps(w, base) : w);
+      scale_bytes<layout.has_min>(by, word, out + 4 * quad);
     }
   }
 }

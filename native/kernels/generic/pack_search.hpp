@@ -30,10 +30,6 @@ struct Code<DSO_Q4_1> {
   static constexpr int least = 0, most = 15, zero = 0, bits = 4;
 };
 
-static inline void to_f16(const float* x, uint16_t* h) {  // 16 values, nearest even
-  for (int r = 0; r < R; r += 8)
-    _mm_storeu_si128((__m128i*)(h + r), _mm256_cvtps_ph(_mm256_loadu_ps(x + r), _MM_FROUND_TO_NEAREST_INT));
-}
 static inline F as_f16(F x) {  // rounded to fp16, as float
   alignas(64) float wide[R];
   alignas(32) uint16_t half[R];

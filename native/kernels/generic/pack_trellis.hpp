@@ -128,7 +128,7 @@ static inline int subset_at(uint32_t path, int t) {
   return low + 2 * high;
 }
 
-static inline float scale_of_byte(int byte) { return _cvtsh_ss((unsigned short)(byte << 7)); }
+static inline float scale_of_byte(int byte) { return from_f16((uint16_t)(byte << 7)); }
 
 // A tile: 16 groups side by side, x[column][row], of which n columns exist. Overwrites rows without a usable scale.
 static inline void pack_trellis(float (*x)[R], int n, const float* importance, uint8_t* dst) {

@@ -85,11 +85,11 @@ static void pack_block(const uint8_t* p, int64_t next, int64_t lanes, int64_t de
 #pragma GCC unroll 16
   for (int i = 0; i < 16; i++) {
     if constexpr (along) {
-      if (whole) _mm_prefetch((const char*)p + i * next + ahead, _MM_HINT_T0);
+      if (whole) __builtin_prefetch(p + i * next + ahead);
       x[i] = whole || i < n ? lane_of<kind, bf16>(p + i * next, k) : izero();
     } else {
       if (whole)
-        for (int64_t c = 0; c < columns; c++) _mm_prefetch((const char*)p + (i * columns + c) * next + ahead, _MM_HINT_T0);
+        for (int64_t c = 0; c < columns; c++) __builtin_prefetch(p + (i * columns + c) * next + ahead);
       x[i] = whole || i * columns < k ? step_of<kind, bf16>(p + i * columns * next, next, n, k - i * columns) : izero();
     }
   }

@@ -19,7 +19,7 @@ def test_a_forced_variant_is_the_one_that_runs(isa):
 
 
 def test_a_family_name_means_its_best_variant():
-    for family in ("avx2", "avx512"):
+    for family in ("avx2", "avx512", "neon"):
         members = [n for n in native.isa_names() if n.split("-")[0] == family and native.isa_runs_here(n)]
         if members:
             assert cpu.CpuBackend(isa=family).isa == members[-1]

@@ -27,7 +27,7 @@ from .sizes import CpuSizes
 
 __all__ = ["SPEC", "CpuBackend", "CpuPlan", "CpuStore", "exact", "unavailable_reason"]
 
-ISA_GROUPS = ("avx2", "avx512")  # ISA names that stand for several variants
+ISA_GROUPS = ("avx2", "avx512", "neon")  # ISA names that stand for several variants
 
 unavailable_reason = native.unavailable_reason
 
@@ -47,8 +47,8 @@ class CpuBackend(CpuSizes):
     """Implements `Backend`: graphs compiled to native plans.
 
     Args:
-        isa: None: DSO_ISA if set, otherwise the best that runs on this machine. "avx2", "avx512": the best variant of that
-            family. "avx2-base", "avx512-base", "avx512-vnni", ...: exactly that variant.
+        isa: None: DSO_ISA if set, otherwise the best that runs on this machine. "avx2", "avx512", "neon": the best variant of
+            that family. "avx2-base", "avx512-base", "avx512-vnni", ...: exactly that variant.
         threads: None: DSO_THREADS if set, otherwise as many as CPU affinity and cgroup limits allow.
         group: the processes that its plans exchange rows with; None: there are none.
 

@@ -256,8 +256,8 @@ def library() -> Any:
     path = library_path()
     if not path.exists():
         raise BackendError(
-            "the native CPU library was not built on this machine (no C++ compiler at install time, or not x86-64 Linux); "
-            'install g++ and reinstall, or use backend="reference"'
+            "the native CPU library was not built on this machine (no C++ compiler at install time, or not Linux on x86-64 or "
+            'ARM64); install g++ and reinstall, or use backend="reference"'
         )
     try:
         lib = C.CDLL(str(path))

@@ -15,11 +15,22 @@ FIRST_USED: Mapping[str, str] = {
     "avx2": "avx2", "fma": "avx2", "f16c": "avx2", "bmi2": "avx2", "avx_vnni": "avx2-vnni", "avx512f": "avx512",
     "avx512bw": "avx512", "avx512dq": "avx512", "avx512vl": "avx512", "avx512_vnni": "avx512-vnni",
     "avx512_bf16": "avx512-bf16", "amx_tile": "amx", "amx_int8": "amx", "amx_bf16": "amx",
+    "asimd": "neon", "asimddp": "neon-dotprod", "i8mm": "neon-i8mm", "bf16": "neon-i8mm",
 }  # fmt: skip
 # Variant -> the one it extends, whose features it also uses.
-UPON = {"avx2-vnni": "avx2", "avx512": "avx2", "avx512-vnni": "avx512", "avx512-bf16": "avx512-vnni", "amx": "avx512-bf16"}
+UPON = {
+    "avx2-vnni": "avx2", "avx512": "avx2", "avx512-vnni": "avx512", "avx512-bf16": "avx512-vnni", "amx": "avx512-bf16",
+    "neon-dotprod": "neon", "neon-i8mm": "neon-dotprod",
+}  # fmt: skip
 # Useful for matrix products, but no kernel uses them yet.
-WITHOUT_KERNELS = ("avx_vnni_int8", "avx512_fp16", "avx512_vbmi", "amx_fp16", "amx_complex")
+WITHOUT_KERNELS = ("avx_vnni_int8", "avx512_fp16", "avx512_vbmi", "amx_fp16", "amx_complex", "sve", "sve2", "sme")
+
+
+def first_used() -> dict[str, str]:
+    """`FIRST_USED` of this processor: the features of its variants."""
+    from ...backends.cpu import native
+
+    return {name: variant for name, variant in FIRST_USED.items() if variant in native.isa_names()}
 
 
 def why_not(isa: str) -> str | None:
@@ -52,7 +63,7 @@ def check(case: Case) -> Iterator[Finding]:
         return
     here = set(native.cpu_description()["features"])
     flags = set(_flags(case))
-    used = {name: _use(name, isa, here, flags) for name in FIRST_USED}
+    used = {name: _use(name, isa, here, flags) for name in first_used()}
     used |= {name: "no kernel here uses it" for name in WITHOUT_KERNELS if name in flags}
     facts = {"isa": isa, "best": best, "features": used, "isas": {n: why_not(n) or "runs here" for n in native.isa_names()}}
     if isa != best:
@@ -63,7 +74,7 @@ def check(case: Case) -> Iterator[Finding]:
     else:
         what = f"{isa} kernels run, the best of this build that the CPU and the system support"
         yield Finding(NAME, "ok", f"{what}; {_summary(used)}", facts=facts)
-    if withheld := sorted(name for name in FIRST_USED if name in flags and name not in here):
+    if withheld := sorted(name for name in first_used() if name in flags and name not in here):
         yield Finding(
             NAME, "warning", f"this CPU has {', '.join(withheld)}, but programs may not use it",
             "the kernel or the hypervisor does not save these registers, or is too old to permit them (AMX needs Linux 5.16)",
@@ -82,7 +93,7 @@ def _summary(used: Mapping[str, str]) -> str:
 def _flags(case: Case) -> list[str]:
     """The CPU's flags as Linux lists them."""
     for line in case.machine.read("/proc/cpuinfo").splitlines():
-        if line.startswith("flags"):
+        if line.startswith(("flags", "Features")):  # x86, ARM
             return line.partition(":")[2].split()
     return []
 

@@ -25,6 +25,6 @@ def check(case: Case) -> Iterator[Finding]:
         yield Finding(
             NAME, "warning", "no native library: the reference backend runs instead, in plain torch, which is much slower",
             reason,
-            "on x86-64 Linux install a C++20 compiler (g++ 12 or newer) and reinstall; DSO_REQUIRE_NATIVE=1 pip install ... "
+            "on Linux install a C++20 compiler (g++ 12 or newer) and reinstall; DSO_REQUIRE_NATIVE=1 pip install ... "
             "shows why the build fails", facts,
         )  # fmt: skip

@@ -1,41 +1,9 @@
-// Assembles each variant's kernels: its own where its flags change the code, and otherwise those of the variant it extends.
-// This file is compiled for any x86-64: code compiled for a variant may run only where the variant does. CMakeLists.txt defines
-// DSO_WITHOUT_<VARIANT> for variants that the compiler could not build.
-#include <algorithm>
-
-#include "kernels.hpp"
+// The variants of x86-64, see variants.hpp.
+#include "cpu_features.hpp"
+#include "isa.hpp"
+#include "variants.hpp"
 
 namespace dso {
-namespace {
-
-// `base` with a variant's own products; the larger scratch serves both.
-[[maybe_unused]] Kernels extended(const Kernels& base, const char* isa, const LinearKernels& linear) {
-  Kernels kernels = base;
-  kernels.isa = isa;
-  kernels.linear = linear.linear;
-  kernels.linear_scratch = std::max(base.linear_scratch, linear.linear_scratch);
-  return kernels;
-}
-[[maybe_unused]] Kernels extended(const Kernels& base, const char* isa, const LinearKernels& linear,
-                                  const TrainProduct* product, const TrainAttention* attention) {
-  Kernels kernels = extended(base, isa, linear);
-  kernels.train_product = product;
-  kernels.train_attention = attention;
-  return kernels;
-}
-
-}  // namespace
-
-// Tables of kernels/<isa>/*.cpp, each in its variant's namespace.
-#define DSO_TILE_KERNELS                     \
-  extern const LinearKernels linear_kernels; \
-  extern const TrainProduct train_product;   \
-  extern const TrainAttention train_attention;
-#define DSO_VECTOR_KERNELS                         \
-  DSO_TILE_KERNELS                                 \
-  extern const AttentionKernels attention_kernels; \
-  extern const RowKernels row_kernels;             \
-  extern const TrainElementwise train_elementwise;
 
 #ifdef DSO_WITHOUT_AVX2
 const Kernels* kernels_avx2() { return nullptr; }
@@ -129,5 +97,27 @@ const Kernels* kernels_amx_emulated() {
   return &kernels;
 }
 #endif
+
+namespace {
+
+constexpr uint32_t kNeedsAvx2 = kAvx2 | kFma | kF16c | kBmi2;
+constexpr uint32_t kNeedsAvx512 = kNeedsAvx2 | kAvx512f | kAvx512bw | kAvx512dq | kAvx512vl;
+constexpr uint32_t kNeedsAvx512Bf16 = kNeedsAvx512 | kAvx512Vnni | kAvx512Bf16;
+constexpr uint32_t kNeedsAmx = kNeedsAvx512Bf16 | kAmxTile | kAmxInt8 | kAmxBf16;
+
+}  // namespace
+
+std::span<const Isa> isas() {
+  static constexpr Isa list[] = {
+      {"avx2", kNeedsAvx2, kernels_avx2, true},
+      {"avx2-vnni", kNeedsAvx2 | kAvxVnni, kernels_avx2_vnni, true},
+      {"avx512", kNeedsAvx512, kernels_avx512, true},
+      {"avx512-vnni", kNeedsAvx512 | kAvx512Vnni, kernels_avx512_vnni, true},
+      {"avx512-bf16", kNeedsAvx512Bf16, kernels_avx512_bf16, true},
+      {"amx", kNeedsAmx, kernels_amx, true},
+      {"amx-emulated", kNeedsAvx512Bf16, kernels_amx_emulated, false},
+  };
+  return list;
+}
 
 }  // namespace dso

@@ -12,7 +12,7 @@ extern const LinearKernels linear_kernels;
 }
 
 namespace dso::DSO_ISA_NAMESPACE {
-static_assert(vnni);
+static_assert(has_dot_int);
 
 static void linear(const Matrix& w, const float* bias, int32_t kind, const uint8_t* x, int64_t x_stride, int64_t T,
                    bool prefill, int64_t tile_begin, int64_t tile_end, float* y, int64_t y_stride, uint8_t* scratch) {

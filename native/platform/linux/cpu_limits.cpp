@@ -1,4 +1,4 @@
-#include "cpu_limits.hpp"
+#include "../cpu_limits.hpp"
 
 #include <sched.h>
 

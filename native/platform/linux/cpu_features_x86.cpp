@@ -1,14 +1,11 @@
-#include "cpu_features.hpp"
+#include "../cpu_features.hpp"
 
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <cerrno>
 #include <cstring>
-
-#include "error.hpp"
 
 namespace dso {
 namespace {
@@ -41,11 +38,7 @@ bool kernel_has_amx() {
   return syscall(SYS_arch_prctl, kGetXcompSupported, &mask) == 0 && ((mask >> kTileData) & 1);
 }
 
-struct Name {
-  Feature feature;
-  const char* name;
-};
-constexpr Name kNames[] = {
+constexpr FeatureName kNames[] = {
     {kAvx2, "avx2"},
     {kFma, "fma"},
     {kF16c, "f16c"},
@@ -61,28 +54,6 @@ constexpr Name kNames[] = {
     {kAmxInt8, "amx_int8"},
     {kAmxBf16, "amx_bf16"},
 };
-
-std::string json_string(const char* s) {
-  std::string out = "\"";
-  for (; *s; ++s) {
-    if (*s == '"' || *s == '\\') out += '\\';
-    if (static_cast<unsigned char>(*s) >= 0x20) out += *s;
-  }
-  return out + '"';
-}
-
-std::string brand() {
-  if (cpuid(0x80000000).a < 0x80000004) return "";
-  char raw[49] = {};
-  for (uint32_t i = 0; i < 3; ++i) {
-    const Registers r = cpuid(0x80000002 + i);
-    std::memcpy(raw + 16 * i, &r, 16);
-  }
-  std::string s(raw);
-  s.erase(0, s.find_first_not_of(' '));
-  s.erase(s.find_last_not_of(' ') + 1);
-  return s;
-}
 
 }  // namespace
 
@@ -117,36 +88,34 @@ uint32_t detect_features() {
   return f;
 }
 
-std::string feature_names(uint32_t features) {
-  std::string out;
-  for (const Name& n : kNames)
-    if (features & n.feature) out += (out.empty() ? "" : ", ") + std::string(n.name);
-  return out;
-}
+std::span<const FeatureName> known_features() { return kNames; }
 
-std::string describe_cpu() {
+std::string cpu_vendor() {
   const Registers zero = cpuid(0);
   char vendor[13] = {};
   std::memcpy(vendor, &zero.b, 4);
   std::memcpy(vendor + 4, &zero.d, 4);
   std::memcpy(vendor + 8, &zero.c, 4);
-  std::string out =
-      "{\"vendor\": " + json_string(vendor) + ", \"model\": " + json_string(brand().c_str()) + ", \"features\": [";
-  const uint32_t features = detect_features();
-  const char* comma = "";
-  for (const Name& n : kNames) {
-    if (!(features & n.feature)) continue;
-    out += comma + json_string(n.name);
-    comma = ", ";
-  }
-  auto known = [](int name) { return std::max(0l, sysconf(name)); };
-  return out + text("], \"caches\": {\"l1d\": %ld, \"l2\": %ld, \"l3\": %ld}, \"cores\": %ld}", known(_SC_LEVEL1_DCACHE_SIZE),
-                    known(_SC_LEVEL2_CACHE_SIZE), known(_SC_LEVEL3_CACHE_SIZE), known(_SC_NPROCESSORS_ONLN));
+  return vendor;
 }
 
-std::string request_amx() {
+std::string cpu_model() {
+  if (cpuid(0x80000000).a < 0x80000004) return "";
+  char raw[49] = {};
+  for (uint32_t i = 0; i < 3; ++i) {
+    const Registers r = cpuid(0x80000002 + i);
+    std::memcpy(raw + 16 * i, &r, 16);
+  }
+  std::string s(raw);
+  s.erase(0, s.find_first_not_of(' '));
+  s.erase(s.find_last_not_of(' ') + 1);
+  return s;
+}
+
+std::string request_permission(uint32_t features) {
+  if (!(features & kAmxTile)) return "";
   if (syscall(SYS_arch_prctl, kRequestXcompPermission, kTileData) == 0) return "";
-  return text("the system refused the tile registers (arch_prctl: %s)", std::strerror(errno));
+  return std::string("the system refused the tile registers (arch_prctl: ") + std::strerror(errno) + ")";
 }
 
 }  // namespace dso

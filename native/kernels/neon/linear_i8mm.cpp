@@ -1,0 +1,3 @@
+#include "lanes.hpp"
+#include "pairs.hpp"
+#include "../generic/linear.inl"

@@ -1,0 +1,2 @@
+#include "lanes.hpp"
+#include "../generic/train_attention.inl"

@@ -1,0 +1,2 @@
+#include "bit_lanes.hpp"
+#include "../generic/train_product.inl"

@@ -1,0 +1,14 @@
+// Instructions of the processor that the runtime uses, all inline:
+//   relax()           tells the core that this thread spins
+//   ticks()           a counter that advances at the same rate on every core, whatever its clock
+//   FloatSettings     round to nearest, keep denormals, no traps, for as long as it lives: a task's bits must not depend on the
+//                     thread that runs it, but a host may have set its thread to flush denormals (torch can, and so does
+//                     loading a library built with -ffast-math)
+#pragma once
+#if defined(__x86_64__)
+#include "x86/processor.hpp"
+#elif defined(__aarch64__)
+#include "arm/processor.hpp"
+#else
+#error "native/platform has no folder for this processor"
+#endif

@@ -1,0 +1,60 @@
+"""Runs the native tests of a cross-build for ARM64 under qemu-user, on five CPU models: `make test-arm`.
+
+    python native/tests/run_arm.py build/native-arm [MODEL...]
+
+All tests run on `max`, and on the other models those that depend on their instructions. qemu traps the instructions that a
+model lacks, and `test_isa` checks that it does and that the best instruction set of the model is chosen.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+# The instruction set that must be chosen on each model.
+MODELS = {
+    "cortex-a72": "neon",  # ARMv8.0: no dot products
+    "cortex-a76": "neon-dotprod",
+    "neoverse-n1": "neon-dotprod",
+    "neoverse-v1": "neon-i8mm",  # with SVE of 256 bits
+    "max": "neon-i8mm",
+}
+# The choice of the instruction set and the lanes on every model; integer products once per instruction set, and the other
+# kernels without and (on `max`, where everything runs) with the instructions that change them.
+EVERYWHERE = ("test_isa", "test_lanes")
+PRODUCTS = (*EVERYWHERE, "test_linear_int")
+KERNELS = (*PRODUCTS, "test_linear_float", "test_attention", "test_elementwise", "test_pack", "test_kv", "test_trellis")
+TESTS = {"cortex-a72": KERNELS, "cortex-a76": PRODUCTS, "neoverse-n1": EVERYWHERE, "neoverse-v1": PRODUCTS, "max": ()}
+DIVISOR = "20"  # of the number of random cases: qemu runs vector code at a twentieth of the speed and less
+JOBS = str(min(2, os.cpu_count() or 1))
+
+
+def run(build: Path, model: str) -> bool:
+    """Runs the tests of a model, prints a line and, of failures, their output."""
+    environment = os.environ | {"QEMU_CPU": model, "DSO_EXPECTED_ISA": MODELS[model], "DSO_TEST_DIVISOR": DIVISOR}
+    command = ["ctest", "--output-on-failure", "-j", JOBS, "--timeout", "900", "--no-tests=error"]
+    if TESTS[model]:
+        command += ["-R", f"^({'|'.join(TESTS[model])})$"]
+    start = time.monotonic()
+    done = subprocess.run(command, cwd=build, env=environment, capture_output=True, text=True)
+    passed = next((line for line in done.stdout.splitlines() if "tests passed" in line), "no test ran")
+    print(f"{model:12} {MODELS[model]:13} {passed} in {time.monotonic() - start:.0f} s", flush=True)
+    if done.returncode != 0:
+        print(done.stdout, done.stderr, sep="\n", flush=True)
+    return done.returncode == 0
+
+
+def main() -> int:
+    build, *models = sys.argv[1:]
+    if unknown := [m for m in models if m not in MODELS]:
+        print(f"unknown CPU model {', '.join(unknown)}; choose among {', '.join(MODELS)}", file=sys.stderr)
+        return 2
+    results = [run(Path(build), model) for model in models or MODELS]
+    return 0 if all(results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
