@@ -13,7 +13,7 @@
 #include "drafted_decode.hpp"
 #include "dso.h"
 #include "error.hpp"
-#include "group.hpp"
+#include "process_group.hpp"
 #include "isa.hpp"
 #include "layout.hpp"
 #include "mapped_files.hpp"
@@ -79,7 +79,7 @@ int32_t dso_context_join(dso_context* c, dso_group* g) {
 int32_t dso_group_create(int32_t fd, int32_t rank, int32_t ranks, dso_group** out) {
   return guarded([&] {
     given(out, "out") = nullptr;
-    *out = new dso_group{std::make_shared<Group>(fd, rank, ranks)};
+    *out = new dso_group{std::make_shared<ProcessGroup>(fd, rank, ranks)};
   });
 }
 void dso_group_destroy(dso_group* g) { delete g; }  // contexts that joined it keep the shared group alive

@@ -4,7 +4,7 @@
 #include <memory>
 
 #include "arena.hpp"
-#include "group.hpp"
+#include "process_group.hpp"
 #include "kernels.hpp"
 #include "thread_pool.hpp"
 
@@ -14,9 +14,9 @@ struct Context {
   Context(const Kernels& kernels, int threads) : kernels(kernels), pool(threads) {}
   const Kernels& kernels;
   ThreadPool pool;
-  std::atomic<bool> checked{false};  // plans created from now on have red zones
-  std::shared_ptr<Group> group;      // of plans created from now on; null: they run in this process alone
-  Arena scratch;                     // for calls outside a plan; used only under a Lease of the pool
+  std::atomic<bool> checked{false};     // plans created from now on have red zones
+  std::shared_ptr<ProcessGroup> group;  // of plans created from now on; null: they run in this process alone
+  Arena scratch;                        // for calls outside a plan; used only under a Lease of the pool
 };
 
 }  // namespace dso

@@ -3,7 +3,7 @@
 #include <cstring>
 
 #include "error.hpp"
-#include "group.hpp"
+#include "process_group.hpp"
 #include "ops.hpp"
 
 namespace dso {
@@ -12,7 +12,7 @@ namespace {
 // The sum of parts that are read at their places has the same order in every process, so all have the same bits.
 class SharedRows : public RowOp {
  public:
-  SharedRows(std::shared_ptr<Group> group, const SlotRef& slot) : group_(std::move(group)), slot_(slot) {}
+  SharedRows(std::shared_ptr<ProcessGroup> group, const SlotRef& slot) : group_(std::move(group)), slot_(slot) {}
 
  protected:
   int64_t rows(const Run& run) const override { return run.slots[slot_.index].count; }
@@ -26,7 +26,7 @@ class SharedRows : public RowOp {
     group_->reserve(4 * width * (slot_.selected ? run.batch.R : run.batch.T));
   }
 
-  const std::shared_ptr<Group> group_;
+  const std::shared_ptr<ProcessGroup> group_;
   const SlotRef slot_;
 };
 
@@ -57,7 +57,8 @@ class SumParts final : public SharedRows {
 
 class JoinParts final : public SharedRows {
  public:
-  JoinParts(std::shared_ptr<Group> group, const SlotRef& out, int64_t each) : SharedRows(std::move(group), out), each_(each) {}
+  JoinParts(std::shared_ptr<ProcessGroup> group, const SlotRef& out, int64_t each)
+      : SharedRows(std::move(group), out), each_(each) {}
   void prepare(const Run& run) override { reserve(run, each_); }
   void open(const Run&) override { group_->exchange(); }
 
@@ -72,7 +73,7 @@ class JoinParts final : public SharedRows {
   const int64_t each_;
 };
 
-std::shared_ptr<Group> group_of(StepReader& s) {
+std::shared_ptr<ProcessGroup> group_of(StepReader& s) {
   s.plan().exchanges = true;
   if (!s.plan().group) s.refuse("the plan's context has no group");
   return s.plan().group;

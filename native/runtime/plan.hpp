@@ -58,7 +58,7 @@ struct dso_plan final : private dso::Job {
   [[noreturn]] void fail_overwritten() const;
 
   const std::shared_ptr<dso::Context> context_;
-  std::shared_ptr<dso::Group> group_;  // that its steps exchange rows with; null: none
+  std::shared_ptr<dso::ProcessGroup> group_;  // that its steps exchange rows with; null: none
   const int32_t vocab_size_;
   std::vector<dso_slot> slots_;
   std::vector<const void*> mapped_;  // starts of the mapped files that contain weights

@@ -1,6 +1,6 @@
 """The processes that run one model together: bytes from the leader to all others, and who has ended.
 
-See `native/runtime/group.hpp`.
+See `native/runtime/process_group.hpp`.
 """
 
 from __future__ import annotations

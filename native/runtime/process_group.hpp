@@ -13,12 +13,12 @@
 
 namespace dso {
 
-class Group {
+class ProcessGroup {
  public:
-  Group(int fd, int32_t rank, int32_t ranks);
-  ~Group();
-  Group(const Group&) = delete;
-  Group& operator=(const Group&) = delete;
+  ProcessGroup(int fd, int32_t rank, int32_t ranks);
+  ~ProcessGroup();
+  ProcessGroup(const ProcessGroup&) = delete;
+  ProcessGroup& operator=(const ProcessGroup&) = delete;
 
   int32_t rank() const { return rank_; }
   int32_t ranks() const { return ranks_; }
@@ -58,5 +58,5 @@ class Group {
 }  // namespace dso
 
 struct dso_group {
-  std::shared_ptr<dso::Group> shared;
+  std::shared_ptr<dso::ProcessGroup> shared;
 };

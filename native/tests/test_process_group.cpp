@@ -9,7 +9,7 @@
 #include <functional>
 #include <thread>
 
-#include "group.hpp"
+#include "process_group.hpp"
 #include "isa.hpp"
 #include "plan_parts.hpp"
 

@@ -1,4 +1,4 @@
-#include "group.hpp"
+#include "process_group.hpp"
 
 #include <algorithm>
 #include <cerrno>
@@ -27,7 +27,7 @@ static_assert(std::atomic<uint64_t>::is_always_lock_free && std::atomic<uint32_t
 
 }  // namespace
 
-struct Group::Shared {                        // zero bytes are its initial state
+struct ProcessGroup::Shared {                 // zero bytes are its initial state
   alignas(64) std::atomic<uint32_t> changes;  // counts what others may wait for
   std::atomic<uint32_t> sleepers;
   std::atomic<int32_t> lost;    // 1 + rank; 0: none
@@ -37,7 +37,7 @@ struct Group::Shared {                        // zero bytes are its initial stat
   Counter arrived[kMostRanks];  // number of the last exchange whose part is complete
 };
 
-Group::Group(int fd, int32_t rank, int32_t ranks)
+ProcessGroup::ProcessGroup(int fd, int32_t rank, int32_t ranks)
     : fd_(duplicate_file(fd)),
       rank_(rank),
       ranks_(ranks),
@@ -60,7 +60,7 @@ Group::Group(int fd, int32_t rank, int32_t ranks)
   if (rank == 0) shared_->leader = process_number();
 }
 
-Group::~Group() {
+ProcessGroup::~ProcessGroup() {
   if (regions_) unmap_memory(regions_, 2 * ranks_ * region_bytes_);
   unmap_memory(ring_, kRingBytes);
   unmap_memory(shared_, head_bytes_);
@@ -68,32 +68,32 @@ Group::~Group() {
 }
 
 // Every process allocates the same range; the first one's pages stay.
-uint8_t* Group::map(int64_t offset, int64_t bytes) const {
+uint8_t* ProcessGroup::map(int64_t offset, int64_t bytes) const {
   void* const at = map_shared_file(fd_, offset, bytes);
   if (!at) fail(DSO_ENOMEM, "%lld bytes that processes share: %s", (long long)bytes, strerror(errno));
   return static_cast<uint8_t*>(at);
 }
 
-int32_t Group::lost() const { return shared_->lost.load() - 1; }
+int32_t ProcessGroup::lost() const { return shared_->lost.load() - 1; }
 
-void Group::check_alive() const {
+void ProcessGroup::check_alive() const {
   if (lost() >= 0) fail(DSO_ELOST, "rank %d of %d", lost(), ranks_);
 }
 
-void Group::lose(int32_t rank) {
+void ProcessGroup::lose(int32_t rank) {
   if (rank < 0 || rank >= ranks_) fail(DSO_EINVAL, "rank is %d, must be below %d", rank, ranks_);
   int32_t none = 0;
   shared_->lost.compare_exchange_strong(none, rank + 1);
   arrived();
 }
 
-void Group::arrived() {
+void ProcessGroup::arrived() {
   shared_->changes.fetch_add(1);
   if (shared_->sleepers.load() > 0) wake_all(shared_->changes, Waiters::kProcesses);
 }
 
 template <class Ready>
-bool Group::wait(const Ready& ready) {
+bool ProcessGroup::wait(const Ready& ready) {
   for (const uint64_t start = ticks(); ticks() - start < spin_ticks_;) {
     if (ready()) return true;
     relax();
@@ -110,7 +110,7 @@ bool Group::wait(const Ready& ready) {
   }
 }
 
-void Group::send(const uint8_t* data, int64_t bytes) {
+void ProcessGroup::send(const uint8_t* data, int64_t bytes) {
   if (rank_ != 0) fail(DSO_EINVAL, "rank %d cannot send: only rank 0 does", rank_);
   const auto room = [&] {
     uint64_t oldest = shared_->sent.value.load();
@@ -129,7 +129,7 @@ void Group::send(const uint8_t* data, int64_t bytes) {
   }
 }
 
-void Group::receive(uint8_t* data, int64_t bytes) {
+void ProcessGroup::receive(uint8_t* data, int64_t bytes) {
   if (rank_ == 0) fail(DSO_EINVAL, "rank 0 cannot receive: it sends");
   std::atomic<uint64_t>& taken = shared_->taken[rank_].value;
   const auto ready = [&] { return int64_t(shared_->sent.value.load() - taken.load()); };
@@ -145,7 +145,7 @@ void Group::receive(uint8_t* data, int64_t bytes) {
 }
 
 // New regions lie after the old ones: another process may still be reading those.
-void Group::reserve(int64_t bytes) {
+void ProcessGroup::reserve(int64_t bytes) {
   if (bytes <= region_bytes_) return;
   const int64_t size = round_up(std::max(bytes, 2 * region_bytes_), page_bytes()), all = 2 * ranks_ * size;
   uint8_t* const fresh = map(end_, all);
@@ -155,11 +155,11 @@ void Group::reserve(int64_t bytes) {
   end_ += all;
 }
 
-void Group::begin() { ++exchanges_; }
+void ProcessGroup::begin() { ++exchanges_; }
 
-uint8_t* Group::part(int32_t rank) const { return regions_ + (int64_t(exchanges_ % 2) * ranks_ + rank) * region_bytes_; }
+uint8_t* ProcessGroup::part(int32_t rank) const { return regions_ + (int64_t(exchanges_ % 2) * ranks_ + rank) * region_bytes_; }
 
-void Group::exchange() {
+void ProcessGroup::exchange() {
   shared_->arrived[rank_].value.store(exchanges_);
   arrived();
   for (int32_t r = 0; r < ranks_; ++r)
