@@ -41,19 +41,29 @@ class Proxy:
         return read(values[0].decode()) if values else None
 
 
-def run(proxy: Proxy, *parts: bytes, path: str = "/v1/chat/completions", headers=()) -> list[dict]:
-    """The messages that a client gets for a request whose body comes in parts."""
-    sent: list[dict] = []
+def receiving(*parts: bytes):
+    """The `receive` of a client that sends a body in parts and disconnects."""
     left = [{"type": "http.request", "body": part, "more_body": i + 1 < len(parts)} for i, part in enumerate(parts)]
 
     async def receive():
         return left.pop(0) if left else {"type": "http.disconnect"}
 
+    return receive
+
+
+async def ignore(message) -> None:
+    pass
+
+
+def run(proxy: Proxy, *parts: bytes, path: str = "/v1/chat/completions", headers=()) -> list[dict]:
+    """The messages that a client gets for a request whose body comes in parts."""
+    sent: list[dict] = []
+
     async def send(message) -> None:
         sent.append(message)
 
     scope = {"type": "http", "path": path, "headers": list(headers), "client": ("10.0.0.1", 5)}
-    asyncio.run(RoutedRequests(proxy, "X-Session-Id")(scope, receive, send))
+    asyncio.run(RoutedRequests(proxy, "X-Session-Id")(scope, receiving(*parts), send))
     return sent
 
 
@@ -100,6 +110,34 @@ def test_after_three_attempts_the_client_is_told() -> None:
     assert json.loads(body["body"])["error"]["code"] == "replica_lost"
 
 
+def test_a_second_attempt_has_the_root_path_of_the_first() -> None:
+    paths = []
+
+    async def proxy(scope, receive, send) -> None:
+        paths.append(scope["root_path"])
+        scope["root_path"] += "/chat"  # as Ray does
+
+    scope = {"type": "http", "path": "/chat/v1/chat/completions", "root_path": "", "headers": []}
+    asyncio.run(RoutedRequests(proxy, "x-session-id")(scope, receiving(CHAT), ignore))
+    assert paths == ["", "", ""]
+
+
+def test_a_request_whose_client_has_left_is_not_repeated() -> None:
+    attempts, sent = [], []
+
+    async def proxy(scope, receive, send) -> None:
+        attempts.append(scope)
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    async def send(message) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "path": "/v1/chat/completions", "headers": []}
+    asyncio.run(RoutedRequests(proxy, "x-session-id")(scope, receiving(CHAT), send))
+    assert len(attempts) == 1 and not sent
+
+
 def test_answers_of_replicas_are_final_whatever_their_status() -> None:
     failed = {**START, "status": 500}
     proxy = Proxy([failed, END])
@@ -122,14 +160,11 @@ def test_another_answer_that_breaks_stays_incomplete() -> None:
 def test_a_client_that_leaves_while_it_sends_is_not_answered() -> None:
     proxy, sent = Proxy(), []
 
-    async def receive():
-        return {"type": "http.disconnect"}
-
     async def send(message) -> None:
         sent.append(message)
 
     scope = {"type": "http", "path": "/", "headers": []}
-    asyncio.run(RoutedRequests(proxy, "x-session-id")(scope, receive, send))
+    asyncio.run(RoutedRequests(proxy, "x-session-id")(scope, receiving(), send))
     assert not sent and not proxy.scopes
 
 

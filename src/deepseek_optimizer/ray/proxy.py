@@ -63,9 +63,9 @@ class RoutedRequests:
         keys = prefix_keys(body) if body else []
         routed = self._routed(scope, keys, body)
         for attempt in range(1, _ATTEMPTS + 1):
-            answer = _Answer(send)
-            await self._app(routed, _replayed(messages, receive), answer)
-            if answer.complete or not keys:
+            answer, request = _Answer(send), _Request(messages, receive)
+            await self._app({**routed}, request, answer)  # a copy: Ray adds the application's prefix to its root path
+            if answer.complete or request.left or not keys:
                 return
             if answer.started or attempt == _ATTEMPTS:
                 await answer.end()
@@ -102,15 +102,23 @@ async def _read(receive: Receive) -> tuple[list[Message], bytes | None]:
             return messages, None
 
 
-def _replayed(messages: list[Message], receive: Receive) -> Receive:
-    """A `receive` that returns the messages again, then those that follow."""
-    left = iter(messages)
+class _Request:
+    """A `receive` that returns messages that were read before, then those that follow.
 
-    async def again() -> Message:
-        message = next(left, None)
-        return await receive() if message is None else message
+    Attributes:
+        left: whether the client is gone, so that no further attempt has a reader.
+    """
 
-    return again
+    def __init__(self, messages: list[Message], receive: Receive) -> None:
+        self._messages, self._receive = iter(messages), receive
+        self.left = False
+
+    async def __call__(self) -> Message:
+        message = next(self._messages, None)
+        if message is None:
+            message = await self._receive()
+        self.left |= message["type"] == "http.disconnect"
+        return message
 
 
 class _Answer:
