@@ -9,7 +9,7 @@ import pytest
 
 from deepseek_optimizer.ray.prefix_keys import prefix_keys
 from deepseek_optimizer.ray.proxy import RoutedRequests, note_replica
-from deepseek_optimizer.ray.routing_header import Routing, read
+from deepseek_optimizer.ray.routing_header import Routing, read, session_of
 
 CHAT = json.dumps({"messages": [{"role": "user", "content": "Hello"}]}).encode()
 START = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]}
@@ -76,19 +76,27 @@ def test_a_request_with_a_prompt_gets_its_keys() -> None:
 def test_the_session_of_a_client_is_kept() -> None:
     proxy = Proxy([START, END])
     run(proxy, CHAT, headers=[(b"x-session-id", b"mine"), (b"accept", b"*/*")])
-    assert proxy.routing() == Routing("mine", prefix_keys(CHAT))
+    assert proxy.routing() == Routing(session_of("session mine"), prefix_keys(CHAT))
     assert (b"accept", b"*/*") in proxy.scopes[0]["headers"]
+
+
+def test_clients_cannot_send_what_the_proxy_writes() -> None:
+    proxy = Proxy([START, END])
+    run(proxy, b"", headers=[(b"x_session_id", b"dso:stays::1,2,3")])  # Ray would read this too
+    assert proxy.routing() == Routing(session_of("session dso:stays::1,2,3"), [])
+    assert [name for name, _ in proxy.scopes[0]["headers"]] == [b"x-session-id"]
 
 
 @pytest.mark.parametrize("name", ["authorization", "x-api-key", None])
 def test_clients_with_files_and_responses_stay_at_a_replica(name: str | None) -> None:
     headers = [] if name is None else [(name.encode(), b"secret")]
-    session = "10.0.0.1" if name is None else "secret"
+    session = session_of("peer 10.0.0.1" if name is None else "key secret")
     body = json.dumps({"previous_response_id": "resp_1", "input": "on"}).encode()
-    for path, sent in (("/v1/files", b"x"), ("/v1/files/f", b""), ("/other", body)):
+    for path, sent in (("/v1/files", b"x"), ("/chat/v1/files/f", b""), ("/other", body)):
         proxy = Proxy([START, END])
         run(proxy, sent, path=path, headers=headers)
-        assert proxy.routing() == Routing(session, prefix_keys(sent))
+        assert proxy.routing() == Routing(session, prefix_keys(sent), stays=True)
+        assert b"secret" not in dict(proxy.scopes[0]["headers"])[b"x-session-id"]
 
 
 def test_requests_of_other_applications_are_passed_on_unchanged() -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from .prefix_keys import prefix_keys
-from .routing_header import write
+from .routing_header import Routing, session_of, write
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -24,8 +25,9 @@ IMPORT_PATH = f"{__name__}.middlewares"
 REPLICA_HEADER = b"x-replica-id"  # of every response that a replica gave
 _ATTEMPTS = 3
 _MAX_BODY = 64 << 20  # larger ones are passed on in pieces, without keys and without a second attempt
-# Files, batches and stored responses are at the replica that received them, so their clients stay there.
-_STATEFUL = ("/v1/files", "/v1/batches", "/v1/responses")
+# Files, batches and stored responses are at the replica that received them, so their clients stay there. Their paths may follow
+# the prefix of an application.
+_STATEFUL = re.compile(r"/v1/(files|batches|responses)(/|$)")
 _REFERENCES = (b'"file_id"', b'"previous_response_id"', b'"input_file_id"')
 _LOST = "the replica that was answering this request ended before its answer did; send the request again"
 logger = logging.getLogger("deepseek_optimizer.ray")
@@ -51,7 +53,7 @@ class RoutedRequests:
     """
 
     def __init__(self, app: Callable[[Any, Receive, Send], Awaitable[None]], header: str) -> None:
-        self._app, self._header = app, header.lower().encode("latin-1")
+        self._app, self._header = app, header.encode("latin-1")
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -76,14 +78,21 @@ class RoutedRequests:
         """The scope with the keys beside the session in its header."""
         headers = scope["headers"]
         named = dict(reversed(headers))  # the first one of each name
-        session = named.get(self._header, b"").decode("latin-1") or None
-        if session is None and (scope["path"].startswith(_STATEFUL) or (body and any(word in body for word in _REFERENCES))):
+        given = next((value for name, value in headers if self._is_session(name) and value), None)
+        session = None if given is None else b"session " + given
+        stays = bool(_STATEFUL.search(scope["path"]) or (body and any(word in body for word in _REFERENCES)))
+        if stays and session is None:
             key = named.get(b"authorization") or named.get(b"x-api-key")
-            session = key.decode("latin-1") if key else str((scope.get("client") or ("",))[0])
+            session = b"key " + key if key else b"peer " + str((scope.get("client") or ("",))[0]).encode()
         if session is None and not keys:
             return scope
-        others = [(name, value) for name, value in headers if name != self._header]
-        return {**scope, "headers": [*others, (self._header, write(session, keys).encode())]}
+        routing = Routing(None if session is None else session_of(session.decode("latin-1")), keys, stays)
+        others = [(name, value) for name, value in headers if not self._is_session(name)]
+        return {**scope, "headers": [*others, (self._header.lower(), write(routing).encode())]}
+
+    def _is_session(self, name: bytes) -> bool:
+        """Whether a header has the session id for Ray, which takes - and _ for the same."""
+        return name.lower().replace(b"_", b"-") == self._header.lower().replace(b"_", b"-")
 
 
 async def _read(receive: Receive) -> tuple[list[Message], bytes | None]:
