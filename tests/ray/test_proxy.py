@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from deepseek_optimizer.ray import proxy as proxy_module
 from deepseek_optimizer.ray.prefix_keys import prefix_keys
 from deepseek_optimizer.ray.proxy import RoutedRequests, note_replica
 from deepseek_optimizer.ray.routing_header import Routing, read, session_of
@@ -14,6 +15,7 @@ from deepseek_optimizer.ray.routing_header import Routing, read, session_of
 CHAT = json.dumps({"messages": [{"role": "user", "content": "Hello"}]}).encode()
 START = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]}
 EVENTS = {**START, "headers": [(b"content-type", b"text/event-stream; charset=utf-8")]}
+JSON = (b"content-type", b"application/json")
 END = {"type": "http.response.body", "body": b"end"}
 
 
@@ -55,14 +57,14 @@ async def ignore(message) -> None:
     pass
 
 
-def run(proxy: Proxy, *parts: bytes, path: str = "/v1/chat/completions", headers=()) -> list[dict]:
+def run(proxy: Proxy, *parts: bytes, path: str = "/v1/chat/completions", headers=(), kind=JSON) -> list[dict]:
     """The messages that a client gets for a request whose body comes in parts."""
     sent: list[dict] = []
 
     async def send(message) -> None:
         sent.append(message)
 
-    scope = {"type": "http", "path": path, "headers": list(headers), "client": ("10.0.0.1", 5)}
+    scope = {"type": "http", "path": path, "headers": [kind, *headers], "client": ("10.0.0.1", 5)}
     asyncio.run(RoutedRequests(proxy, "X-Session-Id")(scope, receiving(*parts), send))
     return sent
 
@@ -84,7 +86,7 @@ def test_clients_cannot_send_what_the_proxy_writes() -> None:
     proxy = Proxy([START, END])
     run(proxy, b"", headers=[(b"x_session_id", b"dso:stays::1,2,3")])  # Ray would read this too
     assert proxy.routing() == Routing(session_of("session dso:stays::1,2,3"), [])
-    assert [name for name, _ in proxy.scopes[0]["headers"]] == [b"x-session-id"]
+    assert [name for name, _ in proxy.scopes[0]["headers"]] == [b"content-type", b"x-session-id"]
 
 
 @pytest.mark.parametrize("name", ["authorization", "x-api-key", None])
@@ -102,7 +104,44 @@ def test_clients_with_files_and_responses_stay_at_a_replica(name: str | None) ->
 def test_requests_of_other_applications_are_passed_on_unchanged() -> None:
     proxy = Proxy([])
     assert run(proxy, b"data", path="/other", headers=[(b"a", b"b")]) == []  # not repeated either
-    assert proxy.scopes[0]["headers"] == [(b"a", b"b")] and proxy.bodies == [b"data"]
+    assert proxy.scopes[0]["headers"] == [JSON, (b"a", b"b")] and proxy.bodies == [b"data"]
+
+
+def attempts_of(*messages, kind=JSON) -> int:
+    """How often a request is sent to a replica, whose body is passed on completely; none of them answers."""
+    attempts = 0
+
+    async def app(scope, receive, send) -> None:
+        nonlocal attempts
+        attempts += 1
+        while (await receive()).get("more_body"):
+            pass
+
+    left = list(messages)
+
+    async def receive():
+        while not left or isinstance(left[0], float):
+            await asyncio.sleep(left.pop(0) if left else 3600)
+        return left.pop(0)
+
+    scope = {"type": "http", "path": "/v1/chat/completions", "headers": [kind]}
+    middleware = RoutedRequests(app, "x-session-id")
+    asyncio.run(middleware(scope, receive, ignore))
+    assert middleware._held == 0
+    return attempts
+
+
+def test_bodies_that_are_large_slow_or_of_another_type_are_passed_on_in_pieces(monkeypatch) -> None:
+    parts = [{"type": "http.request", "body": CHAT[:9], "more_body": True}, {"type": "http.request", "body": CHAT[9:]}]
+    assert attempts_of(*parts) == 3
+    assert attempts_of(*parts, kind=(b"content-type", b"multipart/form-data; boundary=x")) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(proxy_module, "_READ_SECONDS", 0.05)
+        assert attempts_of(parts[0], 0.5, parts[1]) == 1
+    for limit in ("_MAX_BODY", "_MAX_HELD"):
+        with monkeypatch.context() as patch:
+            patch.setattr(proxy_module, limit, 5)
+            assert attempts_of(*parts) == 1
 
 
 def test_a_replica_that_ends_before_its_answer_is_replaced() -> None:
@@ -125,7 +164,7 @@ def test_a_second_attempt_has_the_root_path_of_the_first() -> None:
         paths.append(scope["root_path"])
         scope["root_path"] += "/chat"  # as Ray does
 
-    scope = {"type": "http", "path": "/chat/v1/chat/completions", "root_path": "", "headers": []}
+    scope = {"type": "http", "path": "/chat/v1/chat/completions", "root_path": "", "headers": [JSON]}
     asyncio.run(RoutedRequests(proxy, "x-session-id")(scope, receiving(CHAT), ignore))
     assert paths == ["", "", ""]
 
@@ -141,7 +180,7 @@ def test_a_request_whose_client_has_left_is_not_repeated() -> None:
     async def send(message) -> None:
         sent.append(message)
 
-    scope = {"type": "http", "path": "/v1/chat/completions", "headers": []}
+    scope = {"type": "http", "path": "/v1/chat/completions", "headers": [JSON]}
     asyncio.run(RoutedRequests(proxy, "x-session-id")(scope, receiving(CHAT), send))
     assert len(attempts) == 1 and not sent
 
@@ -171,7 +210,7 @@ def test_a_client_that_leaves_while_it_sends_is_not_answered() -> None:
     async def send(message) -> None:
         sent.append(message)
 
-    scope = {"type": "http", "path": "/", "headers": []}
+    scope = {"type": "http", "path": "/", "headers": [JSON]}
     asyncio.run(RoutedRequests(proxy, "x-session-id")(scope, receiving(), send))
     assert not sent and not proxy.scopes
 

@@ -6,10 +6,12 @@ its prompt. Ray calls `middlewares` in each proxy if RAY_SERVE_HTTP_PROXY_CALLBA
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
 import re
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -24,7 +26,11 @@ CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"  # the environment variab
 IMPORT_PATH = f"{__name__}.middlewares"
 REPLICA_HEADER = b"x-replica-id"  # of every response that a replica gave
 _ATTEMPTS = 3
-_MAX_BODY = 64 << 20  # larger ones are passed on in pieces, without keys and without a second attempt
+# Bodies that are larger, of another type or slower, or more at a time, are passed on in pieces, without keys and without a
+# second attempt. The replicas have limits of their own. Form is what curl sends unless told otherwise.
+_MAX_BODY, _MAX_HELD = 64 << 20, 256 << 20  # bytes of one, and of all that a proxy keeps
+_READ_SECONDS = 10.0
+_TYPES = (b"application/json", b"application/x-www-form-urlencoded")
 # Files, batches and stored responses are at the replica that received them, so their clients stay there. Their paths may follow
 # the prefix of an application.
 _STATEFUL = re.compile(r"/v1/(files|batches|responses)(/|$)")
@@ -54,18 +60,40 @@ class RoutedRequests:
 
     def __init__(self, app: Callable[[Any, Receive, Send], Awaitable[None]], header: str) -> None:
         self._app, self._header = app, header.encode("latin-1")
+        self._held = 0
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        messages, body = await _read(receive)
-        if messages[-1]["type"] == "http.disconnect":
-            return
+        body = _Body(receive)
+        kind = dict(scope["headers"]).get(b"content-type", b"").lower()
+        try:
+            if kind.startswith(_TYPES):
+                await self._read(body)
+            if not body.left:
+                await self._answer(scope, body, receive, send)
+        finally:
+            self._held -= body.size
+
+    async def _read(self, body: _Body) -> None:
+        """Reads a body, unless it takes too much memory or time."""
+        end = time.monotonic() + _READ_SECONDS
+        while not body.complete and not body.left and body.size <= _MAX_BODY and self._held <= _MAX_HELD:
+            before = body.size
+            try:
+                await asyncio.wait_for(body.read(), end - time.monotonic())
+            except asyncio.TimeoutError:
+                return
+            finally:
+                self._held += body.size - before
+
+    async def _answer(self, scope: MutableMapping[str, Any], read: _Body, receive: Receive, send: Send) -> None:
+        body = read.all() if read.complete else None
         keys = prefix_keys(body) if body else []
         routed = self._routed(scope, keys, body)
         for attempt in range(1, _ATTEMPTS + 1):
-            answer, request = _Answer(send), _Request(messages, receive)
+            answer, request = _Answer(send), _Request(read.messages, receive)
             await self._app({**routed}, request, answer)  # a copy: Ray adds the application's prefix to its root path
             if answer.complete or request.left or not keys:
                 return
@@ -95,20 +123,31 @@ class RoutedRequests:
         return name.lower().replace(b"_", b"-") == self._header.lower().replace(b"_", b"-")
 
 
-async def _read(receive: Receive) -> tuple[list[Message], bytes | None]:
-    """The messages of a request's body, and the body; None: it is too large to be kept."""
-    messages: list[Message] = []
-    size = 0
-    while True:
-        message = await receive()
-        messages.append(message)
-        if message["type"] != "http.request":
-            return messages, None
-        size += len(message.get("body", b""))
-        if not message.get("more_body", False):
-            return messages, b"".join(part.get("body", b"") for part in messages)
-        if size > _MAX_BODY:
-            return messages, None
+class _Body:
+    """The body of a request, as far as it was read.
+
+    Attributes:
+        messages: that were read.
+        size: bytes that were read.
+        complete: whether that is all.
+        left: whether the client is gone.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self.messages: list[Message] = []
+        self.size, self.complete, self.left = 0, False, False
+
+    async def read(self) -> None:
+        """Reads one message."""
+        message = await self._receive()
+        self.messages.append(message)
+        self.left = message["type"] != "http.request"
+        self.size += len(message.get("body", b""))
+        self.complete = not self.left and not message.get("more_body", False)
+
+    def all(self) -> bytes:
+        return b"".join(message.get("body", b"") for message in self.messages)
 
 
 class _Request:
