@@ -34,6 +34,11 @@ class PrefixRouter(RequestRouter):
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         self._policy.sent(routing_of(pending_request), replica_id)
+
+    def on_send_request(self, replica_id: ReplicaID) -> None:
+        """Counted here, not when the replica has accepted the request: `on_request_completed` also follows a refusal, and can
+        come before `on_request_routed`."""
+        super().on_send_request(replica_id)
         self._own[replica_id] += 1
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
