@@ -38,6 +38,7 @@ class PrefixPolicy(Generic[Replica]):
         self._known: OrderedDict[str, list[Replica]] = OrderedDict()  # key -> replicas, the last one to which it was sent last
         self._sessions: OrderedDict[str, Replica] = OrderedDict()
         self._homes: OrderedDict[str, Replica] = OrderedDict()  # of sessions with requests that stay
+        self._replicas: set[Replica] = set()  # that are known, those of the fields above included
 
     def rank(self, routing: Routing, loads: Mapping[Replica, int]) -> list[Replica]:
         """The replicas that may answer a request, the best one first.
@@ -68,6 +69,7 @@ class PrefixPolicy(Generic[Replica]):
     def sent(self, routing: Routing, replica: Replica) -> None:
         """Remembers that a request was sent to a replica."""
         session, keys, stays = routing
+        self._replicas.add(replica)
         for key in keys:
             replicas = self._known.setdefault(key, [])
             if replica in replicas:
@@ -84,8 +86,11 @@ class PrefixPolicy(Generic[Replica]):
                 at.popitem(last=False)
 
     def keep(self, replicas: Iterable[Replica]) -> None:
-        """Forgets all replicas but these."""
-        kept = set(replicas)
+        """Forgets all replicas but these. Ray calls it often, but replicas seldom go."""
+        kept, before = set(replicas), self._replicas
+        self._replicas = kept
+        if before <= kept:
+            return
         for key, known in list(self._known.items()):
             known[:] = [replica for replica in known if replica in kept]
             if not known:
