@@ -52,7 +52,9 @@ class PrefixPolicy(Generic[Replica]):
         session, keys, stays = routing
         if session is not None and stays:
             home = self._homes.get(session)
-            return [home if home in loads else max(loads, key=lambda replica: _weight(session, replica))]
+            if home is None or home not in loads:
+                home = max(loads, key=lambda replica: _weight(session, replica))
+            return [home]
         limit = math.ceil(self._slack * (sum(loads.values()) + 1) / len(loads)) + 1
         depth = {replica: 0 for replica in loads}
         for length in range(len(keys), 0, -1):
