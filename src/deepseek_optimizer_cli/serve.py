@@ -123,6 +123,10 @@ def serve(
             "--port 0": port == 0,
             "--prefix-cache-dir": prefix_cache_dir is not None,
             "--state-dir": state_dir is not None,
+            "--allow-lora-loading": allow_lora_loading,
+            "--enable-sleep-mode": sleep_mode,
+            "--access-log": access_log,
+            "--log-format": log_format != "text",
         }
     )
     if log_format not in ("text", "json"):

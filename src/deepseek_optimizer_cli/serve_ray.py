@@ -67,6 +67,10 @@ class RayOptions:
         wrong = [name for name, given in others.items() if given]
         if wrong:
             raise ConfigError(f"{', '.join(wrong)}: not available with --ray; leave it out")
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ConfigError(f"--max-replicas must be --replicas or more, got {self.max_replicas} and {self.replicas}")
+        if self.replica_cpus is not None and not self.replica_cpus > 0:
+            raise ConfigError(f"--replica-cpus must be greater than 0, got {self.replica_cpus}")
         import importlib.util
 
         if importlib.util.find_spec("ray") is None:
@@ -80,9 +84,15 @@ def serve_on_ray(given: RayOptions, served: ServedModel, settings: ServerSetting
         given: the options of replicas.
         served: the model.
         settings: the server's.
+
+    Raises:
+        CheckpointError: there is no such model on this machine, where replicas will look for it.
     """
+    from deepseek_optimizer.integration.load.resolve import resolve
     from deepseek_optimizer.ray.run import serve_until_stopped
 
+    if given.ray_address is None:
+        resolve(served.model)  # else each replica fails, or downloads it, minutes later
     highest = given.max_replicas or given.replicas
     cpus = given.replica_cpus or max(1, len(os.sched_getaffinity(0)) // highest)
 

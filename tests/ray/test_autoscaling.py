@@ -39,6 +39,10 @@ def test_the_policy_stays_within_rays_bounds(running: int, wanted: int) -> None:
     assert ByLoad(24.0)(context) == (wanted, {})
 
 
+def test_no_more_replicas_are_added_while_one_starts() -> None:
+    assert wanted_replicas([load(5, 1, 0.95)], 24, current=2) == 2
+
+
 def test_without_gauges_nothing_changes() -> None:
     context = SimpleNamespace(
         aggregated_metrics=None, target_num_replicas=3, capacity_adjusted_min_replicas=1, capacity_adjusted_max_replicas=4

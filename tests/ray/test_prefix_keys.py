@@ -64,5 +64,16 @@ def test_short_prompts_have_one_key_and_long_ones_a_bounded_number() -> None:
     assert len(prefix_keys(body(prompt="x" * 5_000_000))) <= 200
 
 
-def test_lone_surrogates_are_hashed_too() -> None:
-    assert prefix_keys(b'{"prompt": "\\ud800"}')
+def test_bodies_that_the_server_refuses_have_no_keys() -> None:
+    assert not prefix_keys(b'{"prompt": "\\ud800"}')
+    nested = "[" * 300 + "]" * 300
+    assert not prefix_keys(b'{"prompt": [%s]}' % nested.encode())
+    many = b'{"prompt": [%s1]}' % (b"1," * (3 << 20))
+    assert not prefix_keys(many) and prefix_keys(many.replace(b"1," * (2 << 20), b""))
+
+
+def test_large_pictures_have_keys() -> None:
+    url = {"url": "data:image/png;base64," + "A" * (6 << 20)}
+    text, picture = {"type": "text", "text": "x" * 1000}, {"type": "image_url", "image_url": url}
+    one = [{"role": "user", "content": [text, picture]}]
+    assert shared(prefix_keys(body(messages=one)), prefix_keys(body(messages=[*one, {"role": "user", "content": "y"}]))) > 100

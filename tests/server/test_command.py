@@ -64,6 +64,10 @@ def test_wrong_options(serve, tmp_path):
     assert "lora_dir" in error_of(serve("--allow-lora-loading"))
     assert "need --ray" in error_of(serve("--replicas", 2))
     assert "--port 0, --state-dir: not available with --ray" in error_of(serve("--ray", "--port", 0, "--state-dir", tmp_path))
+    for option in ("--allow-lora-loading", "--enable-sleep-mode", "--access-log", "--log-format=json"):
+        assert f"{option.partition('=')[0]}: not available with --ray" in error_of(serve("--ray", option))
+    assert "--max-replicas must be" in error_of(serve("--ray", "--replicas", 3, "--max-replicas", 2))
+    assert "--replica-cpus must be" in error_of(serve("--ray", "--replica-cpus", 0))
     assert "--no-drafts contradicts" in error_of(serve("--no-drafts", "--draft-precision", "int4"))
     assert "need a single model" in error_of(serve("other", "--draft-model", "small"))
     assert "localhost" in error_of(serve("--allow-origin", "example.com"))

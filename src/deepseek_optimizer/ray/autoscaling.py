@@ -16,13 +16,14 @@ def wanted_replicas(loads: list[dict[str, float]], target: float, current: int) 
         target: running sequences of a replica, on average, that are wanted.
         current: number of replicas.
 
-    Returns: enough for `target` on average; at least one more than now if requests wait although all caches are full.
+    Returns: enough for `target` on average; at least one more than those with a load if requests wait although all caches are
+        full. Replicas that are starting have no load yet, so that no further ones are added until they have.
     """
     if not loads:
         return current
     wanted = math.ceil(sum(load["running"] + load["waiting"] for load in loads) / target)
     if all(load["waiting"] and load["cache_usage"] >= _CACHE_FULL for load in loads):
-        wanted = max(wanted, current + 1)
+        wanted = max(wanted, len(loads) + 1)
     return wanted
 
 

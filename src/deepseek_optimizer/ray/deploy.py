@@ -109,6 +109,14 @@ def deployment(
 
 def deploy(served: ServedModel, settings: ServerSettings, replicas: Replicas, options: Mapping[str, Any] | None = None) -> Any:
     """The application of a model and settings that are complete; see `deployment`."""
+    for name, given in {
+        "state_dir": settings.state_dir is not None,
+        "prefix_cache_dir": served.engine.get("prefix_cache_dir") is not None,
+        "allow_lora_loading": settings.allow_lora_loading,
+        "sleep_mode": settings.sleep_mode,
+    }.items():
+        if given:
+            raise ConfigError(f"{name}: not available on Ray: it would be one replica's, and requests go to any; leave it out")
     if served.generation_config not in SOURCES:
         raise ConfigError(f"generation_config must be one of {', '.join(SOURCES)}, got {served.generation_config!r}")
     fields = {"threads": max(1, int(replicas.cpus)), **served.config}

@@ -7,12 +7,14 @@ prompt, as JSON. The text is cut at fixed places, and the key of each place is a
 from __future__ import annotations
 
 import hashlib
-import json
 from typing import Any
+
+import orjson
 
 _STEP, _STEPS = 256, 64  # bytes between the first places, and their number
 _LATER = 4096  # bytes between the places that follow
 _LONGEST = 512 << 10  # bytes of text that have keys
+_TEXT_BODY, _MAX_MARKS = 4 << 20, 100_000  # a larger body has pictures, and not many values, or the server refuses it
 _DIGITS = 8  # of a key; beginnings that differ have the same key once in 2^32 times, which costs a detour
 # Fields of the protocols that are served (OpenAI's, Anthropic's, Ollama's, llama-server's), in the order in which templates
 # place them in a prompt.
@@ -26,13 +28,12 @@ def prefix_keys(body: bytes) -> list[str]:
     Args:
         body: of the request; it need not be valid.
     """
+    if len(body) > _TEXT_BODY and body.count(b",") > _MAX_MARKS:  # would keep the proxy's other requests waiting
+        return []
     try:
-        request = json.loads(body)
-    except ValueError:  # includes bytes that are not UTF-8, and too deep nesting is a RecursionError
+        text = _text(orjson.loads(body))
+    except (orjson.JSONDecodeError, orjson.JSONEncodeError):  # the latter: nested too deeply; the server refuses both
         return []
-    except RecursionError:
-        return []
-    text = _text(request)
     if text is None:
         return []
     digest, keys, begin = hashlib.blake2b(digest_size=_DIGITS // 2), [], 0
@@ -52,8 +53,7 @@ def _text(request: Any) -> bytes | None:
         return None
     parts = [[field, request[field]] for field in _BEFORE if request.get(field)]
     # Without the brackets at the end, the text of a conversation is the beginning of its continuation's.
-    written = json.dumps([*parts, request[name]], ensure_ascii=False, separators=(",", ":")).rstrip('"]}')
-    return written.encode(errors="surrogatepass")
+    return orjson.dumps([*parts, request[name][:_LONGEST]]).rstrip(b'"]}')
 
 
 def _places(length: int) -> list[int]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping
+from hashlib import blake2b
 from typing import Generic, TypeVar
+
+from .routing_header import Routing
 
 Replica = TypeVar("Replica", bound=Hashable)
 _KEYS = 200_000  # that are remembered, of all replicas together: some 40 MB
@@ -19,10 +22,13 @@ class PrefixPolicy(Generic[Replica]):
     one request (consistent hashing with bounded loads, Mirrokni et al., https://arxiv.org/abs/1608.01350). Then the request
     goes to the next best one, which knows the prompt from then on.
 
+    A request that stays goes to the one replica of its session whatever the load. Which one that is at first follows from the
+    session alone, so that the policies of several proxies agree (rendezvous hashing).
+
     Args:
         slack: see above; at least 1.
         keys: maximum number of keys that are remembered; the least recently used are forgotten.
-        sessions: the same for sessions.
+        sessions: the same for sessions, and for those with requests that stay.
     """
 
     def __init__(self, slack: float = 1.25, keys: int = _KEYS, sessions: int = _SESSIONS) -> None:
@@ -31,17 +37,24 @@ class PrefixPolicy(Generic[Replica]):
         self._slack, self._max_keys, self._max_sessions = slack, keys, sessions
         self._known: OrderedDict[str, list[Replica]] = OrderedDict()  # key -> replicas, the last one to which it was sent last
         self._sessions: OrderedDict[str, Replica] = OrderedDict()
+        self._homes: OrderedDict[str, Replica] = OrderedDict()  # of sessions with requests that stay
+        self._replicas: set[Replica] = set()  # that are known, those of the fields above included
 
-    def rank(self, keys: Sequence[str], session: str | None, loads: Mapping[Replica, int]) -> list[Replica]:
-        """All replicas, the best one for a request first.
+    def rank(self, routing: Routing, loads: Mapping[Replica, int]) -> list[Replica]:
+        """The replicas that may answer a request, the best one first.
 
         Args:
-            keys: of the request's prompt, see `prefix_keys`.
-            session: name of the session that the request belongs to; None: of none. It stays at its replica.
+            routing: of the request.
             loads: requests that each replica has to answer.
         """
         if not loads:
             return []
+        session, keys, stays = routing
+        if session is not None and stays:
+            home = self._homes.get(session)
+            if home is None or home not in loads:
+                home = max(loads, key=lambda replica: _weight(session, replica))
+            return [home]
         limit = math.ceil(self._slack * (sum(loads.values()) + 1) / len(loads)) + 1
         depth = {replica: 0 for replica in loads}
         for length in range(len(keys), 0, -1):
@@ -55,8 +68,10 @@ class PrefixPolicy(Generic[Replica]):
 
         return sorted(loads, key=order)
 
-    def sent(self, keys: Sequence[str], session: str | None, replica: Replica) -> None:
+    def sent(self, routing: Routing, replica: Replica) -> None:
         """Remembers that a request was sent to a replica."""
+        session, keys, stays = routing
+        self._replicas.add(replica)
         for key in keys:
             replicas = self._known.setdefault(key, [])
             if replica in replicas:
@@ -66,18 +81,27 @@ class PrefixPolicy(Generic[Replica]):
         while len(self._known) > self._max_keys:
             self._known.popitem(last=False)
         if session is not None:
-            self._sessions[session] = replica
-            self._sessions.move_to_end(session)
-            if len(self._sessions) > self._max_sessions:
-                self._sessions.popitem(last=False)
+            at = self._homes if stays else self._sessions
+            at[session] = replica
+            at.move_to_end(session)
+            if len(at) > self._max_sessions:
+                at.popitem(last=False)
 
     def keep(self, replicas: Iterable[Replica]) -> None:
-        """Forgets all replicas but these."""
-        kept = set(replicas)
+        """Forgets all replicas but these. Ray calls it often, but replicas seldom go."""
+        kept, before = set(replicas), self._replicas
+        self._replicas = kept
+        if before <= kept:
+            return
         for key, known in list(self._known.items()):
             known[:] = [replica for replica in known if replica in kept]
             if not known:
                 del self._known[key]
-        for session, replica in list(self._sessions.items()):
-            if replica not in kept:
-                del self._sessions[session]
+        for at in (self._sessions, self._homes):
+            for session, replica in list(at.items()):
+                if replica not in kept:
+                    del at[session]
+
+
+def _weight(session: str, replica: object) -> bytes:
+    return blake2b(f"{session} {replica}".encode(), digest_size=8).digest()

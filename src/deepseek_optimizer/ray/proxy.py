@@ -6,14 +6,17 @@ its prompt. Ray calls `middlewares` in each proxy if RAY_SERVE_HTTP_PROXY_CALLBA
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
+import re
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from .prefix_keys import prefix_keys
-from .routing_header import write
+from .routing_header import Routing, session_of, write
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -23,9 +26,14 @@ CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"  # the environment variab
 IMPORT_PATH = f"{__name__}.middlewares"
 REPLICA_HEADER = b"x-replica-id"  # of every response that a replica gave
 _ATTEMPTS = 3
-_MAX_BODY = 64 << 20  # larger ones are passed on in pieces, without keys and without a second attempt
-# Files, batches and stored responses are at the replica that received them, so their clients stay there.
-_STATEFUL = ("/v1/files", "/v1/batches", "/v1/responses")
+# Bodies that are larger, of another type or slower, or more at a time, are passed on in pieces, without keys and without a
+# second attempt. The replicas have limits of their own. Form is what curl sends unless told otherwise.
+_MAX_BODY, _MAX_HELD = 64 << 20, 256 << 20  # bytes of one, and of all that a proxy keeps
+_READ_SECONDS = 10.0
+_TYPES = (b"application/json", b"application/x-www-form-urlencoded")
+# Files, batches and stored responses are at the replica that received them, so their clients stay there. Their paths may follow
+# the prefix of an application.
+_STATEFUL = re.compile(r"/v1/(files|batches|responses)(/|$)")
 _REFERENCES = (b'"file_id"', b'"previous_response_id"', b'"input_file_id"')
 _LOST = "the replica that was answering this request ended before its answer did; send the request again"
 logger = logging.getLogger("deepseek_optimizer.ray")
@@ -51,21 +59,43 @@ class RoutedRequests:
     """
 
     def __init__(self, app: Callable[[Any, Receive, Send], Awaitable[None]], header: str) -> None:
-        self._app, self._header = app, header.lower().encode("latin-1")
+        self._app, self._header = app, header.encode("latin-1")
+        self._held = 0
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        messages, body = await _read(receive)
-        if messages[-1]["type"] == "http.disconnect":
-            return
+        body = _Body(receive)
+        kind = dict(scope["headers"]).get(b"content-type", b"").lower()
+        try:
+            if kind.startswith(_TYPES):
+                await self._read(body)
+            if not body.left:
+                await self._answer(scope, body, receive, send)
+        finally:
+            self._held -= body.size
+
+    async def _read(self, body: _Body) -> None:
+        """Reads a body, unless it takes too much memory or time."""
+        end = time.monotonic() + _READ_SECONDS
+        while not body.complete and not body.left and body.size <= _MAX_BODY and self._held <= _MAX_HELD:
+            before = body.size
+            try:
+                await asyncio.wait_for(body.read(), end - time.monotonic())
+            except asyncio.TimeoutError:
+                return
+            finally:
+                self._held += body.size - before
+
+    async def _answer(self, scope: MutableMapping[str, Any], read: _Body, receive: Receive, send: Send) -> None:
+        body = read.all() if read.complete else None
         keys = prefix_keys(body) if body else []
         routed = self._routed(scope, keys, body)
         for attempt in range(1, _ATTEMPTS + 1):
-            answer = _Answer(send)
-            await self._app(routed, _replayed(messages, receive), answer)
-            if answer.complete or not keys:
+            answer, request = _Answer(send), _Request(read.messages, receive)
+            await self._app({**routed}, request, answer)  # a copy: Ray adds the application's prefix to its root path
+            if answer.complete or request.left or not keys:
                 return
             if answer.started or attempt == _ATTEMPTS:
                 await answer.end()
@@ -76,41 +106,67 @@ class RoutedRequests:
         """The scope with the keys beside the session in its header."""
         headers = scope["headers"]
         named = dict(reversed(headers))  # the first one of each name
-        session = named.get(self._header, b"").decode("latin-1") or None
-        if session is None and (scope["path"].startswith(_STATEFUL) or (body and any(word in body for word in _REFERENCES))):
+        given = next((value for name, value in headers if self._is_session(name) and value), None)
+        session = None if given is None else b"session " + given
+        stays = bool(_STATEFUL.search(scope["path"]) or (body and any(word in body for word in _REFERENCES)))
+        if stays and session is None:
             key = named.get(b"authorization") or named.get(b"x-api-key")
-            session = key.decode("latin-1") if key else str((scope.get("client") or ("",))[0])
+            session = b"key " + key if key else b"peer " + str((scope.get("client") or ("",))[0]).encode()
         if session is None and not keys:
             return scope
-        others = [(name, value) for name, value in headers if name != self._header]
-        return {**scope, "headers": [*others, (self._header, write(session, keys).encode())]}
+        routing = Routing(None if session is None else session_of(session.decode("latin-1")), keys, stays)
+        others = [(name, value) for name, value in headers if not self._is_session(name)]
+        return {**scope, "headers": [*others, (self._header.lower(), write(routing).encode())]}
+
+    def _is_session(self, name: bytes) -> bool:
+        """Whether a header has the session id for Ray, which takes - and _ for the same."""
+        return name.lower().replace(b"_", b"-") == self._header.lower().replace(b"_", b"-")
 
 
-async def _read(receive: Receive) -> tuple[list[Message], bytes | None]:
-    """The messages of a request's body, and the body; None: it is too large to be kept."""
-    messages: list[Message] = []
-    size = 0
-    while True:
-        message = await receive()
-        messages.append(message)
-        if message["type"] != "http.request":
-            return messages, None
-        size += len(message.get("body", b""))
-        if not message.get("more_body", False):
-            return messages, b"".join(part.get("body", b"") for part in messages)
-        if size > _MAX_BODY:
-            return messages, None
+class _Body:
+    """The body of a request, as far as it was read.
+
+    Attributes:
+        messages: that were read.
+        size: bytes that were read.
+        complete: whether that is all.
+        left: whether the client is gone.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self.messages: list[Message] = []
+        self.size, self.complete, self.left = 0, False, False
+
+    async def read(self) -> None:
+        """Reads one message."""
+        message = await self._receive()
+        self.messages.append(message)
+        self.left = message["type"] != "http.request"
+        self.size += len(message.get("body", b""))
+        self.complete = not self.left and not message.get("more_body", False)
+
+    def all(self) -> bytes:
+        return b"".join(message.get("body", b"") for message in self.messages)
 
 
-def _replayed(messages: list[Message], receive: Receive) -> Receive:
-    """A `receive` that returns the messages again, then those that follow."""
-    left = iter(messages)
+class _Request:
+    """A `receive` that returns messages that were read before, then those that follow.
 
-    async def again() -> Message:
-        message = next(left, None)
-        return await receive() if message is None else message
+    Attributes:
+        left: whether the client is gone, so that no further attempt has a reader.
+    """
 
-    return again
+    def __init__(self, messages: list[Message], receive: Receive) -> None:
+        self._messages, self._receive = iter(messages), receive
+        self.left = False
+
+    async def __call__(self) -> Message:
+        message = next(self._messages, None)
+        if message is None:
+            message = await self._receive()
+        self.left |= message["type"] == "http.disconnect"
+        return message
 
 
 class _Answer:

@@ -28,13 +28,17 @@ class PrefixRouter(RequestRouter):
         pending_request.routing_context.should_backoff = True  # all replicas are in the answer: wait before the next attempt
         loads = {replica.replica_id: self._load(replica.replica_id) for replica in candidate_replicas}
         routing = routing_of(pending_request)
-        ranked = self._policy.rank(routing.keys, routing.session, loads)
+        ranked = self._policy.rank(routing, loads)
         replicas = self.curr_replicas
         return [[replicas[replica_id]] for replica_id in ranked if replica_id in replicas]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
-        routing = routing_of(pending_request)
-        self._policy.sent(routing.keys, routing.session, replica_id)
+        self._policy.sent(routing_of(pending_request), replica_id)
+
+    def on_send_request(self, replica_id: ReplicaID) -> None:
+        """Counted here, not when the replica has accepted the request: `on_request_completed` also follows a refusal, and can
+        come before `on_request_routed`."""
+        super().on_send_request(replica_id)
         self._own[replica_id] += 1
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:

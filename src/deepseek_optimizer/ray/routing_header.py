@@ -3,33 +3,43 @@ hands to a router."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
 from typing import NamedTuple
-from urllib.parse import quote, unquote
 
 _MARK = "dso:"
+_STAYS, _PREFERS = "stays", "prefers"
 
 
 class Routing(NamedTuple):
     """How a request is routed.
 
     Attributes:
-        session: that it belongs to; None: it belongs to none.
+        session: hash of the session that it belongs to; None: it belongs to none.
         keys: of its prompt, see `prefix_keys`.
+        stays: whether only the session's replica can answer it, since that has what it names.
     """
 
     session: str | None
     keys: list[str]
+    stays: bool = False
 
 
-def write(session: str | None, keys: Sequence[str]) -> str:
+def session_of(text: str) -> str:
+    """The hash of what identifies a session: that may be an API key, and Ray logs session ids. It is short however long `text`
+    is, so that clients cannot fill the router's memory."""
+    return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=16).hexdigest()
+
+
+def write(routing: Routing) -> str:
     """The session id of a request, in ASCII."""
-    return f"{_MARK}{'' if session is None else quote(session, safe='')}:{','.join(keys)}"
+    return f"{_MARK}{_STAYS if routing.stays else _PREFERS}:{routing.session or ''}:{','.join(routing.keys)}"
 
 
 def read(session_id: str) -> Routing:
     """What `write` wrote; another session id is one that a client sent to a proxy without `middlewares`."""
-    if not session_id.startswith(_MARK):
-        return Routing(session_id or None, [])
-    session, _, keys = session_id.removeprefix(_MARK).partition(":")
-    return Routing(unquote(session) or None, keys.split(",") if keys else [])
+    mark, _, written = session_id.partition(":")
+    how, _, rest = written.partition(":")
+    session, separator, keys = rest.partition(":")
+    if f"{mark}:" != _MARK or how not in (_STAYS, _PREFERS) or not separator:
+        return Routing(session_of(session_id) if session_id else None, [])
+    return Routing(session or None, keys.split(",") if keys else [], how == _STAYS)
