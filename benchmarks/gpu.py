@@ -27,6 +27,7 @@ from .alternating import alternate, speedup
 OURS = "ours "  # followed by the format
 _COPIED = 1 << 30  # bytes that bandwidth is measured with
 _ROUNDS = 9
+_THEIRS, _OUR_CACHE = 0.35, 0.1  # of the card: vLLM and SGLang each, and our cache, which lie beside each other
 
 
 class Side(Protocol):
@@ -40,10 +41,13 @@ class Ours:
     """`model`: its path or name; `precision`: the format of its weights."""
 
     def __init__(self, model: str, precision: str) -> None:
+        import torch
+
         from deepseek_optimizer import load_model, make_engine
 
-        self.model = load_model(model, device="cuda", precision=precision)
-        self._engine = make_engine(self.model, drafts=False)
+        cache = int(_OUR_CACHE * torch.cuda.mem_get_info()[1])
+        self.model = load_model(model, device="cuda", precision=precision, kv_cache_memory=cache)
+        self._engine = make_engine(self.model, drafts=False, prefix_cache=False)  # every round has the same prompts
 
     def generate(self, prompts: list[list[int]], tokens: int) -> None:
         from deepseek_optimizer.engine.request import SamplingParams
@@ -81,7 +85,7 @@ class Vllm:
     def __init__(self, model: str) -> None:
         from vllm import LLM
 
-        self._model: Any = LLM(model, dtype="bfloat16", gpu_memory_utilization=0.35, enable_prefix_caching=False)
+        self._model: Any = LLM(model, dtype="bfloat16", gpu_memory_utilization=_THEIRS, enable_prefix_caching=False)
 
     def generate(self, prompts: list[list[int]], tokens: int) -> None:
         from vllm import SamplingParams
@@ -94,7 +98,9 @@ class Sglang:
     def __init__(self, model: str) -> None:
         import sglang
 
-        self._model: Any = sglang.Engine(model_path=model, dtype="bfloat16", mem_fraction_static=0.35, disable_radix_cache=True)
+        self._model: Any = sglang.Engine(
+            model_path=model, dtype="bfloat16", mem_fraction_static=_THEIRS, disable_radix_cache=True
+        )
 
     def generate(self, prompts: list[list[int]], tokens: int) -> None:
         params = {"temperature": 0.0, "max_new_tokens": tokens, "ignore_eos": True}

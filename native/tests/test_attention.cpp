@@ -360,30 +360,32 @@ int main() {
       }
     }
     for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8, DSO_KV_INT4}) {
-      for (int64_t window : {1, 31, 32, 33, 300})
-        for (int64_t sinks : {0, 1, 32, 33, 270}) {
-          const int64_t ctx = random.below(3) ? 280 + random.below(700) : random.below(100);
-          const Case c = {type,
-                          1 + random.below(2),
-                          1 + random.below(8),
-                          2 * (1 + random.below(40)),
-                          ctx,
-                          1 + random.below(random.below(2) ? 70 : 4),
-                          window,
-                          0.2f,
-                          1.0f,
-                          sinks};
-          all_families(v, c, random);
-          Case copied = c;
-          copied.newest = 1 + random.below(random.below(2) ? 50 : 600);
-          if (random.below(3) == 0) copied.window = copied.sinks = 0;
-          if (type != DSO_KV_F32) all_families(v, copied, random);  // q is rounded for both caches, or for neither
-          if (sinks > 0) continue;
-          Case chunks = c;
-          chunks.newest = type == DSO_KV_F32 || random.below(2) ? 0 : 1 + random.below(100);
-          chunks.chunked = true;
-          all_families(v, chunks, random);
-        }
+      // Each window with each number of sinks; with a divisor a quarter of the pairs, other ones for each type.
+      const int64_t windows[] = {1, 31, 32, 33, 300}, sink_counts[] = {0, 1, 32, 33, 270};
+      for (int pair = type % every(4); pair < 25; pair += every(4)) {
+        const int64_t window = windows[pair / 5], sinks = sink_counts[pair % 5];
+        const int64_t ctx = random.below(3) ? 280 + random.below(700) : random.below(100);
+        const Case c = {type,
+                        1 + random.below(2),
+                        1 + random.below(8),
+                        2 * (1 + random.below(40)),
+                        ctx,
+                        1 + random.below(random.below(2) ? 70 : 4),
+                        window,
+                        0.2f,
+                        1.0f,
+                        sinks};
+        all_families(v, c, random);
+        Case copied = c;
+        copied.newest = 1 + random.below(random.below(2) ? 50 : 600);
+        if (random.below(3) == 0) copied.window = copied.sinks = 0;
+        if (type != DSO_KV_F32) all_families(v, copied, random);  // q is rounded for both caches, or for neither
+        if (sinks > 0) continue;
+        Case chunks = c;
+        chunks.newest = type == DSO_KV_F32 || random.below(2) ? 0 : 1 + random.below(100);
+        chunks.chunked = true;
+        all_families(v, chunks, random);
+      }
       for (int i = 0; i < rounds(12); ++i) {
         const int64_t ctx = random.below(1500);
         const Case c = {type,

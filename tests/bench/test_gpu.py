@@ -9,6 +9,7 @@ import pytest
 import torch
 from benchmarks import gpu
 
+import deepseek_optimizer
 from deepseek_optimizer.errors import ConfigError
 
 MILLISECOND = 1e-3
@@ -39,6 +40,17 @@ def test_speeds_and_ratios():
     assert found["ours int4"]["prompt_ms"] == pytest.approx(20) and found["ours int4"]["against_ours"] is None
     assert found["vllm"]["against_ours"]["median"] == pytest.approx(0.5)
     assert gpu.bandwidth_percent(10**9, 4, 4000.0, 2000.0) == pytest.approx(50)
+
+
+def test_our_engine_computes_every_prompt_and_leaves_memory_to_the_others(monkeypatch):
+    """Rounds repeat their prompts, which a prefix cache would not compute again; the others have none here."""
+    asked = {}
+    monkeypatch.setattr(deepseek_optimizer, "load_model", lambda model, **options: asked.update(options))
+    monkeypatch.setattr(deepseek_optimizer, "make_engine", lambda model, **options: asked.update(options))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (70 << 30, 80 << 30))
+    gpu.Ours("some/model", "int4")
+    assert asked["prefix_cache"] is False and asked["drafts"] is False
+    assert asked["kv_cache_memory"] == 8 << 30
 
 
 def test_sides_are_those_that_are_installed():

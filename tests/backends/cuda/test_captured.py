@@ -224,6 +224,21 @@ def test_a_cuda_device_captures_into_one_pool_on_its_own_stream(asked):
     assert asked == step * 2
 
 
+def test_a_step_that_fails_waits_for_its_copies(asked, monkeypatch):
+    """The next step overwrites the integers on the host, from which the device may still be copying."""
+    device = CudaDevice(torch.device("cuda:0"))
+    with pytest.raises(torch.OutOfMemoryError, match="first"), device.step():
+        raise torch.OutOfMemoryError("first")
+    assert asked == ["cuda:0 0 after the caller's", "wait for cuda:0 0"]
+
+    def broken():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(device._stream, "synchronize", broken)
+    with pytest.raises(torch.OutOfMemoryError, match="second"), device.step():
+        raise torch.OutOfMemoryError("second")
+
+
 def test_two_models_on_a_card_neither_share_a_stream_nor_capture_at_once(asked):
     """A capture on a stream that both use would record the launches of both."""
     devices = [CudaDevice(torch.device("cuda:0")) for _ in range(2)]

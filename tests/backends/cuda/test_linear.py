@@ -120,14 +120,16 @@ def test_embeddings_are_exact(format_name):
 
 @pytest.mark.parametrize("format_name", ["fp8", "mxfp4", "iq4_nl"])
 def test_all_codes_and_the_smallest_and_largest_scales(format_name):
-    """Every value of E4M3 but NaN, which is not stored, with its subnormals; E2M1 with all powers of two; all values of IQ4."""
+    """Every value of E4M3 but NaN, which is not stored, with its subnormals; E2M1 with powers of two, subnormal ones too;
+    all values of IQ4."""
     made = pack(torch.ones(16, 256), format_name).data
     if format_name == "fp8":
         made[..., :512] = torch.arange(256).where(torch.arange(256) % 128 != 127, 0).to(torch.uint8).repeat(2)
     else:
         made[..., :256] = torch.arange(256).to(torch.uint8)
     if format_name == "mxfp4":
-        made[..., 256:] = torch.arange(128).mul(2).clamp(max=250).to(torch.uint8).view(8, 16)  # 2^-128 .. 2^122
+        powers = torch.cat((torch.arange(8), torch.linspace(8, 250, 120)))  # 2^-128, 2^-127 and so on to 2^122
+        made[..., 256:] = powers.to(torch.uint8).view(8, 16)
     packed, out = PackedMatrix(format_name, 16, 256, made), torch.empty(16, 256)
     exact = unpack(packed)
     assert len(exact.unique()) >= {"fp8": 253, "mxfp4": 200, "iq4_nl": len(IQ4_VALUES)}[format_name]

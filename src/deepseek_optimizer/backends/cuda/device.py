@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, Protocol
 
 import torch
@@ -30,7 +30,8 @@ class Device(Protocol):
     captures: bool
 
     def step(self) -> AbstractContextManager[object]:
-        """A context for one step: no other thread is in one, and Triton launches on this device."""
+        """A context for one step: no other thread is in one, and Triton launches on this device. An error leaves it only when
+        everything has been done, so that memory of `staging` may change."""
 
     def staging(self, size: int) -> torch.Tensor:
         """Memory of the host, int32 [size], from and to which is copied without another copy."""
@@ -87,7 +88,12 @@ class CudaDevice:
         with self._stepping, launching_on(self.device):
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self._stream):
-                yield
+                try:
+                    yield
+                except BaseException:
+                    with suppress(RuntimeError):  # of the device: the first error is the one to report
+                        self.wait()
+                    raise
 
     def staging(self, size: int) -> torch.Tensor:
         with torch.inference_mode(False):  # later steps may write to it outside of inference mode

@@ -12,13 +12,13 @@ import torch
 import triton
 import triton.language as tl
 
-from ..division import BLOCK, MOST_ROWS, PAIR_FIELDS
+from ..division import MOST_ROWS, PAIR_FIELDS
 from ..gates import NO_GATE, SILU, Gate
 from ..matrices import DeviceStack
 from .epilogue import finished
 from .expert_groups import PairTiles, chosen_by, group_pairs
 from .linear_tile import ordered_rows, tile_sizes, tile_sums
-from .linear_vector import tile_row_sums
+from .linear_vector import block_words, tile_row_sums
 
 _FIELDS = tl.constexpr(PAIR_FIELDS)
 _SUM_BLOCK = 256  # columns of a program of `add_pairs`
@@ -125,7 +125,7 @@ def _products(
     if tiles is None:
         pair_vector_product[(stack.tile_rows, len(out))](
             x, routes, stack.words, biases, out, len(out), stack.rows, stack.cols, stack.groups, stack.matrix_words,
-            **constants, BLOCK=BLOCK, num_warps=4,
+            **constants, BLOCK=block_words(1, stack.layout), num_warps=4,
         )  # fmt: skip
     else:
         sizes = tile_sizes(tiles.block_m, stack, gate is not NO_GATE) | {"BLOCK_M": tiles.block_m}

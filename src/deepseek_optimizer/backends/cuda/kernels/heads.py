@@ -80,7 +80,7 @@ class HeadInputs:
             head_vector_product[(stack.tile_rows, heads)](
                 x, x.stride(0), x.stride(1), words, out, out.stride(0), out.stride(1), rows, stack.rows, stack.cols,
                 stack.groups, stack.matrix_words, LAYOUT=stack.layout, ROWS=triton.next_power_of_2(rows),
-                BLOCK=block_words(rows), num_warps=4,
+                BLOCK=block_words(rows, stack.layout), num_warps=4,
             )  # fmt: skip
         else:
             sizes = tile_sizes(rows, stack, gated=False)

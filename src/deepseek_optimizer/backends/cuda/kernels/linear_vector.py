@@ -17,6 +17,7 @@ import triton.language as tl
 
 from ..division import BLOCK, splits_of
 from ..gates import NO_GATE, Gate
+from ..layouts import TileLayout
 from ..matrices import DeviceMatrix
 from .epilogue import finished, launch_finish
 from .tiles import decode, load_codes, load_scales
@@ -88,9 +89,10 @@ def vector_product(
             tl.store(partial + SPLITS * rows * outputs + place, up, mask=mask)
 
 
-def block_words(rows: int) -> int:
-    """BLOCK for this number of rows: half as many words where sums of four rows would not fit into registers."""
-    return BLOCK if rows <= 2 else BLOCK // 2
+def block_words(rows: int, layout: TileLayout) -> int:
+    """BLOCK for this number of rows: half as many words where sums of four rows, or the 16 columns of a word of Q2_K and Q3_K,
+    would not fit into registers."""
+    return BLOCK if rows <= 2 and layout.per_word < 16 else BLOCK // 2
 
 
 def launch_vector(
@@ -113,7 +115,7 @@ def launch_vector(
         x, x.stride(0), matrix.words, second.words, x if bias is None else bias, x if up_bias is None else up_bias, out,
         out.stride(0), partial, rows, matrix.rows, matrix.cols, matrix.groups, blocks * BLOCK, LAYOUT=matrix.layout,
         GATE=gate, BIASED=bias is not None, UP_BIASED=up_bias is not None, SPLITS=splits,
-        ROWS=triton.next_power_of_2(rows), BLOCK=block_words(rows), num_warps=4,
+        ROWS=triton.next_power_of_2(rows), BLOCK=block_words(rows, matrix.layout), num_warps=4,
     )  # fmt: skip
     if splits > 1:
         launch_finish(partial, bias, up_bias, gate, out)

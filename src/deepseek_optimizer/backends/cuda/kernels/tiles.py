@@ -66,7 +66,8 @@ def load_scales(words, tile_row, j, row, groups, mask, LAYOUT: tl.constexpr):
     elif LAYOUT.scale == "power":
         numbers = words.to(tl.pointer_type(tl.uint8), bitcast=True) + (place + LAYOUT.code_words) * 4 + part
         power = tl.load(numbers, mask=mask, other=0).to(tl.int32)
-        scale = tl.where(power == 0, 1 << 21, (power - 1) << 23).to(tl.float32, bitcast=True)  # 2^-128 is subnormal
+        bits = tl.where(power < 2, (power + 1) << 21, (power - 1) << 23)  # 2^-128 and 2^-127 are subnormal
+        scale = bits.to(tl.float32, bitcast=True)
     elif LAYOUT.head_words > 0:
         numbers = words.to(tl.pointer_type(tl.int8), bitcast=True) + (place + LAYOUT.code_words) * 4 + part
         first = tile_row.to(tl.int64) * groups + j // LAYOUT.words // 8 * 8
