@@ -33,22 +33,22 @@ def test_written_and_read(profile, tmp_path, cache):
 
 
 def test_found_for_its_model_and_machine_only(profile, tiny_model, tmp_path, monkeypatch):
-    assert find(tiny_model, "auto") == (None, find(tiny_model, "auto")[1])
-    assert "there is no profile of" in find(tiny_model, "auto")[1]
+    assert find(tiny_model, "auto", {}) == (None, find(tiny_model, "auto", {})[1])
+    assert "there is no profile of" in find(tiny_model, "auto", {})[1]
     path = save(profile)
-    found, note = find(tiny_model, "auto")
+    found, note = find(tiny_model, "auto", {})
     assert found == replace(profile, path=str(path)) and "prefill_chunk=64" in note and "goal latency" in note
     other = tmp_path / "other"
     shutil.copytree(tiny_model, other)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-4}))
-    assert find(other, "auto")[0] is None
-    assert find(other, path)[0] is None and "is of another model" in find(other, path)[1]
+    assert find(other, "auto", {})[0] is None
+    assert find(other, path, {})[0] is None and "is of another model" in find(other, path, {})[1]
     shutil.copytree(tiny_model, tmp_path / "copy")
-    assert find(tmp_path / "copy", "auto")[0] is not None  # the same model elsewhere
+    assert find(tmp_path / "copy", "auto", {})[0] is not None  # the same model elsewhere
     monkeypatch.setattr(profiles, "cpu_name", lambda: "another")
-    assert find(tiny_model, "auto")[0] is None
-    assert find(tiny_model, path)[0] is None and "is of another machine (cpu:" in find(tiny_model, path)[1]
+    assert find(tiny_model, "auto", {})[0] is None
+    assert find(tiny_model, path, {})[0] is None and "is of another machine (cpu:" in find(tiny_model, path, {})[1]
 
 
 @pytest.mark.parametrize(
@@ -62,15 +62,15 @@ def test_found_for_its_model_and_machine_only(profile, tiny_model, tmp_path, mon
 )
 def test_damaged(profile, tiny_model, tmp_path, text, message):
     """A file that was named is an error; one that was found is not used."""
-    path = place(profile.machine, profile.model)
+    path = place(profile.machine, profile.model, {})
     path.parent.mkdir(parents=True)
     path.write_text(text)
     with pytest.raises(DataError) as error:
-        find(tiny_model, path)
+        find(tiny_model, path, {})
     assert message in str(error.value) and path.name in str(error.value)
-    assert find(tiny_model, "auto")[0] is None and message in find(tiny_model, "auto")[1]
+    assert find(tiny_model, "auto", {})[0] is None and message in find(tiny_model, "auto", {})[1]
     with pytest.raises(FileNotFoundError):
-        find(tiny_model, tmp_path / "nowhere")
+        find(tiny_model, tmp_path / "nowhere", {})
 
 
 @pytest.mark.parametrize(("name", "given"), [("fields", {"strict": True}), ("drafts", -1), ("drafts", True)])
@@ -117,3 +117,18 @@ def test_no_profile(tiny_model):
 def test_wrong_drafts(tiny_model, drafts):
     with pytest.raises(ConfigError, match="drafts must be True, False, or a number"):
         make_engine(load_model(tiny_model), drafts=drafts)
+
+
+def test_another_precision_is_another_profile(profile, tiny_model, tmp_path):
+    """What was measured with int8 weights says nothing about others, and does not replace their profile."""
+    plain = save(profile)
+    other = save(replace(profile, options={"precision": "int8"}))
+    assert plain != other
+    given = load_model(tiny_model, precision="int8", profile="auto").dso.profile
+    assert given is not None and given.path == str(other)
+    assert load_model(tiny_model, DeepSeekConfig(precision="int8"), profile="auto").dso.profile == given
+    assert load_model(tiny_model, profile="auto").dso.profile.path == str(plain)
+    found, note = find(tiny_model, other, {})
+    assert found is None and "was found with other options (precision=int8) and is not used" in note
+    assert "the default options" in find(tiny_model, plain, {"precision": "int8"})[1]
+    assert "(precision=int4)" in find(tiny_model, "auto", {"precision": "int4"})[1]

@@ -67,7 +67,7 @@ def load_model(
         from .integration.load.resolve import resolve
         from .profiles import find
 
-        taken, note = find(resolve(path), profile)
+        taken, note = find(resolve(path), profile, profile_options(config, fields))
         fields = {**_unset(config, {} if taken is None else taken.fields), **fields}
     alone = "" if adapter is None else "an adapter is loaded into its language model"
     model = load(path, config, fields, alone, device)
@@ -75,6 +75,15 @@ def load_model(
     if adapter is not None:
         model.load_adapter(os.fspath(adapter))
     return model
+
+
+def profile_options(config: DeepSeekConfig | None, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What a profile must have been found with, see `profiles.find`: set by `fields`, or else by `config`."""
+    from .profiles import OPTIONS
+
+    plain = DeepSeekConfig()
+    values = {name: fields.get(name, getattr(config or plain, name)) for name in OPTIONS}
+    return {name: value for name, value in values.items() if value != getattr(plain, name)}
 
 
 def _unset(config: DeepSeekConfig | None, fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Profiles: settings that `dso tune` found for a model on a machine, kept in the user's cache directory.
 
-A profile is for the machine and the model that it was found for. On another machine or with other files of the model it is not
-used, and a message says so. It is never used unless asked for.
+A profile is for the machine and the model that it was found for, with the same options that change its steps, such as the
+format of its weights. On another machine, with other files of the model or with other options it is not used, and a message
+says so. It is never used unless asked for.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from .system.processor import cpu_name, usable_cpus
 VERSION = 1
 AUTO = "auto"
 FIELDS = ("threads", "prefill_chunk", "batch_size_range", "kv_cache")  # of `DeepSeekConfig`, that a profile may set
+# Other fields of `DeepSeekConfig` on which the best settings depend, and which a profile's user must set as they were set.
+OPTIONS = (
+    "precision", "attention_optimization", "attention_window", "attention_budget", "context_extension", "context_length",
+)  # fmt: skip
 _GIGABYTE = 1 << 30
 
 
@@ -37,6 +42,7 @@ class Profile:
         figures: what was measured with the default settings and with these.
         made: date, ISO 8601.
         path: the file that it was read from.
+        options: those of `OPTIONS` that were set when it was found.
     """
 
     machine: Mapping[str, Any]
@@ -48,6 +54,7 @@ class Profile:
     figures: Mapping[str, Any] = field(default_factory=dict)
     made: str = ""
     path: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         values = [f"{name}={value}" for name, value in self.fields.items()]
@@ -81,9 +88,10 @@ def directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepseek-optimizer" / "profiles"
 
 
-def place(machine: Mapping[str, Any], model: Mapping[str, Any]) -> Path:
-    """The file of the profile of a model on a machine, where `AUTO` looks for it."""
-    key = hashlib.sha256(json.dumps([dict(machine), model["digest"]], sort_keys=True).encode()).hexdigest()[:24]
+def place(machine: Mapping[str, Any], model: Mapping[str, Any], options: Mapping[str, Any]) -> Path:
+    """The file of the profile of a model with some options on a machine, where `AUTO` looks for it."""
+    known = json.dumps([dict(machine), model["digest"], dict(options)], sort_keys=True)
+    key = hashlib.sha256(known.encode()).hexdigest()[:24]
     return directory() / f"{key}.json"
 
 
@@ -97,7 +105,7 @@ def save(profile: Profile, path: Path | None = None) -> Path:
     Raises:
         OSError: it cannot be written.
     """
-    path = path or place(profile.machine, profile.model)
+    path = path or place(profile.machine, profile.model, profile.options)
     path.parent.mkdir(parents=True, exist_ok=True)
     values = {name: value for name, value in asdict(profile).items() if name != "path"}
     with atomic_file(path) as file:
@@ -120,7 +128,8 @@ def read(path: Path) -> Profile:
         raise DataError("not a profile of dso tune; run it to get one", file=path)
     if value.pop("version") != VERSION:
         raise DataError(f"a profile of another version than {VERSION}; run dso tune again", file=path, field="version")
-    for name, kind in (("machine", dict), ("model", dict), ("fields", dict), ("figures", dict), ("goal", str), ("trace", str)):
+    for name, kind in (("machine", dict), ("model", dict), ("fields", dict), ("figures", dict), ("options", dict),
+                       ("goal", str), ("trace", str)):  # fmt: skip
         if not isinstance(value.get(name), kind):
             raise DataError("missing or of another type; run dso tune again", file=path, field=name)
     if unknown := sorted(value["fields"].keys() - set(FIELDS)):
@@ -129,25 +138,26 @@ def read(path: Path) -> Profile:
     if drafts is not None and (type(drafts) is not int or drafts < 0):
         raise DataError("must be a number of at least 0, or null", file=path, field="drafts")
     fields = {name: tuple(given) if isinstance(given, list) else given for name, given in value["fields"].items()}
-    known = ("machine", "model", "goal", "trace", "figures")
+    known = ("machine", "model", "goal", "trace", "figures", "options")
     return Profile(
         **{name: value[name] for name in known}, fields=fields, drafts=drafts, made=str(value.get("made", "")), path=str(path)
     )
 
 
-def find(model: Path, which: str | os.PathLike[str]) -> tuple[Profile | None, str]:
+def find(model: Path, which: str | os.PathLike[str], options: Mapping[str, Any]) -> tuple[Profile | None, str]:
     """The profile to use for a model, and a message for the user: what is used, or why none is.
 
     Args:
         model: the model's files, see `resolve`.
         which: `AUTO`, or the path of a profile.
+        options: those of `OPTIONS` that differ from the defaults.
 
     Raises:
         DataError, OSError: the file that was named is not a profile, or cannot be read. One that `AUTO` finds is then not used.
     """
     machine, identity = machine_identity(), model_identity(model)
     automatic = os.fspath(which) == AUTO
-    path = place(machine, identity) if automatic else Path(which)
+    path = place(machine, identity, options) if automatic else Path(which)
     try:
         profile = read(path)
     except FileNotFoundError:
@@ -155,7 +165,8 @@ def find(model: Path, which: str | os.PathLike[str]) -> tuple[Profile | None, st
             raise
         return (
             None,
-            f"there is no profile of {identity['name']} on this machine, so the defaults are used; `dso tune` makes one",
+            f"there is no profile of {identity['name']}{_shown(options)} on this machine, so the defaults are used; `dso tune` "
+            "makes one",
         )
     except (DataError, OSError) as error:
         if not automatic:
@@ -167,4 +178,12 @@ def find(model: Path, which: str | os.PathLike[str]) -> tuple[Profile | None, st
         return None, f"the profile {path} is of another machine ({different}) and is not used; run dso tune here"
     if profile.model.get("digest") != identity["digest"]:
         return None, f"the profile {path} is of another model ({profile.model.get('name')}) and is not used"
+    if profile.options != options:
+        was = f"was found with {'other' if profile.options else 'the default'} options{_shown(profile.options)}"
+        return None, f"the profile {path} {was} and is not used; give the same options, or run dso tune with these"
     return profile, f"profile: {profile}"
+
+
+def _shown(options: Mapping[str, Any]) -> str:
+    """Options for a message; "": there are none."""
+    return f" ({', '.join(f'{name}={value}' for name, value in options.items())})" if options else ""

@@ -35,7 +35,7 @@ def batch(
     thinking: so.Thinking = None,
     draft_model: o.DraftModel = None,
     draft_precision: o.DraftPrecision = None,
-    max_running: so.MaxRunning = 32,
+    max_running: so.MaxRunningOrProfile = None,
     kv_cache_memory: so.KvCacheMemory = None,
     batch_invariant: Annotated[
         bool,
@@ -54,6 +54,7 @@ def batch(
     from deepseek_optimizer.batch.run import run_batch
     from deepseek_optimizer.chat.named_template import read_template
     from deepseek_optimizer.integration.load.resolve import resolve
+    from deepseek_optimizer.optimized_model import profile_options
     from deepseek_optimizer.profiles import find
     from deepseek_optimizer.server.app import create_app
     from deepseek_optimizer.server.served_model import ServedModel
@@ -71,11 +72,15 @@ def batch(
     )  # fmt: skip
     template = None if chat_template is None else read_template(chat_template)
     place = resolve(model)  # once: a model on the hub may change between two look-ups
+    drafts: dict[str, Any] = {}
     if (profile := fields.pop("profile", None)) is not None:  # its settings are part of what identifies the job
-        taken, note = find(place, profile)
+        taken, note = find(place, profile, profile_options(None, fields))
         typer.echo(f"dso: {note}", err=True)
-        fields = {**({} if taken is None else taken.fields), **fields}
+        if taken is not None:
+            fields = {**taken.fields, **fields}
+            drafts = {} if taken.drafts is None else {"drafts": taken.drafts}
     fields |= o.not_none(kv_cache_memory=kv_cache_memory, batch_invariant=batch_invariant or None)
+    max_running = max_running or fields.get("batch_size_range", (1, 32))[1]
     fields["batch_size_range"] = (1, max_running)
     identity = {
         "input": job.digest, "model": model, "model files": files_digest(place),
@@ -86,9 +91,10 @@ def batch(
     }  # fmt: skip
     with Results(output, identity, len(job.requests), job.written) as results:
         if len(results.done) < len(job.requests):
-            waiting = {"max_waiting": 4 * max_running + settings.max_answers}  # so that one with many answers fits too
+            waiting = 4 * max_running + settings.max_answers  # so that one with many answers fits too
+            options = {"max_waiting": waiting, **drafts}
             served = ServedModel(
-                str(place), name or os.path.basename(os.path.normpath(model)), template, fields, waiting, generation_config,
+                str(place), name or os.path.basename(os.path.normpath(model)), template, fields, options, generation_config,
                 None, draft_model, draft_precision,
             )  # fmt: skip
             engine, settings, _, _ = load_engine(served, settings)

@@ -32,12 +32,15 @@ def cost(
         typer.Option(
             "--instances",
             metavar="NAMES",
-            help="Machines to predict, comma-separated; all, or none. Their costs are in US dollars.",
+            help="Machines to predict, comma-separated; all, or none. Without --price, their costs are at example prices in US "
+            "dollars.",
         ),
     ] = "all",
     price: Annotated[
         list[str] | None,
-        typer.Option("--price", metavar="NAME=PRICE", help="Price of an instance per hour instead of the table's. Repeatable."),
+        typer.Option(
+            "--price", metavar="NAME=PRICE", help="What you pay for an instance per hour, instead of the example. Repeatable."
+        ),
     ] = None,
     hosted: Annotated[
         list[str] | None,
@@ -66,7 +69,7 @@ def cost(
     """Show what a million tokens cost on this machine, and by prediction on rented ones. Nothing else should run meanwhile."""
     from rich.console import Console
 
-    from deepseek_optimizer.bench.cost import Hosted, Speed, cost_report, predicted_speeds, sections
+    from deepseek_optimizer.bench.cost import Hosted, Speed, cost_report, needed_bytes, predicted_speeds, sections, too_small
     from deepseek_optimizer.bench.instances import INSTANCES
     from deepseek_optimizer.bench.measure import measure
     from deepseek_optimizer.bench.memory_traffic import traffic_of
@@ -92,6 +95,11 @@ def cost(
     no_bars_in_pipes()
     fields["batch_size_range"] = (1, batch)
     loaded = load_model(model, **fields)
+    small: list[str] = []
+    if names:  # before anything is measured: it may be an error
+        step, traffic = step_work(loaded, work), traffic_of(loaded)
+        small = too_small(names, needed_bytes(loaded.report().bytes_after, traffic, work))
+        names = [name for name in names if name not in small]
     (entry,) = measure(loaded, [work], repeats=repeats, note=_note)
     figures = entry["figures"]
     speed = Speed(figures["prefill_tok_s"]["p50"], figures["decode_tok_s"]["p50"])
@@ -99,10 +107,9 @@ def cost(
     if names:
         from deepseek_optimizer.bench.scaling_costs import measure_costs
 
-        step, traffic = step_work(loaded, work), traffic_of(loaded)
         known = known or measure_costs(precision=step.main_format, note=_note)
         predicted = {name: predicted_speeds(step, traffic, known, work, name) for name in names}
-    report = {"model": model, **cost_report(work, speed, price_per_hour, predicted, prices, providers, wish)}
+    report = {"model": model, **cost_report(work, speed, price_per_hour, predicted, prices, providers, wish, small)}
     if as_json:
         print_json(report)
     else:

@@ -144,8 +144,6 @@ SleepIdleSeconds = Annotated[
         **_REQUESTS,
     ),
 ]
-_MAX_RUNNING = typer.Option("--max-running", min=1, metavar="N", help="Maximum number of concurrent answers.", **_REQUESTS)
-MaxRunning = Annotated[int, _MAX_RUNNING]
 MaxRunningOrProfile = Annotated[
     int | None,
     typer.Option(

@@ -59,6 +59,7 @@ def tune(
     from deepseek_optimizer.bench.html import write
     from deepseek_optimizer.bench.terminal import show_sections
     from deepseek_optimizer.integration.load.resolve import resolve
+    from deepseek_optimizer.optimized_model import profile_options
     from deepseek_optimizer.profiles import Profile, machine_identity, model_identity, save
     from deepseek_optimizer.system.processor import usable_cpus
     from deepseek_optimizer.tune.page import page, sections, tune_report
@@ -86,7 +87,7 @@ def tune(
     figures = {"gain": found.gain, "defaults": vars(found.default_figures), "these": vars(found.best_figures)}
     profile = Profile(
         machine_identity(), model_identity(place), goal, Path(trace).name, best, found.best.drafts if best else None, figures,
-        datetime.date.today().isoformat(),
+        datetime.date.today().isoformat(), options=profile_options(None, fields),
     )  # fmt: skip
     path = str(save(profile, output))
     report = tune_report(found, goal, profile.trace, describe(requests), model, path)

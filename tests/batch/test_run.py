@@ -198,11 +198,28 @@ def test_a_job_with_another_profile_is_not_continued(tiny_model, job_file, tmp_p
     monkeypatch.setattr("deepseek_optimizer.batch.run.run_batch", stop)
     results = []
     for chunk in (64, 64, 128):
-        save(Profile(*identity, "latency", "chat", {"prefill_chunk": chunk}), path)
+        profile = Profile(*identity, "latency", "chat", {"prefill_chunk": chunk}, options={"precision": "fp32"})
+        save(profile, path)
         results.append(CliRunner().invoke(app, [*command(tiny_model, job_file, output), "--profile", str(path)]))
     assert [type(result.exception) for result in results[:2]] == [RuntimeError, RuntimeError]
     assert "dso: profile: prefill_chunk=64" in results[0].stderr
     assert results[2].exit_code == 2 and "a job with another options was stopped here" in results[2].stderr
+
+
+@pytest.mark.parametrize("given", [(), ("--max-running", "5")])
+def test_a_profile_sets_the_batch_and_drafts(tiny_model, job_file, tmp_path, monkeypatch, given):
+    """What the command line does not set is what the profile says, not a default."""
+    identity, seen = (machine_identity(), model_identity(tiny_model)), []
+
+    def stop(served, settings):
+        seen.append(served)
+        raise RuntimeError
+
+    monkeypatch.setattr("deepseek_optimizer_cli.serve_engine.load_engine", stop)
+    save(Profile(*identity, "latency", "chat", {"batch_size_range": (1, 3)}, drafts=2), path := tmp_path / "p.json")
+    CliRunner().invoke(app, ["batch", str(tiny_model), str(job_file), str(tmp_path / "out"), "--profile", str(path), *given])
+    (served,) = seen
+    assert served.config["batch_size_range"] == (1, 5 if given else 3) and served.engine["drafts"] == 2
 
 
 def test_a_seed_is_kept(job_file):

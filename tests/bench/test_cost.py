@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import pytest
 
-from deepseek_optimizer.bench.cost import Hosted, Speed, blended, cost_report, machine_cost, predicted_speeds, sections
+from deepseek_optimizer import load_model
+from deepseek_optimizer.bench.cost import (
+    Hosted,
+    Speed,
+    blended,
+    cost_report,
+    machine_cost,
+    needed_bytes,
+    predicted_speeds,
+    sections,
+    too_small,
+)
 from deepseek_optimizer.bench.instances import INSTANCES
 from deepseek_optimizer.bench.memory_traffic import Traffic
 from deepseek_optimizer.bench.scaling import Costs
-from deepseek_optimizer.bench.step_work import Stage, StepWork
+from deepseek_optimizer.bench.step_work import Stage, StepWork, step_work
 from deepseek_optimizer.bench.work import Work
 from deepseek_optimizer.errors import ConfigError
 
@@ -35,7 +46,8 @@ def test_report():
     assert there["times_wish"] == [pytest.approx(0.02 / 0.05), pytest.approx(here["blended"][0] / 0.05)]
     assert report["hosted"] == [{"name": "them", "in": 0.1, "out": 0.2, "blended": pytest.approx(0.125)}]
     table, answer = sections(report)
-    assert len(table.rows) == 3 and "have not been checked" in table.note and "2025" in table.note
+    assert len(table.rows) == 3 and "have not been checked" in table.note and "example" not in table.note
+    assert table.rows[1][1] == "0.360"
     assert [row[1] for row in answer.rows] == ["missed", "reached by the higher speed only"]
 
 
@@ -52,3 +64,27 @@ def test_predictions_of_all_instances():
     speeds = {name: predicted_speeds(step, traffic, costs, WORK, name) for name in INSTANCES}
     assert all(0 < low.answer <= high.answer and low.prompt > 0 for low, high in speeds.values())
     assert speeds["c7a.48xlarge"][0].prompt > 5 * speeds["c7a.8xlarge"][0].prompt
+
+
+def test_prices_that_were_not_given_are_marked():
+    speed = Speed(1000, 100)
+    report = cost_report(WORK, None, None, {"c7a.8xlarge": (speed, speed)}, {}, {}, left_out=["c8g.8xlarge"])
+    table, _ = sections(report)
+    assert table.rows[0][1].endswith("*") and report["machines"][0]["example_price"]
+    assert "* An example price" in table.note and "2025" in table.note and "--price NAME=PRICE" in table.note
+    assert "too small for the model: c8g.8xlarge" in table.note and report["too_small"] == ["c8g.8xlarge"]
+
+
+def test_memory():
+    """40 GB of weights, and 4 requests of 400 tokens: 100 bytes of each token, and 20 of the last 64, and a state of 1000."""
+    traffic = Traffic(1, 90.0, chosen_bytes=10.0, windows=((20.0, 64),), state_bytes=1000,
+                      weights=1, head_weights=1, attention_width=1)  # fmt: skip
+    assert needed_bytes(40 * 10**9, traffic, WORK) == 40 * 10**9 + 4 * (400 * 100 + 20 * 64 + 1000)
+    assert too_small(list(INSTANCES), 60 * 2**30) == []
+    assert too_small(list(INSTANCES), 70 * 2**30) == ["c7i.8xlarge", "c7a.8xlarge", "c8g.8xlarge"]
+
+
+def test_models_without_a_plan_are_an_error(tiny_model):
+    model = load_model(tiny_model, backend="reference")
+    with pytest.raises(ConfigError, match="need a model with an execution plan on the cpu backend"):
+        step_work(model, WORK)

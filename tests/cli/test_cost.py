@@ -52,3 +52,11 @@ def test_a_damaged_file_of_costs(dso, tmp_path):
         file.write_text(text)
         result = dso("cost", "no-model", "--costs", file)
         assert result.exit_code == 2 and "costs.json: not what" in result.stderr
+
+
+def test_a_model_whose_steps_are_not_known(dso, tiny_model, monkeypatch):
+    """One line, before anything is measured."""
+    monkeypatch.setattr("deepseek_optimizer.bench.measure.measure", None)
+    monkeypatch.setattr("deepseek_optimizer.bench.step_work._products", lambda runtime: [])
+    result = dso("cost", tiny_model, *SMALL)
+    assert result.exit_code != 0 and "need a model with an execution plan" in result.stderr and "Traceback" not in result.stderr

@@ -26,7 +26,7 @@ def test_a_search(dso, tiny_model, tmp_path, monkeypatch):
     assert 1 <= len(report["trials"]) <= 4 and report["trials"][0]["settings"] == report["defaults"]
     assert report["default_figures"]["tok_s"] > 0 and report["requests"]["requests"] == 4
     assert page.read_text().startswith("<!doctype html>") and "<svg" in page.read_text()
-    profile, _ = find(tiny_model, "auto")
+    profile, _ = find(tiny_model, "auto", {})
     assert profile is not None and profile.goal == "throughput" and report["profile"] == profile.path
     tuned = load_model(tiny_model, profile="auto").dso.config
     assert tuned.prefill_chunk == dict(profile.fields).get("prefill_chunk", 512)

@@ -3,6 +3,8 @@
 A machine is paid by the hour and assumed to be busy all the time, with `Work.batch` requests at once. A prompt token costs
 the time of prompts divided by their tokens, a generated one that of decoding. `blended` is the cost of all tokens of a request,
 prompt and answer, divided by their number: hosted prices are blended with the same lengths.
+
+Predicted speeds of prompts assume that all cores together compute as much as each alone: they are upper bounds.
 """
 
 from __future__ import annotations
@@ -58,6 +60,24 @@ def predicted_speeds(step: StepWork, traffic: Traffic, costs: Costs, work: Work,
     return Speed(prompt, decode.low), Speed(prompt, decode.high)
 
 
+def needed_bytes(weights: int, traffic: Traffic, work: Work) -> float:
+    """Memory that a model needs for `work.batch` requests: weights and cache, without what the process takes besides.
+
+    Args:
+        weights: bytes of all weights.
+        traffic: of the model.
+        work: lengths, and requests at once.
+    """
+    tokens = work.length * (traffic.kv_bytes + traffic.chosen_bytes)
+    windows = sum(size * min(work.length, most) for size, most in traffic.windows)
+    return weights + work.batch * (tokens + windows + traffic.state_bytes)
+
+
+def too_small(names: Sequence[str], needed: float) -> list[str]:
+    """Those instances that have less memory than `needed` bytes."""
+    return [name for name in names if INSTANCES[name].memory_gb * 2**30 < needed]
+
+
 def cost_report(
     work: Work,
     measured: Speed | None,
@@ -66,6 +86,7 @@ def cost_report(
     prices: Mapping[str, float],
     hosted: Mapping[str, Hosted],
     wish: float = WISH,
+    left_out: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The report of `dso cost`, of JSON types.
 
@@ -76,6 +97,7 @@ def cost_report(
         prices: instance -> price per hour, which overrides the table's.
         hosted: name -> prices to compare with.
         wish: price of a million tokens to compare with.
+        left_out: instances whose memory is too small for the model.
 
     Raises:
         ConfigError: a price is for an instance that is not in the table, or not above zero.
@@ -86,7 +108,8 @@ def cost_report(
     if measured is not None and per_hour is not None:
         rows.append(_row("this machine", "measured", per_hour, (measured, measured), work, wish))
     for name, speeds in predicted.items():
-        rows.append(_row(name, "predicted", prices.get(name, INSTANCES[name].per_hour), speeds, work, wish))
+        row = _row(name, "predicted", prices.get(name, INSTANCES[name].per_hour), speeds, work, wish)
+        rows.append({**row, "example_price": name not in prices})
     return {
         "work": asdict(work),
         "this_machine": None if measured is None else asdict(measured),
@@ -94,6 +117,7 @@ def cost_report(
         "hosted": [
             {"name": name, "in": one.prompt, "out": one.answer, "blended": blended(one, work)} for name, one in hosted.items()
         ],
+        "too_small": list(left_out),
         "prices": {"source": SOURCE, "date": DATE, "given": dict(prices)},
         "wish": wish,
     }
@@ -115,7 +139,8 @@ def sections(report: Mapping[str, Any]) -> list[Section]:
     work = Work(**report["work"])
     rows = [
         (
-            f"{row['name']} ({row['how']})", f"{row['per_hour']:.3f}", f"{row['prompt_tok_s']:,.0f}",
+            f"{row['name']} ({row['how']})", f"{row['per_hour']:.3f}{'*' if row.get('example_price') else ''}",
+            f"{row['prompt_tok_s']:,.0f}",
             _range(row["answer_tok_s"], ",.1f"), _range(row["in"]), _range(row["out"]), _range(row["blended"]),
         )
         for row in report["machines"]
@@ -124,9 +149,17 @@ def sections(report: Mapping[str, Any]) -> list[Section]:
         for one in report["hosted"]
     ]  # fmt: skip
     header = ("", "per hour", "prompt tok/s", "answer tok/s", "1M in", "1M out", "1M blended")
-    note = [f"Machines that are always busy. Prices of instances: {report['prices']['source']}, {report['prices']['date']}."]
+    note = ["Machines that are always busy."]
+    if any(row.get("example_price") for row in report["machines"]):
+        prices = report["prices"]
+        note.append(f"* An example price ({prices['source']}, {prices['date']}): give what you pay with --price NAME=PRICE.")
     if any(row["how"] == "predicted" for row in report["machines"]):
-        note.append("Predicted speeds assume cores like this machine's, and have not been checked on such machines.")
+        note.append(
+            "Predicted speeds assume cores like this machine's, have not been checked on such machines, and are upper bounds "
+            "for prompts."
+        )
+    if report["too_small"]:
+        note.append(f"Left out, since their memory is too small for the model: {', '.join(report['too_small'])}.")
     return [Section(f"Cost of a million tokens: {work}", header, tuple(rows), " ".join(note)), _answer(report)]
 
 

@@ -1,8 +1,7 @@
 """Named machines that can be rented: cores, memory nodes, bandwidth and price, for `dso cost`.
 
-Prices are list prices on demand, Linux, US East (N. Virginia), in US dollars per hour. That of c7i.8xlarge was found again in
-public repositories in November 2026; the others are those of AWS in 2025, written from memory and not looked up. Prices
-change: give your own with `--price NAME=PRICE`. Cores are physical ones, of which Intel's have two virtual CPUs each.
+Prices are examples: those of AWS on demand, Linux, US East (N. Virginia), in US dollars per hour, as remembered of 2025 and not
+looked up. Replace them with `--price NAME=PRICE`. Cores are physical ones, of which Intel's have two virtual CPUs each.
 
 Bandwidth is what the channels of a socket deliver together, times `_REACHED`, times the instance's share of the socket's cores:
 8 channels of DDR5-4800 for 48 cores (Sapphire Rapids), 12 of DDR5-4800 for 96 (Genoa), and 12 of DDR5-5600 for 96 (Graviton4).
@@ -17,14 +16,14 @@ from types import MappingProxyType
 
 from .scaling import Machine
 
-DATE, SOURCE = "2025", "AWS on demand, Linux, us-east-1; not looked up since"
+DATE, SOURCE = "2025", "AWS on demand, Linux, us-east-1, in US dollars, from memory and not looked up"
 _REACHED = 0.8  # of the channels' bandwidth, by programs that only read
 _SAPPHIRE_RAPIDS, _GENOA, _GRAVITON4 = 8 * 38.4 / 48, 12 * 38.4 / 96, 12 * 44.8 / 96  # GB/s per core
 
 
 @dataclass(frozen=True)
 class Instance:
-    """A machine and its price. memory_gb: 2^30 bytes."""
+    """A machine and its price per hour, an example. memory_gb: 2^30 bytes."""
 
     machine: Machine
     memory_gb: int

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import ConfigError
 from .memory_traffic import Experts, traffic_of
 from .work import Work
 
@@ -60,17 +61,24 @@ def step_work(model: Any, work: Work) -> StepWork:
     Args:
         model: as `load_model` returns it.
         work: its batch size and lengths.
+
+    Raises:
+        ConfigError: the model has no plan, or one of a backend that does not tell what its steps read.
     """
-    runtime, traffic = model.dso, traffic_of(model)
-    products = _products(runtime)
+    runtime = model.dso
+    products = _products(runtime) if getattr(runtime, "plan", None) is not None else []
+    if not sum(row["bytes"] for row in products):
+        raise ConfigError(
+            "predictions for other machines need a model with an execution plan on the cpu backend (see `model.report()`); "
+            "leave them out (--instances none)"
+        )
+    traffic = traffic_of(model)
     stages = [_stage(row, work.batch) for row in products]
     sizes: dict[str, int] = {}
     for row in products:
         sizes[row["format"]] = sizes.get(row["format"], 0) + row["bytes"]
-    weights = sum(stage.bytes for stage in stages)
     cache = max(0.0, traffic.step_bytes(work) - traffic.weight_bytes - sum(e.read(work.batch) for e in traffic.experts))
     attention = sum(row["op"].endswith("attention") for row in runtime.plan.describe())
-    assert weights > 0, "the plan has no products"
     return StepWork(tuple(stages), attention, cache, work.batch, max(sizes, key=sizes.__getitem__))
 
 

@@ -60,8 +60,9 @@ class ServerSettings:
         response_seconds: time after its last use at which a stored response is deleted.
         file_seconds: time after which an uploaded file is deleted.
         max_batches_per_client: maximum number of batches of one client that have not ended.
-        max_batch_bytes_per_client: maximum size of one client's files of batches, on disk. A file of requests is uploaded like
-            any other, so `max_file_bytes` is its maximum. A batch whose results exceed it fails, and keeps those it has.
+        max_batch_bytes_per_client: maximum size of one client's files of batches, on disk, with those that were deleted while
+            a batch still answers them. A file of requests is uploaded like any other, so `max_file_bytes` is its maximum. A
+            batch whose results exceed it fails, and keeps those it has.
         max_batch_bytes_total: maximum size of all clients' files of requests. Uploads that exceed a limit are refused.
         batch_seconds: time after which batches that have ended, and their files, are deleted.
         file_read_seconds: maximum CPU time to extract the text of a file, and to decode the pictures of each of its scanned

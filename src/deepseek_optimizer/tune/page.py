@@ -54,7 +54,7 @@ def sections(found: Found, goal: str, trace: str, profile: str) -> list[Section]
         sides.append(("found", found.best, found.best_figures))
     rows = tuple((name, str(settings), *_cells(figures)) for name, settings, figures in sides)
     verdict = (
-        "The defaults stay: no settings were better by more than 3%."
+        "The defaults stay: no settings were better in every pair, and by more than 3%."
         if found.best == found.defaults
         else f"{100 * found.gain:.0f}% better than the defaults at the goal."
     )

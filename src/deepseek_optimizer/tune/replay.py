@@ -86,12 +86,12 @@ class ModelMeasure:
         from dataclasses import replace
 
         from ..optimized_model import load_model, load_tokenizer
-        from ..serving import make_engine
+        from ..serving import STALL, make_engine
 
         model = load_model(self._path, **{**self._fields, **settings.to_fields()})
         tokenizer = load_tokenizer(self._path)
         drafts = settings.drafts or False
-        with make_engine(model, tokenizer, drafts=drafts) as engine:
+        with make_engine(model, tokenizer, drafts=drafts, stall=STALL) as engine:  # as a server schedules
             trace = self._prepared(engine, tokenizer)
             weights, kl = model.report().bytes_after, self._divergence(model, tokenizer)
             running = model.dso.backend.thread_context
@@ -113,7 +113,7 @@ class ModelMeasure:
 
             def encode(text: str) -> list[int]:
                 ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
-                return ids[: facts.context - 1]
+                return ids[: facts.context - facts.context // 2]  # an answer may take the other half
 
             self._tokens = prompts(trace, encode, encode_all(tokenizer, sample_text()[:_TEXT]), facts.vocab_size)
         return tuple(replace(request, at=0.0) for request in trace) if self._at_once else trace

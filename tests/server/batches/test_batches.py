@@ -197,7 +197,7 @@ def test_a_stopped_server_continues_its_batches(make_server, tmp_path, cut):
     assert len({answer["id"] for answer in answers}) == 200
     assert 20 < done < 200 and 200 + cut <= len(calls) <= 206  # those in flight when it stopped are answered again
     assert [one["id"] for one in second.client.get("/v1/batches").json()["data"]] == [batch["id"]]
-    assert not list(tmp_path.glob("batches/jobs/*.partial"))
+    wait_for(lambda: not list(tmp_path.glob("batches/jobs/*.partial")))
 
 
 def test_expired_files_and_old_batches_are_deleted(make_server):

@@ -52,6 +52,8 @@ class Batches:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.files = BatchFiles(root / _FILES, settings, clock)
         self._batches = {batch.id: batch for batch in sorted(self._stored(), key=lambda batch: batch.created)}
+        self._creating: dict[str, str] = {}  # id -> owner, of batches whose requests are being kept
+        self._clear()
         self._tasks: dict[str, asyncio.Task[None]] = {}  # by owner
         self._ends: dict[str, asyncio.Event] = {}  # of running batches, by id; set to end one early
         self._saving = asyncio.Lock()
@@ -65,6 +67,15 @@ class Batches:
             except (OSError, ValueError, TypeError):
                 logger.error("the description of a batch, %s, is damaged; the batch is not listed", path)
         return found
+
+    def _clear(self) -> None:
+        """Deletes what a server that was killed left, and counts the requests that batches keep."""
+        for path in [*self._jobs.glob("*.requests.jsonl"), *self._jobs.glob("*.results.partial")]:
+            if not (self._jobs / f"{path.name.partition('.')[0]}.json").exists():
+                path.unlink()
+        for batch in self._batches.values():
+            if (requests := requests_of(batch, self._jobs)).exists():
+                self.files.keep(batch.id, batch.owner, batch.input_file, requests.stat().st_size)
 
     @property
     def running(self) -> bool:
@@ -83,7 +94,7 @@ class Batches:
         self._runner = Runner(self.files, self._jobs, self._save, app, accepting, at_once, max_line, self._clock)
         for batch in self._batches.values():
             if batch.ended:
-                _delete_work(batch, self._jobs)
+                self._delete_work(batch)
             elif not self._settings.keys.has(batch.owner):
                 batch.fail(self._clock(), "invalid_api_key", "the API key of the batch is not accepted any more")
         self._run_owners()
@@ -117,13 +128,10 @@ class Batches:
         """
         file = self.files.find(owner, input_file)
         if file is None:
-            raise ApiError(
-                400, "input_file_id: there is no such file with purpose batch; files expire: upload it again",
-                param="input_file_id", code="file_not_found",
-            )  # fmt: skip
+            raise _no_file()
         self.files.check_room(owner)
         own, most = self.of(owner), self._settings.max_batches_per_client
-        if sum(not batch.ended for batch in own) >= most:
+        if sum(not batch.ended for batch in own) + list(self._creating.values()).count(owner) >= most:
             raise ApiError(
                 429, f"{most} of your batches have not ended, which is the maximum; wait for one, or cancel it",
                 code="too_many_batches", headers={"Retry-After": "60"},
@@ -131,14 +139,22 @@ class Batches:
         now = int(self._clock())
         id = f"batch_{secrets.token_hex(12)}"
         batch = Batch(id, owner, endpoint, input_file, window, metadata, now, now + _seconds_of(window), seconds)
-        self._batches[batch.id] = batch
+        self._creating[id] = owner  # it is not run before its requests are there
+        self.files.keep(id, owner, file.id, file.size)
         try:
             await in_thread(self._keep_requests, batch, file)
             await self._save(batch)
+            self._batches[id] = batch
+        except FileNotFoundError:
+            raise _no_file() from None  # it has just been deleted
         except OSError as error:
-            del self._batches[batch.id]
             logger.error("a batch cannot be stored: %s", error)
             raise _full() from None
+        finally:
+            del self._creating[id]
+            if id not in self._batches:
+                (self._jobs / f"{id}.json").unlink(missing_ok=True)
+                self._delete_work(batch)
         for old in [one for one in own if one.ended][:-_MAX_ENDED]:
             await self._forget(old)
         self._run(owner)
@@ -204,7 +220,7 @@ class Batches:
         if batch.id in self._ends or partial_of(batch, self._jobs).exists():
             return False
         batch.begin(status, self._clock())
-        _delete_work(batch, self._jobs)
+        self._delete_work(batch)
         return True
 
     async def _forget(self, batch: Batch) -> None:
@@ -244,11 +260,24 @@ class Batches:
                 del self._ends[batch.id]
             if not batch.ended:  # the engine has stopped
                 return
-            _delete_work(batch, self._jobs)
+            self._delete_work(batch)
+
+    def _delete_work(self, batch: Batch) -> None:
+        """Deletes what a batch that has ended needs no more."""
+        for path in (requests_of(batch, self._jobs), partial_of(batch, self._jobs)):
+            path.unlink(missing_ok=True)
+        self.files.release(batch.id)
 
 
 def _seconds_of(window: str) -> int:
     return 3600 * int(window.removesuffix("h"))
+
+
+def _no_file() -> ApiError:
+    return ApiError(
+        400, "input_file_id: there is no such file with purpose batch; files expire: upload it again",
+        param="input_file_id", code="file_not_found",
+    )  # fmt: skip
 
 
 def _full() -> ApiError:
@@ -258,9 +287,3 @@ def _full() -> ApiError:
 def _write(path: Path, data: bytes) -> None:
     with atomic_file(path) as out:
         out.write(data)
-
-
-def _delete_work(batch: Batch, jobs: Path) -> None:
-    """Deletes what a batch that has ended needs no more."""
-    for path in (requests_of(batch, jobs), partial_of(batch, jobs)):
-        path.unlink(missing_ok=True)
