@@ -70,7 +70,9 @@ class RankBackend(CpuBackend):
         plan = super().compile(shard.graph, {**weights, **_views(shard, weights)}, options)
         return plan if self.leader is None else LeaderPlan(plan, self.leader)
 
-    def new_store(self, graph: Graph, kv_dtype: str, num_blocks: int, num_states: int = 0) -> Any:
+    def new_store(  # type: ignore[override]  # the leader's store is around a CpuStore
+        self, graph: Graph, kv_dtype: str, num_blocks: int, num_states: int = 0
+    ) -> KvStore:
         own = self._own(graph)
         if self.leader is None:
             return super().new_store(own, kv_dtype, num_blocks)
@@ -152,6 +154,10 @@ class LeaderStore:
     def __del__(self) -> None:
         if "leader" in self.__dict__:
             self.leader.drop(self.number)
+
+    @property
+    def held_blocks(self) -> int:
+        return self.own.held_blocks
 
     @property
     def saved_bytes(self) -> int:
