@@ -48,7 +48,7 @@ class Leader:
         ending = threading.Event()
         for rank, process in enumerate(self._processes, 1):
             threading.Thread(target=_watch, args=(group, rank, process, ending), daemon=True, name=f"dso-rank-{rank}").start()
-        self.close = weakref.finalize(self, _close, group, self._processes, self._answers, ending, self._lock)
+        self.close = weakref.finalize(self, _close, self._pid, group, self._processes, self._answers, ending, self._lock)
 
     @property
     def pids(self) -> list[int]:
@@ -158,7 +158,7 @@ class Leader:
     def _how_ended(self, rank: int) -> str:
         name = f"rank {rank} of {self.group.ranks}"
         if rank == 0:
-            return f"{name}, the leader, could not finish a step"
+            return f"{name}, the leader, " + ("could not finish a step" if self.close.alive else "has ended the others")
         process, answer = self._processes[rank - 1], self._answers[rank - 1]
         try:
             code = process.wait(_PATIENCE)
@@ -182,17 +182,22 @@ def _watch(group: Group, rank: int, process: subprocess.Popen[bytes], ending: th
 
 
 def _close(
+    pid: int,
     group: Group,
     processes: list[subprocess.Popen[bytes]],
     answers: list[Connection],
     ending: threading.Event,
     lock: Any,
 ) -> None:
-    """Ends all processes and waits for them."""
+    """Ends all processes and waits for them. What is called meanwhile or later raises RankLostError."""
+    if os.getpid() != pid:
+        return  # in a fork, whose parent goes on
     ending.set()
     held = lock.acquire(timeout=_PATIENCE)
     try:
-        if held and group.lost is None:
+        if not held:
+            group.lose(0)  # ends the step that is running
+        elif group.lost is None:
             group.send(pickle.dumps((END,)))
     except RankLostError:
         pass
@@ -205,5 +210,6 @@ def _close(
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+    group.lose(0)  # nobody would answer
     for answer in answers:
         answer.close()
