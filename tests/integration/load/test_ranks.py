@@ -16,6 +16,7 @@ from deepseek_optimizer import ConfigError, Request, SamplingParams, load_model,
 from deepseek_optimizer.backends.cpu import unavailable_reason
 from deepseek_optimizer.errors import (
     BackendError,
+    CheckpointChangedError,
     EngineDeadError,
     RankLostError,
     UnsupportedModelError,
@@ -202,6 +203,22 @@ def test_a_killed_process_ends_all_requests(saved):
     with pytest.raises(EngineDeadError) as caught:  # what a server's health depends on
         make_async_engine(model, None, model_name="divided").check_alive()
     assert isinstance(caught.value.__cause__, RankLostError)
+    close(model)
+
+
+def test_a_changed_file_is_named_in_every_call(saved, tmp_path):
+    """Whichever process finds it first: none waits for one that has stopped."""
+    load_model(saved, precision="fp32", threads=1).save_pretrained(tmp_path)
+    model = load_divided(tmp_path)
+    ids = prompt(model, 20)
+    assert model.generate(ids, max_new_tokens=3).shape == (1, 23)
+    (file,) = tmp_path.glob("*.safetensors")
+    with open(file, "r+b") as opened:
+        opened.seek(-1, os.SEEK_END)
+        opened.write(b"x")
+    for _ in range(2):
+        with pytest.raises(CheckpointChangedError, match=file.name):
+            model.generate(ids, max_new_tokens=3)
     close(model)
 
 

@@ -6,14 +6,14 @@ What is above backends sees only the leader's, whose plan and store stand for th
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
 
-from ...errors import BackendError, UnsupportedRequestError
+from ...errors import BackendError, RankLostError, UnsupportedRequestError
 from ...graph.ir import CacheSpec, Graph
 from ...graph.parallel.shard import Shard, Units
 from ...graph.parallel.tensor import split
@@ -28,6 +28,8 @@ from ..decoding import DecodeCall, Decoded, DraftedCall, DraftedRounds
 from ..drafted_round import drafted_round
 from ..wrapped_plan import WrappedPlan
 from .leader import Leader
+
+Result = TypeVar("Result")
 
 
 class RankBackend(CpuBackend):
@@ -226,7 +228,7 @@ class LeaderPlan(WrappedPlan):
         """See `Plan.run`."""
         assert isinstance(store, LeaderStore)
         run = self._own.checked(batch, store.own)
-        return self._leader.together(("run", store.number, _sent(batch)), run)
+        return self._together(("run", store.number, _sent(batch)), run)
 
     def decode(self, batch: StepBatch, store: KvStore, call: DecodeCall) -> Decoded:
         """See `Plan.decode`. All ranks choose the tokens from the same logits, so they agree on them and on the last step.
@@ -242,7 +244,7 @@ class LeaderPlan(WrappedPlan):
         timeless = replace(call, steps=steps, seconds=np.inf)
         self._own.checked(replace(batch, logits=None), store.own)
         start = time.perf_counter()
-        decoded = self._leader.together(
+        decoded = self._together(
             ("decode", store.number, _sent(batch), timeless), lambda: self._own.decode(batch, store.own, timeless)
         )
         self._seconds[rows] = (time.perf_counter() - start) / max(1, decoded.steps)
@@ -256,8 +258,16 @@ class LeaderPlan(WrappedPlan):
 
     def check_weights(self) -> None:
         """See `Plan.check_weights`; also raises RankLostError. The other processes check their weights when they run."""
-        self._leader.check()
         self._own.check_weights()
+        self._leader.check()
+
+    def _together(self, message: tuple[Any, ...], function: Callable[[], Result]) -> Result:
+        """See `Leader.together`. A changed file ends all processes, in whichever of them it was found first."""
+        try:
+            return self._leader.together(message, function)
+        except RankLostError:
+            self._own.check_weights()
+            raise
 
 
 def _sent(batch: StepBatch) -> StepBatch:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ...errors import BackendError, CheckpointChangedError, RankLostError
+from ...errors import BackendError, RankLostError
 from ..cpu.group import Group
 from .messages import DONE, END, FAILED, READY, receive
 
@@ -112,8 +112,6 @@ class Leader:
                 result, interrupt = self._uninterrupted(both)
             except RankLostError:
                 raise RankLostError(self._ended(self.group.lost or 0)) from None
-            except CheckpointChangedError:
-                raise  # found after the step, which all processes have finished
             except BaseException:
                 self.group.lose(0)  # the others may be waiting for what will not come
                 raise

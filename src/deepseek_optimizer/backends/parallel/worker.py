@@ -40,7 +40,8 @@ def serve(backend: RankBackend, graph: Graph, plan: Plan, answers: Connection) -
     except BaseException as error:
         answer(answers, FAILED, f"{type(error).__name__}: {error}")
         backend.group.lose(backend.group.rank)
-        raise
+        if not isinstance(error, CheckpointChangedError):  # a user's doing, which needs no traceback
+            raise
 
 
 class _Commands:
@@ -67,17 +68,11 @@ class _Commands:
         self._stores[number].write_block(block, parts[self._backend.group.rank])
 
     def run(self, number: int, batch: StepBatch) -> None:
-        try:
-            self._plan.run(self._with_logits(batch), self._stores[number])
-        except CheckpointChangedError:
-            pass  # found after the step; the leader finds it too
+        self._plan.run(self._with_logits(batch), self._stores[number])
 
     def decode(self, number: int, batch: StepBatch, call: Any) -> None:
         rows = len(batch.logit_rows) * (call.steps if call.keep_logits else 1)
-        try:
-            self._plan.decode(self._with_logits(batch, rows), self._stores[number], call)
-        except CheckpointChangedError:
-            pass
+        self._plan.decode(self._with_logits(batch, rows), self._stores[number], call)
 
     def _with_logits(self, batch: StepBatch, rows: int | None = None) -> StepBatch:
         """The batch with memory for its logits, which steps share: new memory would cost page faults at every step."""
