@@ -14,6 +14,7 @@ import torch
 
 from deepseek_optimizer import ConfigError, Request, SamplingParams, load_model, make_async_engine, make_engine
 from deepseek_optimizer.backends.cpu import unavailable_reason
+from deepseek_optimizer.backends.prompt_plan import PromptPlan
 from deepseek_optimizer.errors import (
     BackendError,
     CheckpointChangedError,
@@ -25,7 +26,7 @@ from deepseek_optimizer.errors import (
 from deepseek_optimizer.integration.bind.swap import matrices_of
 from deepseek_optimizer.quant.parts import packed_part
 from support.divided import SIZES, close, load_divided, save_divisible
-from support.family_configs import llama, mixtral
+from support.family_configs import gemma4_unified_text, llama, mixtral
 from support.models import assert_close_rows, random_ids
 
 pytestmark = pytest.mark.skipif(unavailable_reason() is not None, reason="needs the native backend")
@@ -150,6 +151,20 @@ def test_tied_heads_and_biases(config, tmp_path):
     one, two = load_model(folder, precision="fp32", threads=1), load_divided(folder, precision="fp32")
     ids = prompt(one, 40)
     assert_close_rows(two(ids).logits[0], one(ids).logits[0], 1e-5)
+    close(two)
+
+
+def test_a_model_with_a_plan_for_prompts(tmp_path):
+    """The last layers read the cache of earlier ones, so prompts run through a plan of their own."""
+    folder = save_divisible(tmp_path / "model", gemma4_unified_text, global_head_dim=32)
+    one, two = load_model(folder, precision="fp32", threads=1), load_divided(folder, precision="fp32")
+    assert isinstance(two.dso.plan, PromptPlan)
+    ids = prompt(one, 70)
+    assert_close_rows(two(ids, logits_to_keep=2).logits[0], one(ids, logits_to_keep=2).logits[0], 1e-5)
+    texts = [model.generate(ids, max_new_tokens=5, do_sample=False).tolist() for model in (one, two)]
+    assert texts[0] == texts[1]
+    with pytest.raises(UnsupportedRequestError, match="have its own plan only; load it without parallel"):
+        two.dso.compile(two.dso.graph.without_head())
     close(two)
 
 

@@ -44,6 +44,8 @@ class RankBackend(CpuBackend):
     def __init__(self, isa: str | None, threads: int | None, group: Group, leader: Leader | None = None) -> None:
         super().__init__(isa, threads, group)
         self.group, self.leader = group, leader
+        self._graphs: list[Graph] = []  # of whole models, in the order in which all processes have compiled them
+        self.plans: list[CpuPlan] = []  # of these graphs
 
     @property
     def capabilities(self) -> Capabilities:
@@ -67,10 +69,23 @@ class RankBackend(CpuBackend):
             graph: of the whole model.
             weights: this rank's parts, by the names of the whole weights.
             options: as in `Backend.compile`.
+
+        Raises:
+            UnsupportedRequestError: the other processes have not compiled this graph while they loaded the model.
         """
+        known = graph in self._graphs
+        if not known and self.leader is not None and self.leader.ready:
+            raise UnsupportedRequestError(
+                f"the model runs in {self.group.ranks} processes, which have its own plan only; load it without parallel"
+            )
         shard = shard_of(graph, self.group.rank, self.group.ranks, _formats(weights))
         plan = super().compile(shard.graph, {**weights, **_views(shard, weights)}, options)
-        return plan if self.leader is None else LeaderPlan(plan, self.leader)
+        if not known:
+            self._graphs.append(graph)
+            self.plans.append(plan)
+        number = self._graphs.index(graph)
+        self.plans[number] = plan
+        return plan if self.leader is None else LeaderPlan(number, plan, self.leader)
 
     def new_store(  # type: ignore[override]  # the leader's store is around a CpuStore
         self, graph: Graph, kv_dtype: str, num_blocks: int, num_states: int = 0
@@ -215,20 +230,21 @@ class LeaderPlan(WrappedPlan):
     """Implements `Plan`: the plans of all ranks.
 
     Args:
+        number: that all processes know it by.
         plan: this process's.
         leader: the other processes, which have compiled theirs from the same graph.
     """
 
-    def __init__(self, plan: CpuPlan, leader: Leader) -> None:
+    def __init__(self, number: int, plan: CpuPlan, leader: Leader) -> None:
         super().__init__(plan)
-        self._own, self._leader = plan, leader
+        self._number, self._own, self._leader = number, plan, leader
         self._seconds: dict[int, float] = {}  # of a decode step, by number of sequences
 
     def run(self, batch: StepBatch, store: KvStore | None) -> StepOutput:
         """See `Plan.run`."""
         assert isinstance(store, LeaderStore)
         run = self._own.checked(batch, store.own)
-        return self._together(("run", store.number, _sent(batch)), run)
+        return self._together(("run", self._number, store.number, _sent(batch)), run)
 
     def decode(self, batch: StepBatch, store: KvStore, call: DecodeCall) -> Decoded:
         """See `Plan.decode`. All ranks choose the tokens from the same logits, so they agree on them and on the last step.
@@ -245,7 +261,8 @@ class LeaderPlan(WrappedPlan):
         self._own.checked(replace(batch, logits=None), store.own)
         start = time.perf_counter()
         decoded = self._together(
-            ("decode", store.number, _sent(batch), timeless), lambda: self._own.decode(batch, store.own, timeless)
+            ("decode", self._number, store.number, _sent(batch), timeless),
+            lambda: self._own.decode(batch, store.own, timeless),
         )
         self._seconds[rows] = (time.perf_counter() - start) / max(1, decoded.steps)
         return decoded

@@ -43,6 +43,7 @@ class Leader:
         self._pid, self._lock = os.getpid(), threading.RLock()
         self._dropped: deque[int] = deque()  # numbers of stores that the others may free
         self._stores = 0
+        self.ready = False  # whether the others have loaded their parts, and compiled their plans
         self._end: str | None = None  # which process has ended and how
         self._main = ThreadPoolExecutor(1, "dso-leader")
         ending = threading.Event()
@@ -68,6 +69,7 @@ class Leader:
                 raise RankLostError(self._ended(rank)) from None
             if what != READY:
                 raise BackendError(f"rank {rank} of {self.group.ranks} cannot load its part of the model: {text}")
+        self.ready = True
 
     def together(self, message: tuple[Any, ...], function: Callable[[], Result]) -> Result:
         """Sends a message to all other processes, calls `function`, which does here what the message says, and returns its

@@ -36,7 +36,7 @@ def main() -> int:
         answer(answers, FAILED, f"{type(error).__name__}: {error}")
         return 1
     answer(answers, READY, "")
-    serve(model.dso.backend, model.dso.graph, model.dso.plan, answers)
+    serve(model.dso.backend, model.dso.graph, answers)
     return 0
 
 
