@@ -12,9 +12,18 @@ import time
 import pytest
 import torch
 
-from deepseek_optimizer import ConfigError, Request, SamplingParams, load_model, make_async_engine, make_engine
+from deepseek_optimizer import (
+    ConfigError,
+    DeepSeekConfig,
+    Request,
+    SamplingParams,
+    load_model,
+    make_async_engine,
+    make_engine,
+)
 from deepseek_optimizer.backends.cpu import unavailable_reason
 from deepseek_optimizer.backends.prompt_plan import PromptPlan
+from deepseek_optimizer.checkpoint import open_checkpoint
 from deepseek_optimizer.errors import (
     BackendError,
     CheckpointChangedError,
@@ -24,6 +33,7 @@ from deepseek_optimizer.errors import (
     UnsupportedRequestError,
 )
 from deepseek_optimizer.integration.bind.swap import matrices_of
+from deepseek_optimizer.integration.load import ranks
 from deepseek_optimizer.quant.parts import packed_part
 from support.divided import SIZES, close, load_divided, save_divisible
 from support.family_configs import gemma4_unified_text, llama, mixtral
@@ -201,6 +211,33 @@ def test_refused_before_memory_is_taken(saved, tmp_path):
     save_divisible(tmp_path / "experts", mixtral)
     with pytest.raises(UnsupportedModelError, match="router cannot be divided"):
         load_divided(tmp_path / "experts")
+
+
+def test_none_is_left_if_one_cannot_be_started(saved, monkeypatch):
+    started, start = [], ranks._start
+
+    def first_only(*arguments):
+        if started:
+            raise BackendError("a further process cannot be started (none is left)")
+        started.append(start(*arguments))
+        return started[0]
+
+    monkeypatch.setattr(ranks, "_start", first_only)
+    with open_checkpoint(saved) as checkpoint, pytest.raises(BackendError, match="cannot be started"):
+        ranks.start_ranks(checkpoint, DeepSeekConfig(parallel={"tensor": 3}, threads=1))
+    assert started[0].returncode == -signal.SIGKILL
+
+
+def test_files_of_the_working_directory_are_not_imported(saved, tmp_path, monkeypatch):
+    (tmp_path / "random.py").write_text("raise SystemExit('imported')")
+    monkeypatch.chdir(tmp_path)
+    close(load_divided(saved, precision="fp32"))
+
+
+def test_a_service_manager_that_ends_all_processes_leaves_requests_to_the_leader(divided):
+    for pid in divided.dso.backend.leader.pids:
+        os.kill(pid, signal.SIGTERM)
+    assert divided(prompt(divided, 4)).logits.isfinite().all()
 
 
 def test_a_killed_process_ends_all_requests(saved):
