@@ -11,10 +11,12 @@ import time
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from deepseek_optimizer import (
     ConfigError,
     DeepSeekConfig,
+    DynamicGraphOptimizer,
     Request,
     SamplingParams,
     load_model,
@@ -191,6 +193,8 @@ def test_what_a_divided_model_cannot_do(divided, tmp_path):
         divided.to(torch.bfloat16)
     with pytest.raises(UnsupportedRequestError, match="only its plan can run"), pytest.warns(UserWarning):
         divided(prompt(divided, 4), output_attentions=True)
+    with pytest.raises(ConfigError, match="tensor=2 is for load_model"):
+        DynamicGraphOptimizer(divided)
     with pytest.raises(BackendError, match="cannot be copied"):
         copy.deepcopy(divided)
     with pytest.raises(UnsupportedRequestError, match="prefix_cache_dir"):
@@ -238,6 +242,15 @@ def test_a_service_manager_that_ends_all_processes_leaves_requests_to_the_leader
     for pid in divided.dso.backend.leader.pids:
         os.kill(pid, signal.SIGTERM)
     assert divided(prompt(divided, 4)).logits.isfinite().all()
+
+
+def test_only_load_model_divides(saved):
+    """Other ways to an optimized model would ignore the setting silently."""
+    config = DeepSeekConfig(parallel={"tensor": 2})
+    with pytest.raises(ConfigError, match=r"tensor=2 is for load_model .*; use load_model\(path, config\)"):
+        AutoModelForCausalLM.from_pretrained(saved, quantization_config=config)
+    with pytest.raises(ConfigError, match="tensor=2 is for load_model"):
+        DynamicGraphOptimizer(AutoModelForCausalLM.from_pretrained(saved), config=config)
 
 
 def test_a_killed_process_ends_all_requests(saved):

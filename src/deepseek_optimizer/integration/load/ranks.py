@@ -83,6 +83,15 @@ def check_divisible(settings: DeepSeekConfig, device: torch.device, no_plan: str
         raise BackendError(f"{ways} needs the native backend: {reason}")
 
 
+def check_undivided(settings: DeepSeekConfig) -> None:
+    """Raises ConfigError if settings for a model that `load_model` does not load would divide it."""
+    if settings.parallel.ranks > 1:
+        raise ConfigError(
+            f"parallel: tensor={settings.parallel.tensor} is for load_model and dso commands only, since each process reads "
+            "its own part of a checkpoint; use load_model(path, config), or leave parallel unset"
+        )
+
+
 def parts_of(model: Any, settings: DeepSeekConfig, rank: int) -> dict[str, Part]:
     """The parts of tensors that a rank has, by name; of all others it has the whole.
 
