@@ -297,11 +297,15 @@ print(*model.dso.backend.leader.pids, flush=True)
 """
 
 
-@pytest.mark.parametrize("end", ["sys.exit(0)", "os.kill(os.getpid(), 9)", "del model"])
+_USED = "import torch; model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2); sys.exit(0)"
+
+
+@pytest.mark.parametrize("end", ["sys.exit(0)", _USED, "os.kill(os.getpid(), 9)", "del model"])
 def test_the_others_end_with_the_leader(saved, end):
     code = _LEADER.format(tests=os.path.dirname(os.path.dirname(os.path.dirname(__file__))), folder=str(saved), end=end)
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
     assert run.stdout.strip(), run.stderr
+    assert "Exception ignored" not in run.stderr, run.stderr
     pid = int(run.stdout)
     for _ in range(300):
         if not os.path.exists(f"/proc/{pid}"):

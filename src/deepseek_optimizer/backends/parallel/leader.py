@@ -132,7 +132,10 @@ class Leader:
             with torch.inference_mode(mode):
                 return function()
 
-        future = self._main.submit(in_mode)
+        try:
+            future = self._main.submit(in_mode)
+        except RuntimeError:  # the interpreter ends, and a finalizer releases memory
+            return function(), None
         interrupt = None
         while True:
             try:
