@@ -50,7 +50,7 @@ void ExpertGroups::build(const Rows& routes, int64_t decode) {
       for (int64_t j = 0; j < top_k; ++j) put(places_[expert_of(t, j)]++, t, j);
   };
   place_rows(0, decode);
-  for (Group& g : groups_) g.prefill = places_[g.expert];
+  for (ExpertGroup& g : groups_) g.prefill = places_[g.expert];
   place_rows(decode, routes.count);
 }
 

@@ -14,7 +14,7 @@
 
 namespace dso {
 
-struct Group {  // pairs [begin, end) of one expert; those from `prefill` on belong to sequences in prefill phase
+struct ExpertGroup {  // pairs [begin, end) of one expert; those from `prefill` on belong to sequences in prefill phase
   int64_t expert, begin, prefill, end;
 };
 
@@ -31,7 +31,7 @@ class ExpertGroups {
   const bool grouped;
 
   int64_t pairs() const { return int64_t(tokens_.size()); }
-  const std::vector<Group>& groups() const { return groups_; }
+  const std::vector<ExpertGroup>& groups() const { return groups_; }
   // Accessors for pair `p`. Within a group tokens ascend; a token's pairs are in groups of ascending experts.
   const int32_t* tokens(int64_t p) const { return tokens_.data() + p; }
   float weight(int64_t p) const { return weights_[p]; }
@@ -39,13 +39,13 @@ class ExpertGroups {
  private:
   std::vector<int32_t> tokens_;
   std::vector<float> weights_;
-  std::vector<Group> groups_;
+  std::vector<ExpertGroup> groups_;
   std::vector<int64_t> places_;  // per expert: position of its next pair
 };
 
 // Calls body(begin, end, prefill) for the pairs [begin, end) of a group, separately for each kernel family.
 template <class Body>
-void by_family(const Group& g, bool one_family, const Body& body) {
+void by_family(const ExpertGroup& g, bool one_family, const Body& body) {
   const int64_t border = one_family && g.prefill < g.end ? g.begin : g.prefill;
   if (g.begin < border) body(g.begin, border, false);
   if (border < g.end) body(border, g.end, true);

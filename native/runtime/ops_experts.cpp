@@ -68,7 +68,7 @@ class ExpertsGateUp final : public Op {
     groups.build(run.slots[x_.routes.index], decode_rows(run, x_.in));
     parts_.clear();
     bool many = false;
-    for (const Group& g : groups.groups())
+    for (const ExpertGroup& g : groups.groups())
       by_family(g, x_.one_family(), [&](int64_t begin, int64_t end, bool prefill) {
         parts_.push_back(cut_part(run, g.expert, begin, end, prefill));
         many |= end - begin >= kFewRows;
@@ -215,7 +215,7 @@ class ExpertsDown final : public Op {
     const int64_t column = tile * kTileRows, columns = std::min(tile_end * kTileRows, out_.width) - column;
     const Rows& y = run.slots[out_.index];
     for (int64_t t = first; t < end; ++t) std::fill_n(y.f32(t) + column, columns, 0.0f);
-    for (const Group& g : h_.groups->groups()) {
+    for (const ExpertGroup& g : h_.groups->groups()) {
       const Matrix w = tiles_of(h_.stack.at(g.expert), tile, tile_end);
       by_family(g, h_.one_family(), [&](int64_t begin, int64_t stop, bool prefill) {
         if (token_blocks_ > 1) {

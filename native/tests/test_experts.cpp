@@ -171,7 +171,7 @@ void groups(int64_t tokens, int64_t experts, int64_t top_k, bool grouped, int64_
   check(g.pairs() == tokens * top_k, "%ld pairs", (long)g.pairs());
   std::vector<int> times((size_t)tokens);
   int64_t at = 0, expert = -1;
-  for (const Group& group : g.groups()) {
+  for (const ExpertGroup& group : g.groups()) {
     check(group.begin == at && group.begin < group.end && group.begin <= group.prefill && group.prefill <= group.end,
           "group %ld..%ld..%ld after %ld", (long)group.begin, (long)group.prefill, (long)group.end, (long)at);
     check(group.expert >= 0 && group.expert < experts && (!grouped || group.expert > expert), "expert %ld after %ld",

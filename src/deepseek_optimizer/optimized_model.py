@@ -144,6 +144,7 @@ class DynamicGraphOptimizer:
         from .integration.bind.graphs import plan_graph
         from .integration.bind.swap import NATURAL
         from .integration.general import check_settings, why_general
+        from .integration.load.ranks import check_undivided
         from .integration.multimodal import is_whole, why_no_language_plan
 
         if config is not None and not isinstance(config, DeepSeekConfig):
@@ -151,9 +152,12 @@ class DynamicGraphOptimizer:
         overrides = {"fusion_rules": fusion_rules, "batch_size_range": batch_size_range}
         fields = {} if config is None else config.to_dict()
         self.config = DeepSeekConfig(**{**fields, **{name: value for name, value in overrides.items() if value is not None}})
+        check_undivided(self.config)
         if getattr(model, "hf_quantizer", None) is not None and "dso" not in model.__dict__:
             raise ConfigError("the model is quantized by another method; load the original model")
         earlier = getattr(model, "__dict__", {}).get("dso")
+        if earlier is not None:
+            check_undivided(earlier.config)
         chosen_for = earlier.config.kl_budget if earlier is not None else None
         if self.config.kl_budget not in (None, chosen_for):
             raise ConfigError("kl_budget needs the model's tokenizer and calibration text; use load_model or `dso convert`")

@@ -127,6 +127,25 @@ def test_a_fork_cannot_lead(lead):
     assert leader.group.lost is None
 
 
+def test_a_fork_does_not_end_the_processes(lead):
+    """A fork that ends calls the finalizers of all objects that it has copies of."""
+    leader = lead("time.sleep(60)")
+    child = os.fork()
+    if child == 0:
+        leader.close()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert leader.group.lost is None
+    leader.together(("step",), _checked(leader))
+
+
+def test_a_closed_leader_does_not_wait_for_processes(lead):
+    leader = lead("time.sleep(60)")
+    leader.close()
+    with pytest.raises(RankLostError, match="the leader, has ended the others"):
+        leader.together(("step",), _checked(leader))
+
+
 def test_messages_of_several_threads_are_in_order(lead):
     """Whatever a thread does here belongs to its message: no other message comes between."""
     leader, running, overlaps = lead("time.sleep(60)"), [], []

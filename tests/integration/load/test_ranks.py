@@ -11,20 +11,34 @@ import time
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from deepseek_optimizer import ConfigError, Request, SamplingParams, load_model, make_async_engine, make_engine
+from deepseek_optimizer import (
+    ConfigError,
+    DeepSeekConfig,
+    DynamicGraphOptimizer,
+    Request,
+    SamplingParams,
+    load_model,
+    make_async_engine,
+    make_engine,
+)
 from deepseek_optimizer.backends.cpu import unavailable_reason
+from deepseek_optimizer.backends.prompt_plan import PromptPlan
+from deepseek_optimizer.checkpoint import open_checkpoint
 from deepseek_optimizer.errors import (
     BackendError,
+    CheckpointChangedError,
     EngineDeadError,
     RankLostError,
     UnsupportedModelError,
     UnsupportedRequestError,
 )
 from deepseek_optimizer.integration.bind.swap import matrices_of
+from deepseek_optimizer.integration.load import ranks
 from deepseek_optimizer.quant.parts import packed_part
 from support.divided import SIZES, close, load_divided, save_divisible
-from support.family_configs import llama, mixtral
+from support.family_configs import gemma4_unified_text, llama, mixtral
 from support.models import assert_close_rows, random_ids
 
 pytestmark = pytest.mark.skipif(unavailable_reason() is not None, reason="needs the native backend")
@@ -152,6 +166,20 @@ def test_tied_heads_and_biases(config, tmp_path):
     close(two)
 
 
+def test_a_model_with_a_plan_for_prompts(tmp_path):
+    """The last layers read the cache of earlier ones, so prompts run through a plan of their own."""
+    folder = save_divisible(tmp_path / "model", gemma4_unified_text, global_head_dim=32)
+    one, two = load_model(folder, precision="fp32", threads=1), load_divided(folder, precision="fp32")
+    assert isinstance(two.dso.plan, PromptPlan)
+    ids = prompt(one, 70)
+    assert_close_rows(two(ids, logits_to_keep=2).logits[0], one(ids, logits_to_keep=2).logits[0], 1e-5)
+    texts = [model.generate(ids, max_new_tokens=5, do_sample=False).tolist() for model in (one, two)]
+    assert texts[0] == texts[1]
+    with pytest.raises(UnsupportedRequestError, match="have its own plan only; load it without parallel"):
+        two.dso.compile(two.dso.graph.without_head())
+    close(two)
+
+
 def test_steps_longer_than_any_before(whole, divided):
     """The memory that processes share grows."""
     ids = prompt(whole, 900)
@@ -165,6 +193,8 @@ def test_what_a_divided_model_cannot_do(divided, tmp_path):
         divided.to(torch.bfloat16)
     with pytest.raises(UnsupportedRequestError, match="only its plan can run"), pytest.warns(UserWarning):
         divided(prompt(divided, 4), output_attentions=True)
+    with pytest.raises(ConfigError, match="tensor=2 is for load_model"):
+        DynamicGraphOptimizer(divided)
     with pytest.raises(BackendError, match="cannot be copied"):
         copy.deepcopy(divided)
     with pytest.raises(UnsupportedRequestError, match="prefix_cache_dir"):
@@ -187,6 +217,42 @@ def test_refused_before_memory_is_taken(saved, tmp_path):
         load_divided(tmp_path / "experts")
 
 
+def test_none_is_left_if_one_cannot_be_started(saved, monkeypatch):
+    started, start = [], ranks._start
+
+    def first_only(*arguments):
+        if started:
+            raise BackendError("a further process cannot be started (none is left)")
+        started.append(start(*arguments))
+        return started[0]
+
+    monkeypatch.setattr(ranks, "_start", first_only)
+    with open_checkpoint(saved) as checkpoint, pytest.raises(BackendError, match="cannot be started"):
+        ranks.start_ranks(checkpoint, DeepSeekConfig(parallel={"tensor": 3}, threads=1))
+    assert started[0].returncode == -signal.SIGKILL
+
+
+def test_files_of_the_working_directory_are_not_imported(saved, tmp_path, monkeypatch):
+    (tmp_path / "random.py").write_text("raise SystemExit('imported')")
+    monkeypatch.chdir(tmp_path)
+    close(load_divided(saved, precision="fp32"))
+
+
+def test_a_service_manager_that_ends_all_processes_leaves_requests_to_the_leader(divided):
+    for pid in divided.dso.backend.leader.pids:
+        os.kill(pid, signal.SIGTERM)
+    assert divided(prompt(divided, 4)).logits.isfinite().all()
+
+
+def test_only_load_model_divides(saved):
+    """Other ways to an optimized model would ignore the setting silently."""
+    config = DeepSeekConfig(parallel={"tensor": 2})
+    with pytest.raises(ConfigError, match=r"tensor=2 is for load_model .*; use load_model\(path, config\)"):
+        AutoModelForCausalLM.from_pretrained(saved, quantization_config=config)
+    with pytest.raises(ConfigError, match="tensor=2 is for load_model"):
+        DynamicGraphOptimizer(AutoModelForCausalLM.from_pretrained(saved), config=config)
+
+
 def test_a_killed_process_ends_all_requests(saved):
     model = load_divided(saved, precision="fp32")
     engine, ids = make_engine(model), prompt(model, 20)
@@ -205,6 +271,22 @@ def test_a_killed_process_ends_all_requests(saved):
     close(model)
 
 
+def test_a_changed_file_is_named_in_every_call(saved, tmp_path):
+    """Whichever process finds it first: none waits for one that has stopped."""
+    load_model(saved, precision="fp32", threads=1).save_pretrained(tmp_path)
+    model = load_divided(tmp_path)
+    ids = prompt(model, 20)
+    assert model.generate(ids, max_new_tokens=3).shape == (1, 23)
+    (file,) = tmp_path.glob("*.safetensors")
+    with open(file, "r+b") as opened:
+        opened.seek(-1, os.SEEK_END)
+        opened.write(b"x")
+    for _ in range(2):
+        with pytest.raises(CheckpointChangedError, match=file.name):
+            model.generate(ids, max_new_tokens=3)
+    close(model)
+
+
 _LEADER = """
 import os, sys
 sys.path.insert(0, {tests!r})
@@ -215,11 +297,15 @@ print(*model.dso.backend.leader.pids, flush=True)
 """
 
 
-@pytest.mark.parametrize("end", ["sys.exit(0)", "os.kill(os.getpid(), 9)", "del model"])
+_USED = "import torch; model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2); sys.exit(0)"
+
+
+@pytest.mark.parametrize("end", ["sys.exit(0)", _USED, "os.kill(os.getpid(), 9)", "del model"])
 def test_the_others_end_with_the_leader(saved, end):
     code = _LEADER.format(tests=os.path.dirname(os.path.dirname(os.path.dirname(__file__))), folder=str(saved), end=end)
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
     assert run.stdout.strip(), run.stderr
+    assert "Exception ignored" not in run.stderr, run.stderr
     pid = int(run.stdout)
     for _ in range(300):
         if not os.path.exists(f"/proc/{pid}"):

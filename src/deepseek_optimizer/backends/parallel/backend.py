@@ -6,14 +6,14 @@ What is above backends sees only the leader's, whose plan and store stand for th
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
 
-from ...errors import BackendError, UnsupportedRequestError
+from ...errors import BackendError, RankLostError, UnsupportedRequestError
 from ...graph.ir import CacheSpec, Graph
 from ...graph.parallel.shard import Shard, Units
 from ...graph.parallel.tensor import split
@@ -29,6 +29,8 @@ from ..drafted_round import drafted_round
 from ..wrapped_plan import WrappedPlan
 from .leader import Leader
 
+Result = TypeVar("Result")
+
 
 class RankBackend(CpuBackend):
     """Implements `Backend` for the process of one rank.
@@ -42,6 +44,8 @@ class RankBackend(CpuBackend):
     def __init__(self, isa: str | None, threads: int | None, group: Group, leader: Leader | None = None) -> None:
         super().__init__(isa, threads, group)
         self.group, self.leader = group, leader
+        self._graphs: list[Graph] = []  # of whole models, in the order in which all processes have compiled them
+        self.plans: list[CpuPlan] = []  # of these graphs
 
     @property
     def capabilities(self) -> Capabilities:
@@ -65,12 +69,27 @@ class RankBackend(CpuBackend):
             graph: of the whole model.
             weights: this rank's parts, by the names of the whole weights.
             options: as in `Backend.compile`.
+
+        Raises:
+            UnsupportedRequestError: the other processes have not compiled this graph while they loaded the model.
         """
+        known = graph in self._graphs
+        if not known and self.leader is not None and self.leader.ready:
+            raise UnsupportedRequestError(
+                f"the model runs in {self.group.ranks} processes, which have its own plan only; load it without parallel"
+            )
         shard = shard_of(graph, self.group.rank, self.group.ranks, _formats(weights))
         plan = super().compile(shard.graph, {**weights, **_views(shard, weights)}, options)
-        return plan if self.leader is None else LeaderPlan(plan, self.leader)
+        if not known:
+            self._graphs.append(graph)
+            self.plans.append(plan)
+        number = self._graphs.index(graph)
+        self.plans[number] = plan
+        return plan if self.leader is None else LeaderPlan(number, plan, self.leader)
 
-    def new_store(self, graph: Graph, kv_dtype: str, num_blocks: int, num_states: int = 0) -> Any:
+    def new_store(  # type: ignore[override]  # the leader's store is around a CpuStore
+        self, graph: Graph, kv_dtype: str, num_blocks: int, num_states: int = 0
+    ) -> KvStore:
         own = self._own(graph)
         if self.leader is None:
             return super().new_store(own, kv_dtype, num_blocks)
@@ -154,6 +173,10 @@ class LeaderStore:
             self.leader.drop(self.number)
 
     @property
+    def held_blocks(self) -> int:
+        return self.own.held_blocks
+
+    @property
     def saved_bytes(self) -> int:
         return self.leader.group.ranks * self.own.saved_bytes
 
@@ -207,20 +230,21 @@ class LeaderPlan(WrappedPlan):
     """Implements `Plan`: the plans of all ranks.
 
     Args:
+        number: that all processes know it by.
         plan: this process's.
         leader: the other processes, which have compiled theirs from the same graph.
     """
 
-    def __init__(self, plan: CpuPlan, leader: Leader) -> None:
+    def __init__(self, number: int, plan: CpuPlan, leader: Leader) -> None:
         super().__init__(plan)
-        self._own, self._leader = plan, leader
+        self._number, self._own, self._leader = number, plan, leader
         self._seconds: dict[int, float] = {}  # of a decode step, by number of sequences
 
     def run(self, batch: StepBatch, store: KvStore | None) -> StepOutput:
         """See `Plan.run`."""
         assert isinstance(store, LeaderStore)
         run = self._own.checked(batch, store.own)
-        return self._leader.together(("run", store.number, _sent(batch)), run)
+        return self._together(("run", self._number, store.number, _sent(batch)), run)
 
     def decode(self, batch: StepBatch, store: KvStore, call: DecodeCall) -> Decoded:
         """See `Plan.decode`. All ranks choose the tokens from the same logits, so they agree on them and on the last step.
@@ -236,8 +260,9 @@ class LeaderPlan(WrappedPlan):
         timeless = replace(call, steps=steps, seconds=np.inf)
         self._own.checked(replace(batch, logits=None), store.own)
         start = time.perf_counter()
-        decoded = self._leader.together(
-            ("decode", store.number, _sent(batch), timeless), lambda: self._own.decode(batch, store.own, timeless)
+        decoded = self._together(
+            ("decode", self._number, store.number, _sent(batch), timeless),
+            lambda: self._own.decode(batch, store.own, timeless),
         )
         self._seconds[rows] = (time.perf_counter() - start) / max(1, decoded.steps)
         return decoded
@@ -250,8 +275,16 @@ class LeaderPlan(WrappedPlan):
 
     def check_weights(self) -> None:
         """See `Plan.check_weights`; also raises RankLostError. The other processes check their weights when they run."""
-        self._leader.check()
         self._own.check_weights()
+        self._leader.check()
+
+    def _together(self, message: tuple[Any, ...], function: Callable[[], Result]) -> Result:
+        """See `Leader.together`. A changed file ends all processes, in whichever of them it was found first."""
+        try:
+            return self._leader.together(message, function)
+        except RankLostError:
+            self._own.check_weights()
+            raise
 
 
 def _sent(batch: StepBatch) -> StepBatch:

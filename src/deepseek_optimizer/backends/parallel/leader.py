@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ...errors import BackendError, CheckpointChangedError, RankLostError
+from ...errors import BackendError, RankLostError
 from ..cpu.group import Group
 from .messages import DONE, END, FAILED, READY, receive
 
@@ -43,12 +43,13 @@ class Leader:
         self._pid, self._lock = os.getpid(), threading.RLock()
         self._dropped: deque[int] = deque()  # numbers of stores that the others may free
         self._stores = 0
+        self.ready = False  # whether the others have loaded their parts, and compiled their plans
         self._end: str | None = None  # which process has ended and how
         self._main = ThreadPoolExecutor(1, "dso-leader")
         ending = threading.Event()
         for rank, process in enumerate(self._processes, 1):
             threading.Thread(target=_watch, args=(group, rank, process, ending), daemon=True, name=f"dso-rank-{rank}").start()
-        self.close = weakref.finalize(self, _close, group, self._processes, self._answers, ending, self._lock)
+        self.close = weakref.finalize(self, _close, self._pid, group, self._processes, self._answers, ending, self._lock)
 
     @property
     def pids(self) -> list[int]:
@@ -68,6 +69,7 @@ class Leader:
                 raise RankLostError(self._ended(rank)) from None
             if what != READY:
                 raise BackendError(f"rank {rank} of {self.group.ranks} cannot load its part of the model: {text}")
+        self.ready = True
 
     def together(self, message: tuple[Any, ...], function: Callable[[], Result]) -> Result:
         """Sends a message to all other processes, calls `function`, which does here what the message says, and returns its
@@ -112,8 +114,6 @@ class Leader:
                 result, interrupt = self._uninterrupted(both)
             except RankLostError:
                 raise RankLostError(self._ended(self.group.lost or 0)) from None
-            except CheckpointChangedError:
-                raise  # found after the step, which all processes have finished
             except BaseException:
                 self.group.lose(0)  # the others may be waiting for what will not come
                 raise
@@ -132,7 +132,10 @@ class Leader:
             with torch.inference_mode(mode):
                 return function()
 
-        future = self._main.submit(in_mode)
+        try:
+            future = self._main.submit(in_mode)
+        except RuntimeError:  # the interpreter ends, and a finalizer releases memory
+            return function(), None
         interrupt = None
         while True:
             try:
@@ -158,7 +161,7 @@ class Leader:
     def _how_ended(self, rank: int) -> str:
         name = f"rank {rank} of {self.group.ranks}"
         if rank == 0:
-            return f"{name}, the leader, could not finish a step"
+            return f"{name}, the leader, " + ("could not finish a step" if self.close.alive else "has ended the others")
         process, answer = self._processes[rank - 1], self._answers[rank - 1]
         try:
             code = process.wait(_PATIENCE)
@@ -182,17 +185,22 @@ def _watch(group: Group, rank: int, process: subprocess.Popen[bytes], ending: th
 
 
 def _close(
+    pid: int,
     group: Group,
     processes: list[subprocess.Popen[bytes]],
     answers: list[Connection],
     ending: threading.Event,
     lock: Any,
 ) -> None:
-    """Ends all processes and waits for them."""
+    """Ends all processes and waits for them. What is called meanwhile or later raises RankLostError."""
+    if os.getpid() != pid:
+        return  # in a fork, whose parent goes on
     ending.set()
     held = lock.acquire(timeout=_PATIENCE)
     try:
-        if held and group.lost is None:
+        if not held:
+            group.lose(0)  # ends the step that is running
+        elif group.lost is None:
             group.send(pickle.dumps((END,)))
     except RankLostError:
         pass
@@ -205,5 +213,6 @@ def _close(
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+    group.lose(0)  # nobody would answer
     for answer in answers:
         answer.close()

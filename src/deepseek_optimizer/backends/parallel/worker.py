@@ -11,21 +11,20 @@ import torch
 
 from ...errors import CheckpointChangedError, RankLostError
 from ...graph.ir import Graph
-from ..base import Plan, StepBatch
+from ..base import StepBatch
 from .backend import RankBackend
 from .messages import DONE, END, FAILED, answer
 
 
-def serve(backend: RankBackend, graph: Graph, plan: Plan, answers: Connection) -> None:
+def serve(backend: RankBackend, graph: Graph, answers: Connection) -> None:
     """Runs the leader's messages. Returns when there will be no more of them.
 
     Args:
-        backend: this process's.
+        backend: this process's, with its plans.
         graph: of the whole model.
-        plan: what `backend` compiled it to.
         answers: the pipe to the leader. A message that fails is answered with the reason, and ends the group.
     """
-    commands = _Commands(backend, graph, plan)
+    commands = _Commands(backend, graph)
     try:
         with backend.thread_context():
             while True:
@@ -40,14 +39,15 @@ def serve(backend: RankBackend, graph: Graph, plan: Plan, answers: Connection) -
     except BaseException as error:
         answer(answers, FAILED, f"{type(error).__name__}: {error}")
         backend.group.lose(backend.group.rank)
-        raise
+        if not isinstance(error, CheckpointChangedError):  # a user's doing, which needs no traceback
+            raise
 
 
 class _Commands:
     """One method per message."""
 
-    def __init__(self, backend: RankBackend, graph: Graph, plan: Plan) -> None:
-        self._backend, self._graph, self._plan = backend, graph, plan
+    def __init__(self, backend: RankBackend, graph: Graph) -> None:
+        self._backend, self._graph = backend, graph
         self._stores: dict[int, Any] = {}
         self._logits: torch.Tensor | None = None
 
@@ -66,22 +66,18 @@ class _Commands:
     def write_block(self, number: int, block: int, parts: list[bytes]) -> None:
         self._stores[number].write_block(block, parts[self._backend.group.rank])
 
-    def run(self, number: int, batch: StepBatch) -> None:
-        try:
-            self._plan.run(self._with_logits(batch), self._stores[number])
-        except CheckpointChangedError:
-            pass  # found after the step; the leader finds it too
+    def run(self, plan: int, number: int, batch: StepBatch) -> None:
+        self._backend.plans[plan].run(self._with_logits(batch), self._stores[number])
 
-    def decode(self, number: int, batch: StepBatch, call: Any) -> None:
+    def decode(self, plan: int, number: int, batch: StepBatch, call: Any) -> None:
         rows = len(batch.logit_rows) * (call.steps if call.keep_logits else 1)
-        try:
-            self._plan.decode(self._with_logits(batch, rows), self._stores[number], call)
-        except CheckpointChangedError:
-            pass
+        self._backend.plans[plan].decode(self._with_logits(batch, rows), self._stores[number], call)
 
     def _with_logits(self, batch: StepBatch, rows: int | None = None) -> StepBatch:
         """The batch with memory for its logits, which steps share: new memory would cost page faults at every step."""
         needed, width = len(batch.logit_rows) if rows is None else rows, self._graph.logits_width
+        if needed == 0:
+            return batch
         if self._logits is None or len(self._logits) < needed:
             self._logits = torch.empty(needed, width, dtype=torch.float32)
         return replace(batch, logits=self._logits[:needed])

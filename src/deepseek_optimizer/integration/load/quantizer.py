@@ -54,6 +54,7 @@ from .mapped import MappedFiles
 from .mtp_layers import add_mtp_layers, ignored_keys, own_tensors, renamings, stored_mtp_layers
 from .pack_op import PackWeight, unmerged
 from .placement import device_of, packing_backend
+from .ranks import check_undivided
 from .resolve import resolve
 
 _QUANTIZED = (
@@ -88,6 +89,8 @@ class PackingQuantizer(HfQuantizer):
         return self.quantization_config.kl_budget is not None and not self.pre_quantized
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Called by `from_pretrained` only."""
+        check_undivided(self.quantization_config)
         self.packer = packing_backend(self.quantization_config).pack
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:

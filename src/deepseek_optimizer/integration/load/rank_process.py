@@ -14,7 +14,10 @@ from multiprocessing.connection import Connection
 
 def main() -> int:
     """Returns the process's status."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches all its processes; the leader ends this one
+    # Ctrl-C in a terminal and SIGTERM of a service manager reach all processes at once. The leader ends this one, when it has
+    # finished what it is doing.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     memory, pipe = map(int, sys.argv[1:])
     answers = Connection(pipe)
     job = answers.recv()
@@ -36,9 +39,5 @@ def main() -> int:
         answer(answers, FAILED, f"{type(error).__name__}: {error}")
         return 1
     answer(answers, READY, "")
-    serve(model.dso.backend, model.dso.graph, model.dso.plan, answers)
+    serve(model.dso.backend, model.dso.graph, answers)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

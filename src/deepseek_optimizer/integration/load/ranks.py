@@ -83,6 +83,15 @@ def check_divisible(settings: DeepSeekConfig, device: torch.device, no_plan: str
         raise BackendError(f"{ways} needs the native backend: {reason}")
 
 
+def check_undivided(settings: DeepSeekConfig) -> None:
+    """Raises ConfigError if settings for a model that `load_model` does not load would divide it."""
+    if settings.parallel.ranks > 1:
+        raise ConfigError(
+            f"parallel: tensor={settings.parallel.tensor} is for load_model and dso commands only, since each process reads "
+            "its own part of a checkpoint; use load_model(path, config), or leave parallel unset"
+        )
+
+
 def parts_of(model: Any, settings: DeepSeekConfig, rank: int) -> dict[str, Part]:
     """The parts of tensors that a rank has, by name; of all others it has the whole.
 
@@ -128,9 +137,10 @@ def start_ranks(checkpoint: Checkpoint, settings: DeepSeekConfig) -> Member:
     ranks = settings.parallel.ranks
     threads = settings.threads or forced_threads() or max(1, number(library().dso_default_threads()) // ranks)
     memory = os.memfd_create("dso-group", os.MFD_CLOEXEC)
+    processes: list[subprocess.Popen[bytes]] = []
     try:
         group = Group(memory, 0, ranks)
-        processes, answers = [], []
+        answers = []
         for rank in range(1, ranks):
             ours, theirs = socket.socketpair()
             answer = Connection(ours.detach())
@@ -140,6 +150,11 @@ def start_ranks(checkpoint: Checkpoint, settings: DeepSeekConfig) -> Member:
                 theirs.close()
             answers.append(answer)
             answer.send(_job(checkpoint.path, settings, rank, threads))
+    except BaseException:
+        for process in processes:
+            process.kill()
+            process.wait()
+        raise
     finally:
         os.close(memory)
     return Member(group, threads, Leader(group, processes, answers))
@@ -147,7 +162,9 @@ def start_ranks(checkpoint: Checkpoint, settings: DeepSeekConfig) -> Member:
 
 def _start(memory: int, pipe: int) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-    command = [sys.executable, "-m", _MODULE, str(memory), str(pipe)]
+    # Unlike -m, this does not look for modules in the working directory, which may have files of any name.
+    start = f"import sys; sys.path[:] = filter(None, sys.path); from {_MODULE} import main; sys.exit(main())"
+    command = [sys.executable, "-c", start, str(memory), str(pipe)]
     try:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=(memory, pipe), env=environment)
     except OSError as error:
