@@ -73,7 +73,8 @@ def _command(model: str, source: Path, output: Path, threads: int | None) -> lis
 
 def _run_and_kill(command: list[str], output: Path, requests: int, kills: int, rng: random.Random) -> list[int]:
     """Runs a job to its end; returns the number of answers in the partial file at each kill."""
-    partial, killed = output.with_name(output.name + ".partial"), []
+    partial = output.with_name(output.name + ".partial")
+    killed: list[int] = []
     marks = sorted(rng.sample(range(requests // 50, requests * 19 // 20), kills))
     while not output.exists():
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
