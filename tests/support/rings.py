@@ -30,10 +30,10 @@ import psutil
 import pytest
 
 FEW = 3
-WIDE_SHARE = 0.5
-SHARE = 0.1
+WIDE_SHARE = 0.25
+SHARE = 0.05
 FAST_S = 0.45
-WIDE_S = 6.0
+WIDE_S = 3.0
 MEASURED = 3
 ROOT = Path(__file__).parents[2]
 LIST = Path(__file__).with_name("wide.txt")

@@ -75,8 +75,8 @@ STACK = {
 SMALL_STACK = 16
 
 
-@pytest.mark.wide
-@pytest.mark.parametrize("capability", CARDS)
+# Each takes four minutes and more of a processor.
+@pytest.mark.parametrize("capability", [pytest.param(card, marks=pytest.mark.slow) for card in CARDS])
 def test_what_kernels_take(capability):
     if importlib.util.find_spec("triton") is None:
         pytest.skip('Triton is not installed: pip install "deepseek-optimizer[cuda]"')
