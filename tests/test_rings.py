@@ -44,9 +44,9 @@ def test_remaining_values_are_drawn_for_the_next_ring():
     assert seen == values(many)
 
 
-def test_half_of_the_functions_that_take_long_run_in_the_next_ring():
+def test_some_of_the_functions_that_take_long_run_in_the_next_ring():
     actual = [marks([{}], FAST_S * 1.1, seed=str(seed))[0] for seed in range(400)]
-    assert set(actual) == {"wide", "slow"} and 160 < actual.count("wide") < 240
+    assert set(actual) == {"wide", "slow"} and abs(actual.count("wide") - 400 * WIDE_SHARE) < 40
 
 
 def test_only_the_second_ring_depends_on_the_seed():
