@@ -28,7 +28,7 @@ class Cluster:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         self.url, self.log = f"http://127.0.0.1:{port}", log
-        command = [Path(sys.executable).with_name("dso"), "serve", model, "--ray", "--port", port, "--kv-cache-memory", 1 << 24]
+        command = [Path(sys.executable).with_name("dso"), "serve", model, "--ray", "--port", port, "--kv-cache-memory", 1 << 26]
         environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
         with log.open("w") as stderr:
             self.process = subprocess.Popen([*map(str, command), *options], stderr=stderr, stdout=stderr, env=environment)
@@ -52,7 +52,7 @@ class Cluster:
 @pytest.fixture(scope="module")
 def cluster(byte_tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ray")
-    model = saved_llama(folder / "model", byte_tokenizer, max_position_embeddings=2048)
+    model = saved_llama(folder / "model", byte_tokenizer, max_position_embeddings=8192)
     cluster = Cluster(model, folder / "log", "--replicas", "2", "--replica-cpus", "0.5")
     try:
         cluster.wait()
@@ -104,13 +104,13 @@ def test_a_replica_that_dies_costs_no_answer_that_had_not_begun(cluster: Cluster
 
 
 def test_a_stream_whose_replica_dies_ends_with_an_error(cluster: Cluster) -> None:
-    body = {"prompt": "stream", "max_tokens": 2000, "ignore_eos": True, "stream": True}
+    body = {"prompt": "stream", "max_tokens": 8000, "ignore_eos": True, "stream": True}
     events, replicas = [], cluster.replicas()
     with httpx.stream("POST", f"{cluster.url}/v1/completions", json=body, timeout=120) as response:
         for line in response.iter_lines():
             if line.startswith("data: "):
                 events.append(line.removeprefix("data: "))
             if len(events) == 1:
-                for replica in replicas:
-                    replica.kill()
+                while replicas:
+                    replicas.pop().kill()
     assert json.loads(events[-1])["error"]["code"] == "replica_lost"

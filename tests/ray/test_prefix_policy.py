@@ -26,6 +26,15 @@ def test_unknown_prompts_go_to_the_replica_with_the_least_to_do() -> None:
     assert PrefixPolicy().rank(Routing(None, ["1"]), {"a": 3, "b": 1, "c": 2}) == ["b", "c", "a"]
 
 
+def test_equal_replicas_get_unknown_prompts_in_turns() -> None:
+    policy, chosen = PrefixPolicy(), []
+    for number in range(6):
+        routing = Routing(None, [str(number)])
+        chosen.append(policy.rank(routing, IDLE)[0])
+        policy.sent(routing, chosen[-1])
+    assert chosen == [*IDLE, *IDLE]
+
+
 def test_a_replica_with_too_much_to_do_comes_last_whatever_it_knows() -> None:
     policy = PrefixPolicy(slack=1.25)
     policy.sent(Routing("session", ["1", "2"]), "a")

@@ -38,7 +38,8 @@ class PrefixPolicy(Generic[Replica]):
         self._known: OrderedDict[str, list[Replica]] = OrderedDict()  # key -> replicas, the last one to which it was sent last
         self._sessions: OrderedDict[str, Replica] = OrderedDict()
         self._homes: OrderedDict[str, Replica] = OrderedDict()  # of sessions with requests that stay
-        self._replicas: set[Replica] = set()  # that are known, those of the fields above included
+        self._last: dict[Replica, int] = {}  # number of the last request that each known replica was sent
+        self._count = 0  # requests that were sent
 
     def rank(self, routing: Routing, loads: Mapping[Replica, int]) -> list[Replica]:
         """The replicas that may answer a request, the best one first.
@@ -63,15 +64,17 @@ class PrefixPolicy(Generic[Replica]):
                     depth[replica] = length
         at = self._sessions.get(session) if session is not None else None
 
-        def order(replica: Replica) -> tuple[bool, bool, int, int]:
-            return (loads[replica] >= limit, replica != at, -depth[replica], loads[replica])
+        def order(replica: Replica) -> tuple[bool, bool, int, int, int]:
+            load, last = loads[replica], self._last.get(replica, 0)  # of equals, each in its turn
+            return (load >= limit, replica != at, -depth[replica], load, last)
 
         return sorted(loads, key=order)
 
     def sent(self, routing: Routing, replica: Replica) -> None:
         """Remembers that a request was sent to a replica."""
         session, keys, stays = routing
-        self._replicas.add(replica)
+        self._count += 1
+        self._last[replica] = self._count
         for key in keys:
             replicas = self._known.setdefault(key, [])
             if replica in replicas:
@@ -89,10 +92,10 @@ class PrefixPolicy(Generic[Replica]):
 
     def keep(self, replicas: Iterable[Replica]) -> None:
         """Forgets all replicas but these. Ray calls it often, but replicas seldom go."""
-        kept, before = set(replicas), self._replicas
-        self._replicas = kept
-        if before <= kept:
+        kept = set(replicas)
+        if self._last.keys() <= kept:
             return
+        self._last = {replica: last for replica, last in self._last.items() if replica in kept}
         for key, known in list(self._known.items()):
             known[:] = [replica for replica in known if replica in kept]
             if not known:
