@@ -33,7 +33,7 @@ struct PlanSource {  // the arguments of dso_plan_create, and what the steps so 
   std::vector<std::shared_ptr<MlaSchedule>> mla_schedules;
   std::vector<std::shared_ptr<ExpertGroups>> groups;  // shared by the steps over one slot of routes
   std::shared_ptr<std::vector<int32_t>> sites_after;  // of the LORA_DOWN steps since the last product with adapters
-  std::shared_ptr<ProcessGroup> group;                       // null: there is none
+  std::shared_ptr<ProcessGroup> group;                // null: there is none
   int32_t published = -1;                             // slot whose rows are exchanged but not yet received; -1: none
   int64_t published_width = 0;
   bool published_selected = false;
