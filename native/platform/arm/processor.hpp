@@ -11,8 +11,7 @@ inline uint64_t ticks() {
   return count;
 }
 
-class FloatSettings {
- public:
+struct FloatControl {
   using Bits = uint64_t;  // FPCR
   static constexpr Bits kStandard = 0, kFlushing = 1u << 24;
   static Bits get() {
@@ -21,14 +20,6 @@ class FloatSettings {
     return bits;
   }
   static void set(Bits bits) { __asm__ volatile("msr fpcr, %0" ::"r"(bits) : "memory"); }
-
-  FloatSettings() { set(kStandard); }
-  ~FloatSettings() { set(before_); }
-  FloatSettings(const FloatSettings&) = delete;
-  FloatSettings& operator=(const FloatSettings&) = delete;
-
- private:
-  const Bits before_ = get();
 };
 
 }  // namespace dso
