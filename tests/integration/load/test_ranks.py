@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import signal
 import subprocess
@@ -153,6 +154,19 @@ def test_weight_formats(saved, precision, tmp_path):
         close(two)
     assert torch.equal(*logits)
     assert_close_rows(logits[0], expected, 2e-2)
+
+
+@pytest.mark.parametrize("setting", [{"calibration": "auto"}, {"precision": "auto", "kl_budget": 0.1}])
+def test_settings_that_a_conversion_has_carried_out(saved, setting, tmp_path):
+    """A packed checkpoint keeps what its formats were chosen by, and can be divided all the same."""
+    load_model(saved, precision="int4", threads=1).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] |= setting
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    one, two = load_model(tmp_path, threads=1), load_divided(tmp_path)
+    ids = prompt(one, 40)
+    assert_close_rows(two(ids).logits[0], one(ids).logits[0], 2e-2)
+    close(two)
 
 
 @pytest.mark.parametrize(

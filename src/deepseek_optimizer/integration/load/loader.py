@@ -79,7 +79,7 @@ def load(
         if no_plan is not None:
             section = checkpoint.config().get("quantization_config")
             if (divided := _settings(section, checkpoint, config, fields)).parallel.ranks > 1:
-                check_divisible(divided, torch.device("cpu"), no_plan)
+                check_divisible(divided, torch.device("cpu"), no_plan, packed=False)
             target = None if device is None else parse_device(device)
             general = load_general(checkpoint, divided, no_plan)
             return general if target is None else general.to(target)
@@ -91,7 +91,7 @@ def load(
         checkpoint.mapper = backend.map_file if backend.maps_files else None
         manifest = checkpoint.manifest if isinstance(checkpoint, PackedCheckpoint) else None
         if settings.parallel.ranks > 1:
-            check_divisible(settings, target, None)
+            check_divisible(settings, target, None, packed=manifest is not None)
             return _load_part(model, checkpoint, settings, dtype, backend, member)
         texts = None
         if settings.kl_budget is not None and manifest is None:

@@ -55,13 +55,14 @@ class Member:
         return RankBackend(settings.isa, self.threads, self.group, self.leader)
 
 
-def check_divisible(settings: DeepSeekConfig, device: torch.device, no_plan: str | None) -> None:
+def check_divisible(settings: DeepSeekConfig, device: torch.device, no_plan: str | None, *, packed: bool) -> None:
     """Raises an error if a model with these settings cannot run in several processes.
 
     Args:
         settings: with `parallel`.
         device: where the model is loaded to.
         no_plan: why it has no execution plan; None: it has one.
+        packed: its weights are packed already, so that its settings for choosing formats have been carried out.
 
     Raises:
         ConfigError: a setting conflicts with `parallel`.
@@ -74,7 +75,7 @@ def check_divisible(settings: DeepSeekConfig, device: torch.device, no_plan: str
         )
     if device.type != "cpu" or settings.backend not in (AUTO, CpuBackend.name):
         raise ConfigError(f'{ways} runs on backend "cpu" only; leave backend and device unset, or load it without parallel')
-    if settings.kl_budget is not None or settings.calibration is not None:
+    if not packed and (settings.kl_budget is not None or settings.calibration is not None):
         raise ConfigError(
             f"{ways}: calibration and kl_budget need the whole model; convert it first with `dso convert`, and load the result "
             "with parallel"
