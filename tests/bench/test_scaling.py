@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from deepseek_optimizer import DeepSeekConfig, DynamicGraphOptimizer
 from deepseek_optimizer.backends import cpu
+from deepseek_optimizer.bench import scaling_costs
 from deepseek_optimizer.bench.memory_traffic import traffic_of
-from deepseek_optimizer.bench.scaling import Costs, Machine, hand_over, predict, predict_prefill, product_rate
-from deepseek_optimizer.bench.scaling_costs import hand_over_s, product_gb_s, product_tera
+from deepseek_optimizer.bench.scaling import (
+    Costs,
+    Machine,
+    cache_rate,
+    hand_over,
+    predict,
+    predict_prefill,
+    product_rate,
+)
+from deepseek_optimizer.bench.scaling_costs import Shape, fit, measure_costs
 from deepseek_optimizer.bench.step_work import Stage, StepWork, step_work
 from deepseek_optimizer.bench.work import Work
 from support.models import CASES, random_model
@@ -65,6 +75,20 @@ def test_memory_nodes():
     assert hand_over(COSTS, Machine(64, 400, nodes=2))[1] > hand_over(COSTS, Machine(64, 400))[1]
 
 
+def test_rows_and_the_cache():
+    """Short rows are slower by what each row takes; the cache has a rate of its own; both are divided among cores."""
+    costs = replace(COSTS, row_s={1: 1e-8, 2: 6e-9}, cache_gb_s={1: 5.0, 2: 8.0})
+    rows = StepWork((Stage(10e6, 0.0, 1 << 20, 1e6),), 0, 4e6, 1)
+    for n in (1, 2):
+        expected = 1e-4 + COSTS.hand_over_s[n] + 10e6 / (1e9 * COSTS.product_gb_s[n]) + 1e6 * costs.row_s[n]
+        expected += 4e6 / (1e9 * costs.cache_gb_s[n])
+        assert 1 / predict(rows, costs, Machine(n, 40.0)).middle == pytest.approx(expected)
+    assert cache_rate(costs, Machine(8, 1e6)) == pytest.approx(40, rel=1e-3)
+    free = replace(costs, hand_over_s={1: 0.0, 2: 0.0}, token_s=0.0)
+    alone = 10e6 / 160e9 + 1e6 * 1e-8 / 8 + 4e6 / 40e9
+    assert 1 / predict(rows, free, Machine(8, 1e6)).middle == pytest.approx(alone, rel=1e-2)
+
+
 def test_prompts():
     assert predict_prefill(4e12, COSTS, Machine(8, 40)) == pytest.approx(1.0)
     assert predict_prefill(4e12, COSTS, Machine(8, 40), stages=100) > 1.0
@@ -100,18 +124,32 @@ def test_work_of_a_plan(case):
         assert found.others == model.config.num_hidden_layers and all(stage.tasks >= 1 for stage in found.stages)
 
 
+def test_the_fit_finds_the_costs():
+    """Times that were computed from costs give these costs; what would be below zero is none."""
+    works = [
+        StepWork((Stage(size, 0.0, 64, rows),) * stages, stages, cache, 1)
+        for size, rows, stages, cache in ((1e4, 99, 16, 0), (1e4, 99, 144, 1e3), (5e7, 8e3, 12, 1e4), (4e5, 2e3, 160, 9e4),
+                                          (2e5, 3e3, 64, 3e7))
+    ]  # fmt: skip
+    known = (2e-4, 3e-6, 1 / 20e9, 4e-9, 1 / 9e9)
+
+    def seconds(costs: tuple[float, ...]) -> list[float]:
+        parts = [(1.0, w.hand_overs, w.weight_bytes, w.rows, w.cache_bytes) for w in works]
+        return [sum(a * b for a, b in zip(costs, part, strict=True)) for part in parts]
+
+    found = fit(works, seconds(known))
+    assert (found.token_s, found.hand_over_s, found.byte_s, found.row_s, found.cache_byte_s) == pytest.approx(known, rel=1e-6)
+    found = fit(works, seconds((2e-4, 3e-6, 1 / 20e9, -1e-9, 1 / 9e9)))
+    assert found.row_s == 0.0 and found.byte_s > 0
+
+
 @pytest.mark.skipif(cpu.unavailable_reason() is not None, reason="needs the native backend")
-def test_measuring(monkeypatch):
+@pytest.mark.parametrize("precision", ["int4", "q4_k"])
+def test_measuring(monkeypatch, precision):
     """Small sizes; no speed is asserted."""
-    for name, value in (
-        ("_ROWS", 256),
-        ("_COLS", 256),
-        ("_MATRICES", 2),
-        ("_SQUARE", 64),
-        ("_LAYERS", (1, 2)),
-        ("_REPEATS", 1),
-    ):
-        monkeypatch.setattr(f"deepseek_optimizer.bench.scaling_costs.{name}", value)
-    assert product_gb_s("int4", 1, 0.01) > 0 and product_tera("int4", 0.01) > 0
-    each, outside = hand_over_s(1, 10.0)
-    assert each > 0 and outside >= 0
+    sizes = {name: Shape(256, 256, i + 1, 2, 1, 8) for i, name in enumerate(scaling_costs.SHAPES)}
+    for name, value in (("SHAPES", sizes), ("_SQUARE", 256), ("_REPEATS", 1), ("_NEW", 4), ("_BANDWIDTH_BYTES", 1 << 20)):
+        monkeypatch.setattr(scaling_costs, name, value)
+    costs = measure_costs([1], precision, 0.01)
+    assert costs.product_gb_s[1] > 0 and costs.product_tera > 0 and costs.hand_over_s[1] > 0 and costs.cache_gb_s[1] > 0
+    assert costs.row_s[1] >= 0 and costs.token_s >= 0 and costs.read_gb_s > 0

@@ -2,11 +2,12 @@
 
 A decode step takes
 
-    t = token + sum over stages of (hand_over(n) + product(stage, n)) + cache / rate(n)
+    t = token + sum over stages of (hand_over(n) + bytes / rate(n) + rows * row(n)) + cache / cache_rate(n)
 
-`rate(n)` is at how many bytes per second n threads compute products with one row: n times what one does while there are few,
-and at most a share of what the memory delivers; between the two, a smooth minimum. A stage with fewer tasks than threads leaves
-some idle, and the last round of tasks may be partial.
+`rate(n)` is at how many bytes per second n threads compute products with one row, and `row(n)` what each row of a matrix
+takes besides, such as its sum at the end: short rows are slower. `cache_rate(n)` is at how many bytes per second they attend.
+Rates of n threads are n times that of one while there are few, and at most a share of what the memory delivers; between the
+two, a smooth minimum. A stage with fewer tasks than threads leaves some idle, and the last round of tasks may be partial.
 
 `hand_over(n)` is what it costs to give n threads new work. It is measured for the threads of this machine. For more, there are
 two bounds: each further thread costs what the second one did, one after the other; or they are in a tree. Across memory nodes,
@@ -34,12 +35,14 @@ class Costs:
     """What was measured on a machine.
 
     Attributes:
-        product_gb_s: number of threads -> GB/s of packed weights in products with one row, from DRAM.
+        product_gb_s: number of threads -> GB/s of packed weights in products with one row of the input.
         product_tera: 1e12 multiplications and additions per second of products with many rows, by one thread.
         hand_over_s: number of threads -> seconds of a stage without work.
         token_s: seconds per token outside the plan.
         read_gb_s: GB/s that the memory delivers to all threads.
         cpu: of the machine.
+        row_s: number of threads -> seconds of each row of a matrix, besides its bytes. Empty: none.
+        cache_gb_s: number of threads -> GB/s of the cache that attention reads. Empty: as fast as products.
     """
 
     product_gb_s: Mapping[int, float]
@@ -48,6 +51,8 @@ class Costs:
     token_s: float
     read_gb_s: float
     cpu: str = ""
+    row_s: Mapping[int, float] = field(default_factory=dict)
+    cache_gb_s: Mapping[int, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -63,9 +68,9 @@ class Costs:
         def by_threads(name: str) -> dict[int, float]:
             return {int(n): float(x) for n, x in value[name].items()}
 
-        products, hand_overs = by_threads("product_gb_s"), by_threads("hand_over_s")
+        products, hand_overs, rows, caches = map(by_threads, ("product_gb_s", "hand_over_s", "row_s", "cache_gb_s"))
         tera, token, read = (float(value[name]) for name in ("product_tera", "token_s", "read_gb_s"))
-        return cls(products, tera, hand_overs, token, read, str(value.get("cpu", "")))
+        return cls(products, tera, hand_overs, token, read, str(value.get("cpu", "")), rows, caches)
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ def predict(work: StepWork, costs: Costs, machine: Machine) -> Prediction:
     """The speed of decoding on a machine."""
     rate = product_rate(costs, machine)
     weights = sum(_product_seconds(stage, costs, machine, rate) for stage in work.stages)
-    cache = work.cache_bytes / (1e9 * rate)
+    cache = work.cache_bytes / (1e9 * cache_rate(costs, machine))
     outside = costs.token_s / machine.speed
     best, worst = (work.hand_overs * each / machine.speed for each in hand_over(costs, machine))
     low, high = (work.batch / (outside + weights + cache + waits) for waits in (worst, best))
@@ -129,11 +134,37 @@ def predict_prefill(operations: float, costs: Costs, machine: Machine, stages: i
 
 def product_rate(costs: Costs, machine: Machine) -> float:
     """GB/s at which all cores compute products with one row."""
-    n = machine.cores
-    if n in costs.product_gb_s and machine.speed == 1 and machine.gb_s == costs.read_gb_s and machine.nodes == 1:
-        return costs.product_gb_s[n]  # this machine, as it was measured
-    cores = n * machine.speed * costs.product_gb_s[min(costs.product_gb_s)] / min(costs.product_gb_s)
-    return _smooth_minimum(cores, _REACHED * machine.gb_s)
+    return _rate(costs.product_gb_s, costs, machine)
+
+
+def cache_rate(costs: Costs, machine: Machine) -> float:
+    """GB/s at which all cores attend to the cache."""
+    return _rate(costs.cache_gb_s or costs.product_gb_s, costs, machine)
+
+
+def _rate(measured: Mapping[int, float], costs: Costs, machine: Machine) -> float:
+    if machine.cores in measured and _is_measured(costs, machine):
+        return measured[machine.cores]
+    return _smooth_minimum(_together(measured, machine), _REACHED * machine.gb_s)
+
+
+def _is_measured(costs: Costs, machine: Machine) -> bool:
+    return machine.speed == 1 and machine.gb_s == costs.read_gb_s and machine.nodes == 1
+
+
+def _together(measured: Mapping[int, float], machine: Machine) -> float:
+    """GB/s of all cores if the memory were no limit."""
+    least = min(measured)
+    return machine.cores * machine.speed * measured[least] / least
+
+
+def _row_s(costs: Costs, machine: Machine, used: int) -> float:
+    if not costs.row_s:
+        return 0.0
+    if used in costs.row_s and _is_measured(costs, machine):
+        return costs.row_s[used]
+    least = min(costs.row_s)
+    return costs.row_s[least] * least / (used * machine.speed)
 
 
 def hand_over(costs: Costs, machine: Machine) -> tuple[float, float]:
@@ -162,13 +193,12 @@ def _product_seconds(stage: Stage, costs: Costs, machine: Machine, rate: float) 
     read = stage.bytes / (1e9 * rate)
     compute = stage.operations / (1e12 * costs.product_tera * machine.speed * used)
     # Tasks are stolen: a partial last round costs the part by which computing, not memory, is the limit.
-    return max(read, compute * idle)
+    return max(read + stage.rows * _row_s(costs, machine, used), compute * idle)
 
 
 def _headroom(costs: Costs, machine: Machine) -> float:
     """By how many times the cores together are faster than the memory: so many fewer reach the same."""
-    cores = machine.cores * machine.speed * costs.product_gb_s[min(costs.product_gb_s)] / min(costs.product_gb_s)
-    return cores / product_rate(costs, machine)
+    return _together(costs.product_gb_s, machine) / product_rate(costs, machine)
 
 
 def _smooth_minimum(a: float, b: float) -> float:

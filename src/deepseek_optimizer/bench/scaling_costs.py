@@ -1,13 +1,15 @@
-"""Measures what `scaling.py` predicts from: products from DRAM, hand-overs, and what a token takes outside the plan.
+"""Measures what `scaling.py` predicts from: what a decode step takes for each byte, row and stage, and outside the plan.
 
-None of it comes from the model whose speed is predicted. Products are those of matrices larger than caches. A hand-over is the
-difference between small models with few and with many layers, whose weights are in the caches.
+None of it comes from the model whose speed is predicted. Five small models with random weights are timed in turns; each of them
+has much of another part of a step, and the least squares of their times, with no part below zero, are the costs.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from .hardware import cpu_name, usable_cpus
@@ -17,12 +19,35 @@ from .scaling import Costs
 from .step_work import StepWork, step_work
 from .work import Work
 
-_ROWS, _COLS, _MATRICES = 16384, 4096, 5  # in int4 38 MB each: together more than most caches
 _MANY, _SQUARE = 256, 2048  # rows of a prompt, and a matrix that fits a cache
 _BANDWIDTH_BYTES = 512 << 20
-_LAYERS = (4, 36)
-_WORK = Work(prompt=8, new=48)
 _REPEATS = 5
+_NEW = 48
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model that is timed: the sizes of its config, the length of its context, and the format of its weights; None: that of
+    the model to predict. Those formats need multiples of 256."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    prompt: int = 8
+    format: str | None = None
+
+
+SHAPES: Mapping[str, Shape] = MappingProxyType(
+    {
+        "few stages": Shape(64, 64, 4, 2, 1, format="int4"),
+        "many stages": Shape(64, 64, 36, 2, 1, format="int4"),
+        "long rows": Shape(3072, 8192, 3, 24, 8),
+        "short rows": Shape(512, 1536, 40, 8, 4),
+        "long context": Shape(512, 256, 16, 16, 4, 1536),
+    }
+)
 
 
 def measure_costs(
@@ -36,84 +61,119 @@ def measure_costs(
     Args:
         threads: numbers of threads to measure with; None: 1, 2, 4, ... and all.
         precision: format of the products: that of the model to predict.
-        seconds: of each measurement.
+        seconds: of each measurement other than the models' runs.
         note: called with what is measured next.
 
     Raises:
         BackendError: the native library is missing.
     """
     threads = sorted(set(threads or _doubled(usable_cpus())))
-    products, hand_overs, outside = {}, {}, []
-    for n in threads:
-        note(f"products with {n} threads")
-        products[n] = product_gb_s(precision, n, seconds)
-    for n in threads:
-        note(f"hand-overs with {n} threads")
-        hand_overs[n], token = hand_over_s(n, products[n])
-        outside.append(token)
+    fitted = {n: fit(*steps) for n, steps in _timed_steps(threads, precision, note).items()}
     note("products with many rows, and the memory")
     return Costs(
-        products, product_tera(precision, seconds), hand_overs, statistics.median(outside),
-        read_gb_s(_BANDWIDTH_BYTES, max(threads), seconds), cpu_name(),
-    )  # fmt: skip
+        {n: 1e-9 / found.byte_s for n, found in fitted.items()},
+        product_tera(precision, seconds),
+        {n: found.hand_over_s for n, found in fitted.items()},
+        statistics.median(found.token_s for found in fitted.values()),
+        read_gb_s(_BANDWIDTH_BYTES, max(threads), seconds),
+        cpu_name(),
+        row_s={n: found.row_s for n, found in fitted.items()},
+        cache_gb_s={n: 1e-9 / found.cache_byte_s for n, found in fitted.items()},
+    )
 
 
 def _doubled(most: int) -> list[int]:
     return [n for n in (1 << i for i in range(12)) if n < most] + [most]
 
 
-def product_gb_s(precision: str, threads: int, seconds: float = 1.0) -> float:
-    """GB/s of packed weights in products with one row, of matrices that are read from DRAM."""
-    backend, matrices, x = _matrices(precision, threads, _ROWS, _COLS, _MATRICES, 1)
+@dataclass(frozen=True)
+class StepCosts:
+    """What parts of a decode step take with a number of threads, in seconds.
 
-    def work() -> None:
-        for matrix in matrices:
-            backend.linear(x, matrix)
+    Attributes:
+        token_s: outside the plan.
+        hand_over_s: of each stage.
+        byte_s: of each byte of packed weights.
+        row_s: of each row of a matrix.
+        cache_byte_s: of each byte of the cache that attention reads.
+    """
 
-    return sum(matrix.nbytes for matrix in matrices) / best_seconds(work, seconds) / 1e9
+    token_s: float
+    hand_over_s: float
+    byte_s: float
+    row_s: float
+    cache_byte_s: float
+
+
+def _parts(work: StepWork) -> list[float]:
+    """How much a step has of each attribute of `StepCosts`."""
+    return [1.0, work.hand_overs, work.weight_bytes, work.rows, work.cache_bytes]
+
+
+def fit(works: Sequence[StepWork], seconds: Sequence[float]) -> StepCosts:
+    """The costs, none below zero, by which the steps' times come out with the least squares of relative errors."""
+    import torch
+
+    times = torch.tensor(seconds, dtype=torch.float64)
+    parts = torch.tensor([_parts(work) for work in works], dtype=torch.float64) / times[:, None]
+    scale = parts.amax(0).clamp_min(1e-300)
+    kept, found = list(range(parts.shape[1])), torch.zeros(parts.shape[1], dtype=torch.float64)
+    while kept:  # what comes out below zero costs nothing, and the rest is fitted again
+        solved = torch.linalg.lstsq((parts / scale)[:, kept], torch.ones_like(times)).solution
+        if solved.min() >= 0:
+            found[kept] = solved
+            break
+        kept.pop(int(solved.argmin()))
+    costs = [float(x) for x in found / scale]
+    # Rates are divided by: what was too little to be seen is fast, not free.
+    return StepCosts(costs[0], max(costs[1], 1e-8), max(costs[2], 1e-13), costs[3], max(costs[4], 1e-13))
+
+
+def _timed_steps(
+    threads: Sequence[int], precision: str, note: Callable[[str], None]
+) -> dict[int, tuple[list[StepWork], list[float]]]:
+    """Number of threads -> the work of a step of each of SHAPES, and its seconds: the median of runs in turns, since a machine
+    that others use is not equally fast all the time."""
+    models: dict[tuple[int, str], Any] = {}
+    for name, shape in SHAPES.items():
+        note(f"making a model with {name}")
+        for n in threads:
+            models[n, name] = _model(shape, n, precision)
+    times: dict[tuple[int, str], list[float]] = {key: [] for key in models}
+    for turn in range(_REPEATS + 1):  # the first warms up
+        note(f"decoding in turns, {turn + 1} of {_REPEATS + 1}")
+        for (n, name), model in models.items():
+            (run,) = repeated(model, _work(SHAPES[name]), repeats=1, warmup=0, seed=turn)
+            if turn and run.tpot_s is not None:
+                times[n, name].append(run.tpot_s)
+    return {
+        n: (
+            [step_work(models[n, name], _work(shape)) for name, shape in SHAPES.items()],
+            [statistics.median(times[n, name]) for name in SHAPES],
+        )
+        for n in threads
+    }
+
+
+def _work(shape: Shape) -> Work:
+    return Work(prompt=shape.prompt, new=_NEW)
 
 
 def product_tera(precision: str, seconds: float = 1.0) -> float:
     """1e12 multiplications and additions per second of one thread, in products with many rows."""
-    backend, (matrix,), x = _matrices(precision, 1, _SQUARE, _SQUARE, 1, _MANY)
-    return 2 * _MANY * _SQUARE**2 / best_seconds(lambda: backend.linear(x, matrix), seconds) / 1e12
-
-
-def _matrices(precision: str, threads: int, rows: int, cols: int, count: int, inputs: int) -> tuple[Any, list[Any], Any]:
-    """The backend, `count` random matrices in this format, and rows to multiply them with."""
     import torch
 
     from ..backends.cpu import CpuBackend
     from ..quant import PackedMatrix
 
-    backend, generator = CpuBackend(threads=threads), torch.Generator().manual_seed(0)
-    weight = torch.randn(rows, cols, generator=generator, dtype=torch.float32, device="cpu") / 50
-    data = backend.pack(weight, precision)
-    matrices = [PackedMatrix(precision, rows, cols, data.clone()) for _ in range(count)]
-    return backend, matrices, torch.randn(inputs, cols, generator=generator, dtype=torch.float32, device="cpu")
+    backend, generator = CpuBackend(threads=1), torch.Generator().manual_seed(0)
+    weight = torch.randn(_SQUARE, _SQUARE, generator=generator, dtype=torch.float32, device="cpu") / 50
+    matrix = PackedMatrix(precision, _SQUARE, _SQUARE, backend.pack(weight, precision))
+    x = torch.randn(_MANY, _SQUARE, generator=generator, dtype=torch.float32, device="cpu")
+    return 2 * _MANY * _SQUARE**2 / best_seconds(lambda: backend.linear(x, matrix), seconds) / 1e12
 
 
-def hand_over_s(threads: int, gb_s: float) -> tuple[float, float]:
-    """Seconds of a stage without work, and of a token outside the plan.
-
-    Args:
-        threads: that get work.
-        gb_s: of products with so many threads; what reading the small models' weights takes is subtracted.
-    """
-    works: list[StepWork] = []
-    times: list[float] = []
-    for layers in _LAYERS:
-        model = _small_model(layers, threads)
-        works.append(step_work(model, _WORK))
-        runs = [run.tpot_s for run in repeated(model, _WORK, repeats=_REPEATS)]
-        reading = (works[-1].weight_bytes + works[-1].cache_bytes) / (1e9 * gb_s)
-        times.append(statistics.median(t for t in runs if t is not None) - reading)
-    stages = [work.hand_overs for work in works]
-    each = max(1e-8, (times[1] - times[0]) / (stages[1] - stages[0]))
-    return each, max(0.0, times[0] - each * stages[0])
-
-
-def _small_model(layers: int, threads: int) -> Any:
+def _model(shape: Shape, threads: int, precision: str) -> Any:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -121,11 +181,12 @@ def _small_model(layers: int, threads: int) -> Any:
     from ..optimized_model import DynamicGraphOptimizer
 
     config = LlamaConfig(
-        hidden_size=128, intermediate_size=256, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=512, max_position_embeddings=256,
+        hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, vocab_size=512,
+        max_position_embeddings=shape.prompt + 256,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(config).eval()
-    settings = DeepSeekConfig(precision="int4", threads=threads, kv_cache_memory=1 << 24)
+    settings = DeepSeekConfig(formats={"*": shape.format or precision}, threads=threads, kv_cache_memory=1 << 28)
     return DynamicGraphOptimizer(model, config=settings).optimize()

@@ -20,11 +20,13 @@ class Stage:
         bytes: of packed weights that are read.
         operations: multiplications and additions.
         tasks: into how many tasks the work can be split.
+        rows: of the matrices: for each row of the input, each has a sum at its end.
     """
 
     bytes: float
     operations: float
     tasks: int
+    rows: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,11 @@ class StepWork:
     def hand_overs(self) -> int:
         """How often all threads get new work in the step."""
         return len(self.stages) + self.others
+
+    @property
+    def rows(self) -> float:
+        """Of all matrices."""
+        return sum(stage.rows for stage in self.stages)
 
     @property
     def weight_bytes(self) -> float:
@@ -102,7 +109,8 @@ def _stage(row: dict[str, Any], batch: int) -> Stage:
     tasks = max(1, row["rows"] // TILE_ROWS)
     weights = 8 * row["bytes"] / get_format(row["format"]).bits
     if "experts" not in row:
-        return Stage(row["bytes"], 2 * weights * batch, tasks)
+        return Stage(row["bytes"], 2 * weights * batch, tasks, row["rows"])
     read = Experts(row["bytes"], row["experts"], row["top_k"]).read(batch)
     chosen = row["top_k"] / row["experts"]
-    return Stage(read, 2 * weights * chosen * batch, tasks * min(row["experts"], row["top_k"] * batch))
+    rows = row["rows"] * min(row["experts"], row["top_k"] * batch)
+    return Stage(read, 2 * weights * chosen * batch, tasks * min(row["experts"], row["top_k"] * batch), rows)
