@@ -6,7 +6,7 @@
 CMAKE ?= $(or $(shell command -v cmake),$(BIN)/cmake)
 NATIVE_JOBS ?= $(shell nproc)
 
-.PHONY: native test-native test-native-tsan test-arm
+.PHONY: native test-native test-native-tsan test-native-long test-arm
 
 $(BIN)/cmake: $(VENV)/.created
 	$(BIN)/python -m pip install --quiet cmake ninja
@@ -27,11 +27,17 @@ test-native: $(filter $(BIN)/cmake,$(CMAKE))
 	cd build/native && ctest -j $(NATIVE_JOBS) --output-on-failure
 
 # The thread pool and plans that several threads share, under ThreadSanitizer.
-TSAN_TESTS ?= test_pool test_threads test_red_zones test_plan
+TSAN_TESTS ?= test_pool test_threads test_red_zones test_plan test_nodes test_many_threads
 test-native-tsan: $(filter $(BIN)/cmake,$(CMAKE))
 	$(CMAKE) -S . -B build/native-tsan -DDSO_TESTS=ON -DDSO_SANITIZE=thread
 	$(CMAKE) --build build/native-tsan -j $(NATIVE_JOBS) --target $(TSAN_TESTS)
 	cd build/native-tsan && TSAN_OPTIONS=die_after_fork=0 ctest --output-on-failure --timeout 900 -R '^($(subst $(eval ) ,|,$(strip $(TSAN_TESTS))))$$'
+
+# 10,000 steps of 128 threads, on one memory node and on four: ten minutes on two busy cores.
+test-native-long: $(filter $(BIN)/cmake,$(CMAKE))
+	$(CMAKE) -S . -B build/native -DDSO_TESTS=ON
+	$(CMAKE) --build build/native -j $(NATIVE_JOBS) --target test_many_threads
+	cd build/native && ctest -C long --output-on-failure -R '_long$$'
 
 ARM_MODELS ?=
 test-arm: $(filter $(BIN)/cmake,$(CMAKE))

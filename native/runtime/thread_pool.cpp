@@ -22,7 +22,7 @@ std::vector<int32_t> cpus_of(const ThreadPlaces& places, int thread) {
 Team::Team(const ThreadPlaces& places)
     : places_(places),
       threads_(places.threads()),
-      spin_ticks_(threads_ > 1 ? spin_ticks(kSpinSeconds) : 0),
+      spin_ticks_(threads_ > 1 && threads_ <= int(allowed_cpus().size()) ? spin_ticks(kSpinSeconds) : 0),
       nodes_(places.split() ? std::make_unique<Share[]>(places.nodes.size()) : nullptr) {
   SignalsBlocked blocked;
   try {

@@ -4,7 +4,8 @@
 // There is no barrier that all threads must reach. The thread that finishes a stage's last task opens the next one, and a
 // thread that holds no task is not waited for: one that the system has descheduled (another process uses its core) or that is
 // still waking up joins when it can. Waiting threads spin for tens of microseconds (a decode step has over a hundred stages,
-// and waking up costs more than most of them), then sleep.
+// and waking up costs more than most of them), then sleep; with more threads than CPUs they sleep at once, since a spinning
+// thread would keep one that has work from running.
 //
 // With several memory nodes, a stage's first tasks belong to nodes, those that have the weights that they read: only threads of
 // the node take them. Any thread takes the others, after those of its node.
