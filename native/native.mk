@@ -3,10 +3,13 @@
 #               optimized build. GCC aligns no frames for stack-use-after-return for AVX-512 (its bug 110027).
 # test-arm:     cross-builds for ARM64 and runs the native tests under qemu-user, on five CPU models (ARM_MODELS: on some). Needs
 #               Debian's g++-aarch64-linux-gnu and qemu-user.
+# test-amx:     builds the kernels for AMX and runs the native tests that reach them: on this processor's tiles, else on emulated ones,
+#               which need AVX-512 with VNNI and BF16; an error that names what is missing where neither runs.
+# bench-amx:    measures them against vectors, and from how many tokens on they are faster: benchmarks/results/amx-CPU.json.
 CMAKE ?= $(or $(shell command -v cmake),$(BIN)/cmake)
 NATIVE_JOBS ?= $(shell nproc)
 
-.PHONY: native test-native test-native-tsan test-arm
+.PHONY: native test-native test-native-tsan test-native-long test-arm test-amx bench-amx
 
 $(BIN)/cmake: $(VENV)/.created
 	$(BIN)/python -m pip install --quiet cmake ninja
@@ -27,11 +30,29 @@ test-native: $(filter $(BIN)/cmake,$(CMAKE))
 	cd build/native && ctest -j $(NATIVE_JOBS) --output-on-failure
 
 # The thread pool and plans that several threads share, under ThreadSanitizer.
-TSAN_TESTS ?= test_pool test_threads test_red_zones test_plan
+TSAN_TESTS ?= test_pool test_threads test_red_zones test_plan test_nodes test_many_threads
 test-native-tsan: $(filter $(BIN)/cmake,$(CMAKE))
 	$(CMAKE) -S . -B build/native-tsan -DDSO_TESTS=ON -DDSO_SANITIZE=thread
 	$(CMAKE) --build build/native-tsan -j $(NATIVE_JOBS) --target $(TSAN_TESTS)
 	cd build/native-tsan && TSAN_OPTIONS=die_after_fork=0 ctest --output-on-failure --timeout 900 -R '^($(subst $(eval ) ,|,$(strip $(TSAN_TESTS))))$$'
+
+# 10,000 steps of 128 threads, on one memory node and on four: ten minutes on two busy cores.
+test-native-long: $(filter $(BIN)/cmake,$(CMAKE))
+	$(CMAKE) -S . -B build/native -DDSO_TESTS=ON
+	$(CMAKE) --build build/native -j $(NATIVE_JOBS) --target test_many_threads
+	cd build/native && ctest -C long --output-on-failure -R '_long$$'
+
+AMX_TESTS := test_isa test_lanes test_linear_int test_linear_float test_plan test_experts test_train_product test_train_attention
+AMX_ISAS := avx2;avx512_bf16;amx;amx_emulated
+test-amx: $(filter $(BIN)/cmake,$(CMAKE))
+	$(CMAKE) -S . -B build/native-amx -DDSO_TESTS=ON "-DDSO_ISAS=$(AMX_ISAS)"
+	$(CMAKE) --build build/native-amx -j $(NATIVE_JOBS) --target test_amx
+	build/native-amx/native/tests/test_amx --require
+	$(CMAKE) --build build/native-amx -j $(NATIVE_JOBS) --target $(AMX_TESTS)
+	cd build/native-amx && ctest --output-on-failure -j $(NATIVE_JOBS) -R '^($(subst $(eval ) ,|,$(strip $(AMX_TESTS))))$$'
+
+bench-amx: env $(filter $(BIN)/cmake,$(CMAKE))
+	CMAKE=$(CMAKE) $(BIN)/python -m benchmarks.amx $(BENCH_ARGS)
 
 ARM_MODELS ?=
 test-arm: $(filter $(BIN)/cmake,$(CMAKE))

@@ -18,7 +18,7 @@ extern "C" {
 #define DSO_API
 #endif
 
-#define DSO_ABI_VERSION 18
+#define DSO_ABI_VERSION 19
 DSO_API int32_t dso_abi_version(void);
 
 enum {
@@ -43,19 +43,41 @@ DSO_API int32_t dso_isa_runs_here(const char* name); /* 1, 0, or -1 for an unkno
 DSO_API const char* dso_cpu_description(void);       /* JSON: vendor, model name, detected features, caches, cores;
                                                         NULL without memory */
 
+/* A CPU of a machine. number: the system's. CPUs with equal numbers of core, l3 or package share it; node: the system's number
+ * of the memory that is nearest. capacity: relative speed of its core, 1024 for the fastest. What the system does not report is
+ * equal for all CPUs, and every CPU is then a core. */
+typedef struct dso_cpu {
+  int32_t number, core, l3, node, package, capacity;
+} dso_cpu;
+/* The CPUs that this process may use (its affinity), by number: returns how many; the first `most` are written to `out`. */
+DSO_API int32_t dso_topology(dso_cpu* out, int32_t most);
+DSO_API int32_t dso_usable_cpus(void);     /* min(CPUs of the affinity, ceil(cgroup quota)) */
+DSO_API int32_t dso_default_threads(void); /* min(their cores, ceil(cgroup quota)): one thread per core */
+
 /* ---- context: an ISA's kernels and a thread pool ------------------------------------------------------- */
 typedef struct dso_context dso_context;
 /* isa: NULL selects the best ISA that runs on this CPU; a family name ("avx2", "neon") selects exactly that variant. threads
- * <= 0: set from CPU affinity and cgroup limits. The pool's threads start with the first run and are recreated after a fork. A
+ * <= 0: dso_default_threads. The pool's threads start with the first run and are recreated after a fork. A
  * context may be shared by several plans, which keep it alive; runs on one context are serialized. */
 DSO_API int32_t dso_context_create(const char* isa, int32_t threads, dso_context** out);
+/* The same on a machine with several memory nodes. Without cpus: on this machine's CPUs, whose threads are bound to the CPUs of
+ * their nodes. cpus: as if they were the machine's, to try what the library would do there: threads <= 0: one per core; nothing
+ * is bound, and what would be asked of the system is recorded only.
+ * nodes: what happens if the threads are on several nodes. OFF: nothing. MOVE: the threads of a node compute fixed rows of each
+ * matrix, and a plan's first run moves the pages with these rows to the node. COPY: as MOVE, but pages of mapped files are
+ * copied. dso_context_create: MOVE. */
+enum { DSO_NODES_OFF = 0, DSO_NODES_MOVE = 1, DSO_NODES_COPY = 2 };
+DSO_API int32_t dso_context_create_on(const char* isa, int32_t threads, const dso_cpu* cpus, int32_t n_cpus, int32_t nodes,
+                                      dso_context** out);
+/* Threads of each memory node, ascending by its number: returns how many nodes; the first `most` are written to `threads`. With
+ * one, the context does not use nodes. */
+DSO_API int32_t dso_context_nodes(const dso_context* c, int32_t* threads, int32_t most);
 DSO_API void dso_context_destroy(dso_context* c);
 DSO_API const char* dso_context_isa(const dso_context* c);
 DSO_API int32_t dso_context_threads(const dso_context* c);
 /* With `on`, plans created on this context from now on keep red zones between their buffers, and a run that finds a red zone
  * overwritten returns DSO_ECHECK and names the steps that wrote to it. For tests; results do not change. */
 DSO_API int32_t dso_context_set_checked(dso_context* c, int32_t on);
-DSO_API int32_t dso_default_threads(void); /* min(affinity, ceil(cgroup quota)) */
 /* Measures memory bandwidth: bytes per second at which the context's threads together read a buffer of `bytes` (at least 1
  * MiB, allocated for the call) repeatedly. Returns the fastest of the rounds that fit into `seconds`, at least four. */
 DSO_API int32_t dso_read_bandwidth(dso_context* c, int64_t bytes, double seconds, double* bytes_per_second);
@@ -687,6 +709,14 @@ typedef struct dso_drafted_decode {
 } dso_drafted_decode;
 DSO_API int32_t dso_plan_decode_drafted(dso_plan* p, const dso_batch* batch, dso_plan* drafter, const dso_batch* pending,
                                         dso_drafted_decode* d);
+
+/* What the last run did. handovers: stages of steps that the threads shared, each of which one thread handed over to all.
+ * sleeps: how often a thread that waited for the next stage went to sleep. With several memory nodes, the pages of weights that
+ * the first run found on their node, moved there, or had to leave elsewhere, and those of mapped files that it copied. */
+typedef struct dso_run_counts {
+  int64_t handovers, sleeps, pages_there, pages_moved, pages_left, pages_copied;
+} dso_run_counts;
+DSO_API int32_t dso_plan_counts(const dso_plan* p, dso_run_counts* out);
 
 /* With timing on, the seconds spent in each step are summed over runs (wall time on thread 0), and runs are counted. */
 DSO_API int32_t dso_plan_set_timing(dso_plan* p, int32_t on);

@@ -8,6 +8,6 @@ namespace dso {
 // `membership` is /proc/self/cgroup, `root` the mount point of the hierarchies.
 int cgroup_cpus(const std::string& membership = "/proc/self/cgroup", const std::string& root = "/sys/fs/cgroup");
 
-int default_threads();  // min(affinity, cgroup limit), at least 1
+int usable_cpus(int cpus);  // of this many: min(cpus, cgroup limit)
 
 }  // namespace dso

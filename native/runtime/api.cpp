@@ -1,4 +1,6 @@
 // The C interface: checks pointers and converts exceptions to error codes. The work of each call is done in other files.
+#include <algorithm>
+
 #include "adapters.hpp"
 #include "bandwidth.hpp"
 #include "check_arguments.hpp"
@@ -19,12 +21,14 @@
 #include "mapped_files.hpp"
 #include "plan.hpp"
 #include "states.hpp"
+#include "thread_places.hpp"
+#include "topology.hpp"
 
 using namespace dso;
 
 namespace {
 
-constexpr int32_t kMostThreads = 4096;
+constexpr int32_t kMostThreads = 4096, kMostCpus = 1 << 16;
 
 // `body`'s result, or minus the code of its error.
 template <class Result, class Body>
@@ -55,16 +59,43 @@ const char* dso_cpu_description(void) {
   });
   return result;
 }
+int32_t dso_topology(dso_cpu* out, int32_t most) {
+  return result_or_code<int32_t>([&] {
+    const std::vector<Cpu> cpus = read_topology(allowed_cpus());
+    if (most > 0) std::copy_n(cpus.begin(), std::min(cpus.size(), size_t(most)), &given(out, "out"));
+    return int32_t(cpus.size());
+  });
+}
+int32_t dso_usable_cpus(void) {
+  return result_or_code<int32_t>([] { return usable_cpus(int(allowed_cpus().size())); });
+}
 int32_t dso_default_threads(void) {
   return result_or_code<int32_t>([] { return default_threads(); });
 }
 
 int32_t dso_context_create(const char* isa, int32_t threads, dso_context** out) {
+  return dso_context_create_on(isa, threads, nullptr, 0, DSO_NODES_MOVE, out);
+}
+int32_t dso_context_create_on(const char* isa, int32_t threads, const dso_cpu* cpus, int32_t n_cpus, int32_t nodes,
+                              dso_context** out) {
   return guarded([&] {
     given(out, "out") = nullptr;
     if (threads > kMostThreads) fail(DSO_EINVAL, "threads is %d, must be at most %d", threads, kMostThreads);
-    *out = new dso_context{std::make_shared<Context>(choose_kernels(isa), threads > 0 ? threads : default_threads())};
+    if (nodes < DSO_NODES_OFF || nodes > DSO_NODES_COPY) fail(DSO_EINVAL, "nodes is %d, must be DSO_NODES_*", nodes);
+    if (cpus && (n_cpus < 1 || n_cpus > kMostCpus)) fail(DSO_EINVAL, "n_cpus is %d, must be from 1 to %d", n_cpus, kMostCpus);
+    const std::vector<Cpu> all = cpus ? std::vector<Cpu>(cpus, cpus + n_cpus) : read_topology(allowed_cpus());
+    for (const Cpu& cpu : all)
+      if (cpu.node < 0) fail(DSO_EINVAL, "CPU %d: node is %d, must not be negative", cpu.number, cpu.node);
+    if (threads <= 0) threads = cpus ? std::min(cores_of(all), kMostThreads) : default_threads();
+    ThreadPlaces places = place_threads(nodes == DSO_NODES_OFF ? std::vector<Cpu>{} : all, threads, !cpus);
+    *out = new dso_context{std::make_shared<Context>(choose_kernels(isa), std::move(places), nodes == DSO_NODES_COPY)};
   });
+}
+int32_t dso_context_nodes(const dso_context* c, int32_t* threads, int32_t most) {
+  if (!c) return 0;
+  const std::vector<ThreadPlaces::Node>& nodes = c->shared->pool.places().nodes;
+  for (int32_t i = 0; threads && i < std::min(most, int32_t(nodes.size())); ++i) threads[i] = nodes[size_t(i)].threads;
+  return int32_t(nodes.size());
 }
 void dso_context_destroy(dso_context* c) { delete c; }  // plans created on it keep the shared context alive
 const char* dso_context_isa(const dso_context* c) { return c ? c->shared->kernels.isa : nullptr; }
@@ -257,6 +288,14 @@ int32_t dso_choose(dso_context* c, const float* logits, int32_t vocab, const dso
 }
 int32_t dso_plan_check(const dso_plan* p) {
   return guarded([&] { given(p, "plan").check_weights(); });
+}
+int32_t dso_plan_counts(const dso_plan* p, dso_run_counts* out) {
+  return guarded([&] {
+    const dso_plan& plan = given(p, "plan");
+    const Placement& placed = plan.placement();
+    given(out, "out") = {plan.handovers(),   plan.slept(),        placed.pages.there,
+                         placed.pages.moved, placed.pages.stayed, placed.copied};
+  });
 }
 int32_t dso_plan_set_timing(dso_plan* p, int32_t on) {
   return guarded([&] { given(p, "plan").set_timing(on != 0); });

@@ -54,6 +54,7 @@ void AttentionSchedule::build(const Run& run) {
   shared_floats = private_floats = 0;
   const dso_batch& b = *run.batch.source;
   newest_ = b.cache->newest;
+  split_ = run.places.split() && shape.kv_heads >= run.places.nodes_count();
   auto chunks_of = [&](int64_t s) {
     sight_ = shape.sight(run.batch, s);
     return chunks(b.context_len[s], 0, b.query_len[s]).count;
@@ -73,7 +74,20 @@ void AttentionSchedule::build(const Run& run) {
     for (int64_t r = 0; r < b.query_len[s]; r += step)
       add_rows(run, kind, s, r, std::min<int64_t>(r + step, b.query_len[s]), std::max<int64_t>(1, total / run.threads));
   }
-  std::stable_sort(tasks.begin(), tasks.end(), [](const AttentionTask& a, const AttentionTask& b) { return a.cost > b.cost; });
+  const auto node_of = [&](const AttentionTask& t) {
+    int i = 0;
+    while (split_ && run.places.of_node(i, shape.kv_heads).end <= t.kv_head) ++i;
+    return i;
+  };
+  std::stable_sort(tasks.begin(), tasks.end(), [&](const AttentionTask& a, const AttentionTask& b) {
+    const int i = node_of(a), j = node_of(b);
+    return i != j ? i < j : a.cost > b.cost;
+  });
+  nodes.clear();
+  for (int i = 0; i < run.places.nodes_count(); ++i)
+    nodes.add(split_ ? std::partition_point(tasks.begin(), tasks.end(), [&](const auto& t) { return node_of(t) <= i; }) -
+                           tasks.begin()
+                     : 0);
   built_ = run.batch.serial;
 }
 
@@ -93,14 +107,20 @@ void AttentionSchedule::add_rows(const Run& run, AttentionKind kind, int64_t s, 
   const int32_t rows_left = shape.converts ? countdowns_.add() : -1;
   // If there are enough tasks without splitting heads, one thread processes all heads: they are adjacent in a block.
   const bool together = kind == AttentionKind::kDecode && pieces * parts == 1 && 4 * cost * shape.kv_heads <= fair;
-  const int64_t heads_step = together ? shape.kv_heads : 1;
-  for (int64_t h = 0; h < shape.kv_heads; h += heads_step) {
+  const auto end_of = [&](int64_t head) {  // of the heads that one task processes together, all of one node
+    if (!together) return head + 1;
+    int i = 0;
+    while (split_ && run.places.of_node(i, shape.kv_heads).end <= head) ++i;
+    return split_ ? run.places.of_node(i, shape.kv_heads).end : shape.kv_heads;
+  };
+  for (int64_t h = 0, next; h < shape.kv_heads; h = next) {
+    next = end_of(h);
     for (int64_t p = 0; p < parts; ++p) {
       AttentionTask t{};
       t.kind = kind;
       t.sequence = s;
       t.kv_head = h;
-      t.kv_end = h + heads_step;
+      t.kv_end = next;
       t.h0 = p * group / parts;
       t.h1 = (p + 1) * group / parts;
       t.r0 = r0;
@@ -108,7 +128,7 @@ void AttentionSchedule::add_rows(const Run& run, AttentionKind kind, int64_t s, 
       t.chunks = chunks;
       t.part = t.merge = -1;
       t.rows = rows_left;
-      t.cost = cost * heads_step;
+      t.cost = cost * (next - h);
       if (rows_left >= 0) countdowns_.expect(rows_left, 1);
       const int64_t floats = chunks.count * rows * (t.h1 - t.h0) * shape.part_floats();
       if (pieces > 1) {

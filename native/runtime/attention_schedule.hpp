@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "countdown.hpp"
+#include "linear_grid.hpp"
 #include "op.hpp"
 
 namespace dso {
@@ -64,6 +65,9 @@ class AttentionSchedule {
 
   const AttentionShape shape;
   std::vector<AttentionTask> tasks;
+  // With several memory nodes and enough kv heads, each node has some of these, so that a head's q, k and v, which its products
+  // have just written, and its results stay there.
+  NodeTasks nodes;
   int64_t shared_floats = 0;   // partial results in shared memory
   int64_t private_floats = 0;  // for one task with all its chunks, or the scores of an eager row
 
@@ -78,6 +82,7 @@ class AttentionSchedule {
   int64_t first_copied(int64_t context, int64_t row) const;  // the first token that is read from the copy
 
   VisibleTokens sight_;  // of the sequence whose tasks are added
+  bool split_ = false;   // whether nodes have kv heads
   int64_t newest_ = 0;   // tokens that are read from the cache's copies
   int64_t built_ = 0;
   Countdowns countdowns_;

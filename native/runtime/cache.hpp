@@ -48,6 +48,7 @@ struct dso_cache {
   const dso::CacheLayer end;                  // sizes of the largest group, and the number of groups
   const int64_t layers, blocks, newest;       // newest: tokens that are read from the copies; 0: there are none
   dso::Arena arena, summaries;
+  bool interleaved = false;  // over the memory nodes of a plan that used it
 
  private:
   uint8_t* summary(int64_t block) const;  // the first 4 bytes of its column; the next ones are kSummaryRow further

@@ -1,8 +1,11 @@
 // Splits one matrix product into tasks: blocks of rows x blocks of weight tiles, never along the sum.
 #pragma once
 #include <algorithm>
+#include <vector>
 
 #include "layout.hpp"
+#include "node_memory.hpp"
+#include "thread_places.hpp"
 
 namespace dso {
 
@@ -34,6 +37,39 @@ struct LinearGrid {
 inline int64_t in_stretches(int64_t index, int64_t tasks, int64_t threads) {
   const int64_t lane = index % threads, longer = tasks % threads;
   return lane * (tasks / threads) + std::min(lane, longer) + index / threads;
+}
+
+// The tasks of a step in the order of the nodes that have their weights; with one node, all of them.
+class NodeTasks {
+ public:
+  void clear() { ends_.clear(); }
+  void add(int64_t end) { ends_.push_back(end); }  // of the next node's tasks
+  int64_t end(int node) const { return ends_[size_t(node)]; }
+  int64_t total() const { return ends_.empty() ? 0 : ends_.back(); }
+  // in_stretches, among the tasks and the threads of the task's node.
+  int64_t in_stretches(const ThreadPlaces& places, int64_t index) const {
+    size_t i = 0;
+    while (ends_[i] <= index) ++i;
+    const int64_t begin = i ? ends_[i - 1] : 0;
+    return begin + dso::in_stretches(index - begin, ends_[i] - begin, places.nodes[i].threads);
+  }
+
+ private:
+  std::vector<int64_t> ends_;
+};
+
+// The tiles of a matrix that a node has: an even number, so that groups of 32 columns of the result stay whole.
+inline Range tiles_of_node(const ThreadPlaces& places, int node, const Matrix& w) {
+  return places.of_node(node, tile_rows(w), 2);
+}
+// Adds the bytes of `count` matrices of one shape, stored consecutively.
+inline void add_weights(const ThreadPlaces& places, const Stack& w, std::vector<NodeRange>& out) {
+  const int64_t bytes = tile_row_bytes(w.first);
+  for (int64_t m = 0; m < w.count; ++m)
+    for (int i = 0; i < places.nodes_count(); ++i) {
+      const Range tiles = tiles_of_node(places, i, w.first);
+      if (tiles.size() > 0) out.push_back({w.at(m).data + tiles.begin * bytes, tiles.size() * bytes, i});
+    }
 }
 
 // `matrix_bytes`: of all matrices that share the step. `tiles_step`: blocks of tiles are multiples of it.

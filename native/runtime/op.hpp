@@ -9,6 +9,8 @@
 #include "batch.hpp"
 #include "kernels.hpp"
 #include "layout.hpp"
+#include "node_memory.hpp"
+#include "thread_places.hpp"
 
 namespace dso {
 
@@ -22,6 +24,7 @@ struct Rows {  // rows of a slot in this run
 
 struct Run {  // one dso_plan_run
   const Kernels& kernels;
+  const ThreadPlaces& places;
   const int threads;
   Batch batch;
   std::vector<Rows> slots;
@@ -53,6 +56,11 @@ class Op {
   // Called once all inputs are ready, by the one thread that opens its stage, before its tasks are counted: for work whose
   // split depends on data, such as the chosen experts.
   virtual void open(const Run&) {}
+  // With several memory nodes: tasks [node_end(run, i - 1), node_end(run, i)) read weights of node i, and its threads run them.
+  // The tasks after those of the last node are run by any thread.
+  virtual int64_t node_end(const Run&, int) const { return 0; }
+  // Adds what these tasks read, whatever the batch.
+  virtual void weights_of_nodes(const ThreadPlaces&, std::vector<NodeRange>&) const {}
   // The step, if each row that it writes depends on the same row of the slots that it reads, and on no other; else null.
   virtual RowOp* by_rows() { return nullptr; }
 };

@@ -26,6 +26,7 @@ class Attention final : public Op {
   int64_t work(const Run&) const override { return kSerialWork; }  // never serial: it reads the whole cache
   void prepare(const Run& run) override { schedule_->build(run); }
   int64_t tasks(const Run&) const override { return int64_t(schedule_->tasks.size()); }
+  int64_t node_end(const Run&, int node) const override { return schedule_->nodes.end(node); }
   int64_t scratch_bytes(const Run& run) const override { return private_at(run) + 4 * schedule_->private_floats; }
   int64_t shared_bytes(const Run& run) const override { return parts_at(run) + 4 * schedule_->shared_floats; }
 

@@ -25,9 +25,10 @@ struct Experts {  // one of the two steps: its inputs and its stack of weights
     return bias ? bias + matrix * stack.first.rows + tile * kTileRows : nullptr;
   }
   int64_t tile_bytes() const { return tile_row_bytes(stack.first); }
-  // Bytes of weights per task for `products` matrices of this stack when limited by memory bandwidth.
-  int64_t stretch(const Run& run, int64_t products) const {
-    return std::clamp(products * stack.bytes / (kTasksAThread * run.threads), kLeastBytes, kMostBytes);
+  // Bytes of weights per task for `products` matrices of this stack, of which a node has `tiles`, when limited by memory
+  // bandwidth.
+  int64_t stretch(int64_t threads, int64_t products, int64_t tiles) const {
+    return std::clamp(products * tiles * tile_bytes() / (kTasksAThread * threads), kLeastBytes, kMostBytes);
   }
 };
 
@@ -54,48 +55,61 @@ class ExpertsGateUp final : public Op {
   void shape(const Run& run) override {
     const int64_t pairs = x_.pairs(run);
     x_.groups->reserve(x_.rows(run));
-    parts_.reserve(2 * (x_.groups->grouped ? std::min(pairs, x_.groups->chosen.experts) : pairs));
-    tasks_ = 0;
+    parts_.reserve(2 * run.places.nodes.size() * (x_.groups->grouped ? std::min(pairs, x_.groups->chosen.experts) : pairs));
+    nodes_.clear();
     // The largest blocks that open() may create: few rows and a long run of tiles, or many rows and few tiles.
     const bool many = pairs >= kFewRows;
     max_rows_ = many ? std::max(kFewRows, round_up(max_rows(x_.in.kind, x_.stack.first.cols), 4)) : pairs;
-    const int64_t few = std::min(pairs, kFewRows) *
-                        std::max(stretches(kVectorRows, kMostBytes).largest(), stretches(kFewRows, kMostBytes).largest());
+    const int64_t few = std::min(pairs, kFewRows) * std::max(stretches(x_.tiles(), kVectorRows, kMostBytes).largest(),
+                                                             stretches(x_.tiles(), kFewRows, kMostBytes).largest());
     block_floats_ = kTileRows * std::max(few, many ? max_rows_ * kMostTiles : 0);
   }
   void open(const Run& run) override {
     ExpertGroups& groups = *x_.groups;
     groups.build(run.slots[x_.routes.index], decode_rows(run, x_.in));
     parts_.clear();
+    nodes_.clear();
     bool many = false;
-    for (const ExpertGroup& g : groups.groups())
-      by_family(g, x_.one_family(), [&](int64_t begin, int64_t end, bool prefill) {
-        parts_.push_back(cut_part(run, g.expert, begin, end, prefill));
-        many |= end - begin >= kFewRows;
-      });
-    // If limited by arithmetic, the most expensive tasks go first, so that all threads finish together; if limited by memory,
-    // tasks follow the order in memory.
-    if (many) std::stable_sort(parts_.begin(), parts_.end(), [](const Part& a, const Part& b) { return a.cost() > b.cost(); });
-    stretches_ = !many;
-    tasks_ = 0;
-    for (Part& p : parts_) {
-      p.first_task = tasks_;
-      tasks_ += p.row_blocks * p.tiles.blocks;
+    int64_t tasks = 0;
+    for (int k = 0; k < run.places.nodes_count(); ++k) {
+      const Range tiles = tiles_of_node(run.places, k, x_.stack.first);
+      const auto own = std::ptrdiff_t(parts_.size());
+      for (const ExpertGroup& g : groups.groups())
+        by_family(g, x_.one_family(), [&](int64_t begin, int64_t end, bool prefill) {
+          if (tiles.size() > 0)
+            parts_.push_back(cut_part(run.places.nodes[size_t(k)].threads, tiles, g.expert, begin, end, prefill));
+          many |= end - begin >= kFewRows;
+        });
+      // If limited by arithmetic, the most expensive tasks go first, so that all threads finish together; if limited by memory,
+      // tasks follow the order in memory.
+      if (many)
+        std::stable_sort(parts_.begin() + own, parts_.end(), [](const Part& a, const Part& b) { return a.cost() > b.cost(); });
+      for (auto p = parts_.begin() + own; p != parts_.end(); ++p) {
+        p->first_task = tasks;
+        tasks += p->row_blocks * p->tiles.blocks;
+      }
+      nodes_.add(tasks);
     }
+    stretches_ = !many;
   }
   bool idle(const Run& run) const override { return x_.rows(run) == 0; }
   int64_t work(const Run&) const override { return kSerialWork; }
-  int64_t tasks(const Run&) const override { return tasks_; }
+  int64_t tasks(const Run&) const override { return nodes_.total(); }
+  int64_t node_end(const Run&, int node) const override { return nodes_.end(node); }
+  void weights_of_nodes(const ThreadPlaces& places, std::vector<NodeRange>& out) const override {
+    add_weights(places, x_.stack, out);
+  }
   int64_t scratch_bytes(const Run& run) const override { return buffers_at(run) + 2 * 4 * block_floats_; }
 
   void task(const Run& run, int64_t index, int thread) override {
-    if (stretches_) index = in_stretches(index, tasks_, run.threads);
+    if (stretches_) index = nodes_.in_stretches(run.places, index);
     const Part& p = *(
         std::upper_bound(parts_.begin(), parts_.end(), index, [](int64_t i, const Part& part) { return i < part.first_task; }) -
         1);
     index -= p.first_task;
     const int64_t begin = p.begin + index % p.row_blocks * p.block_rows, n = std::min(p.block_rows, p.end - begin);
-    const int64_t block = index / p.row_blocks, tile = p.tiles.first(block), tile_end = p.tiles.first(block + 1);
+    const int64_t block = index / p.row_blocks, tile = p.tile + p.tiles.first(block),
+                  tile_end = p.tile + p.tiles.first(block + 1);
     const int64_t column = tile * kTileRows, columns = std::min(tile_end * kTileRows, out_.width) - column;
     const int64_t stride = (tile_end - tile) * kTileRows;
 
@@ -124,32 +138,31 @@ class ExpertsGateUp final : public Op {
     int64_t expert, begin, end;
     bool prefill;
     int64_t block_rows, row_blocks;
+    int64_t tile;  // the first of
     TileBlocks tiles;
-    int64_t first_task;
+    int64_t first_task = 0;
     int64_t cost() const { return std::max(block_rows, kBalancingRows) * tiles.largest(); }  // per task
   };
 
   // Blocks of tiles have even length, so that groups of 32 columns stay whole.
-  TileBlocks stretches(int64_t rows, int64_t bytes) const {
+  TileBlocks stretches(int64_t tiles, int64_t rows, int64_t bytes) const {
     const int64_t step = rows <= kVectorRows ? 2 : kTileStep;
-    return TileBlocks::of(x_.tiles(), step, ceil_div(x_.tiles() * x_.tile_bytes(), bytes));
+    return TileBlocks::of(tiles, step, ceil_div(tiles * x_.tile_bytes(), bytes));
   }
-  Part cut_part(const Run& run, int64_t expert, int64_t begin, int64_t end, bool prefill) const {
-    const int64_t rows = end - begin;
-    if (rows < kFewRows)
-      return {expert, begin, end, prefill, rows, 1, stretches(rows, x_.stretch(run, int64_t(x_.groups->groups().size()))), 0};
+  Part cut_part(int64_t threads, const Range& own, int64_t expert, int64_t begin, int64_t end, bool prefill) const {
+    const int64_t rows = end - begin, tiles = own.size();
+    if (rows < kFewRows) {
+      const int64_t bytes = x_.stretch(threads, int64_t(x_.groups->groups().size()), tiles);
+      return {expert, begin, end, prefill, rows, 1, own.begin, stretches(tiles, rows, bytes)};
+    }
     const int64_t wanted = ceil_div(rows, max_rows(x_.in.kind, x_.stack.first.cols)),
                   block_rows = round_up(ceil_div(rows, wanted), 4);
-    const int64_t fair = x_.groups->pairs() * x_.tiles() / (kTasksAThread * run.threads) / block_rows;  // tiles per task
-    const int64_t tiles = std::clamp(fair, kTileStep, kMostTiles);
-    return {expert,
-            begin,
-            end,
-            prefill,
-            block_rows,
-            ceil_div(rows, block_rows),
-            TileBlocks::of(x_.tiles(), kTileStep, ceil_div(x_.tiles(), tiles)),
-            0};
+    const int64_t fair = x_.groups->pairs() * tiles / (kTasksAThread * threads) / block_rows;  // tiles per task
+    const int64_t block = std::clamp(fair, kTileStep, kMostTiles);
+    return {expert,     begin,
+            end,        prefill,
+            block_rows, ceil_div(rows, block_rows),
+            own.begin,  TileBlocks::of(tiles, kTileStep, ceil_div(tiles, block))};
   }
 
   int64_t gather_at(const Run& run) const { return round_up(int64_t(run.kernels.linear_scratch), 64); }
@@ -167,7 +180,8 @@ class ExpertsGateUp final : public Op {
   const Experts x_;
   const SlotRef out_;
   std::vector<Part> parts_;
-  int64_t tasks_ = 0, max_rows_ = 0, block_floats_ = 0;
+  NodeTasks nodes_;
+  int64_t max_rows_ = 0, block_floats_ = 0;
   bool stretches_ = false;
   const Activation activation_;
   const bool weighs_;
@@ -185,39 +199,56 @@ class ExpertsDown final : public Op {
     token_blocks_ = 1;
     block_rows_ = std::min(pairs, max_rows(h_.in.kind, h_.stack.first.cols));
     stretches_ = rows < kFewRows;
+    TileBlocks all;  // of one node with all threads
     if (stretches_) {
       int64_t step = rows <= kVectorRows ? 1 : kTileStep;
       while (step > 1 && ceil_div(tiles, step) < kTasksAThread * run.threads) step = step > 3 ? 3 : 1;
-      tiles_ = TileBlocks::of(tiles, step, round_up(ceil_div(groups * h_.stack.bytes, h_.stretch(run, groups)), run.threads));
+      all = TileBlocks::of(tiles, step,
+                           round_up(ceil_div(groups * h_.stack.bytes, h_.stretch(run.threads, groups, tiles)), run.threads));
     } else {
       int64_t wanted = 2 * kTasksAThread * run.threads;  // narrower blocks cost more, so fewer tasks are enough
       for (const int64_t block : {2 * kTileStep, kTileStep, kTileStep / 2, int64_t(1)}) {
-        tiles_ = TileBlocks::of(tiles, std::min(block, kTileStep), ceil_div(tiles, block));
-        while (tiles_.blocks * token_blocks_ < wanted && pairs / groups / (2 * token_blocks_) >= kLeastRows) token_blocks_ *= 2;
-        if (tiles_.blocks * token_blocks_ >= wanted) break;
+        all = TileBlocks::of(tiles, std::min(block, kTileStep), ceil_div(tiles, block));
+        while (all.blocks * token_blocks_ < wanted && pairs / groups / (2 * token_blocks_) >= kLeastRows) token_blocks_ *= 2;
+        if (all.blocks * token_blocks_ >= wanted) break;
         wanted /= 2;
       }
     }
     block_tokens_ = ceil_div(rows, token_blocks_);
     token_blocks_ = block_tokens_ ? ceil_div(rows, block_tokens_) : 0;
+    blocks_.clear();
+    nodes_.clear();
+    largest_ = 0;
+    for (int k = 0; k < run.places.nodes_count(); ++k) {
+      const Range own = tiles_of_node(run.places, k, h_.stack.first);
+      if (own.size() > 0) {  // a small matrix may have fewer tiles than there are nodes
+        const TileBlocks cut =
+            own.size() == tiles ? all : TileBlocks::of(own.size(), all.step, ceil_div(all.blocks * own.size(), tiles));
+        for (int64_t b = 0; b < cut.blocks; ++b) blocks_.push_back({own.begin + cut.first(b), own.begin + cut.first(b + 1)});
+        largest_ = std::max(largest_, cut.largest());
+      }
+      nodes_.add(int64_t(blocks_.size()) * token_blocks_);
+    }
   }
   bool idle(const Run& run) const override { return h_.rows(run) == 0; }
   int64_t work(const Run&) const override { return kSerialWork; }
-  int64_t tasks(const Run&) const override { return tiles_.blocks * token_blocks_; }
-  int64_t scratch_bytes(const Run& run) const override {
-    return buffer_at(run) + 4 * block_rows_ * tiles_.largest() * kTileRows;
+  int64_t tasks(const Run&) const override { return nodes_.total(); }
+  int64_t node_end(const Run&, int node) const override { return nodes_.end(node); }
+  void weights_of_nodes(const ThreadPlaces& places, std::vector<NodeRange>& out) const override {
+    add_weights(places, h_.stack, out);
   }
+  int64_t scratch_bytes(const Run& run) const override { return buffer_at(run) + 4 * block_rows_ * largest_ * kTileRows; }
 
   void task(const Run& run, int64_t index, int thread) override {
-    if (stretches_) index = in_stretches(index, tasks(run), run.threads);
-    const int64_t block = index / token_blocks_, tile = tiles_.first(block), tile_end = tiles_.first(block + 1);
+    if (stretches_) index = nodes_.in_stretches(run.places, index);
+    const auto [tile, tile_end] = blocks_[size_t(index / token_blocks_)];
     const int64_t first = index % token_blocks_ * block_tokens_, end = std::min(first + block_tokens_, h_.rows(run));
     const int64_t column = tile * kTileRows, columns = std::min(tile_end * kTileRows, out_.width) - column;
     const Rows& y = run.slots[out_.index];
     for (int64_t t = first; t < end; ++t) std::fill_n(y.f32(t) + column, columns, 0.0f);
     for (const ExpertGroup& g : h_.groups->groups()) {
       const Matrix w = tiles_of(h_.stack.at(g.expert), tile, tile_end);
-      by_family(g, h_.one_family(), [&](int64_t begin, int64_t stop, bool prefill) {
+      by_family(g, h_.one_family(), [&, tile = tile](int64_t begin, int64_t stop, bool prefill) {
         if (token_blocks_ > 1) {
           const int32_t *from = h_.groups->tokens(begin), *to = h_.groups->tokens(stop);
           stop = begin + (std::lower_bound(from, to, end) - from);
@@ -248,8 +279,10 @@ class ExpertsDown final : public Op {
 
   const Experts h_;
   const SlotRef out_;
-  TileBlocks tiles_;
+  std::vector<Range> blocks_;  // of tiles, in the order of the nodes
+  NodeTasks nodes_;
   int64_t token_blocks_ = 1, block_tokens_ = 1, block_rows_ = 1;
+  int64_t largest_ = 1;  // tiles of a block
   bool stretches_ = false;
   const bool weighs_;
 };

@@ -21,34 +21,44 @@ class Linear final : public Op {
 
   void shape(const Run& run) override {
     parts_.clear();
-    tasks_ = 0;
-    int64_t bytes = 0;
-    for (const Product& p : products_) bytes += matrix_bytes(p.w);
-    for (const Product& p : products_) {
-      const PhaseGrids grids =
-          cut_by_phase(p.w, in_.kind, run.slots[in_.index].count, decode_rows(run, in_), run.threads, bytes);
-      for (int i = 0; i < grids.count; ++i) {
-        parts_.push_back({tasks_, &p, grids.grid[i]});
-        tasks_ += grids.grid[i].tasks();
+    nodes_.clear();
+    int64_t tasks = 0;
+    for (int k = 0; k < run.places.nodes_count(); ++k) {
+      int64_t bytes = 0;
+      for (const Product& p : products_) bytes += tiles_of_node(run.places, k, p.w).size() * tile_row_bytes(p.w);
+      for (const Product& p : products_) {
+        const Range tiles = tiles_of_node(run.places, k, p.w);
+        if (tiles.size() == 0) continue;
+        const PhaseGrids grids = cut_by_phase(tiles_of(p.w, tiles.begin, tiles.end), in_.kind, run.slots[in_.index].count,
+                                              decode_rows(run, in_), run.places.nodes[size_t(k)].threads, bytes);
+        for (int i = 0; i < grids.count; ++i) {
+          parts_.push_back({tasks, &p, grids.grid[i], tiles});
+          tasks += grids.grid[i].tasks();
+        }
       }
+      nodes_.add(tasks);
     }
   }
   int64_t work(const Run&) const override { return kSerialWork; }
-  int64_t tasks(const Run&) const override { return tasks_; }
+  int64_t tasks(const Run&) const override { return nodes_.total(); }
+  int64_t node_end(const Run&, int node) const override { return nodes_.end(node); }
+  void weights_of_nodes(const ThreadPlaces& places, std::vector<NodeRange>& out) const override {
+    for (const Product& p : products_) add_weights(places, {p.w, 1, 0}, out);
+  }
   int64_t scratch_bytes(const Run& run) const override { return int64_t(run.kernels.linear_scratch); }
 
   void task(const Run& run, int64_t index, int thread) override {
-    index = in_stretches(index, tasks_, run.threads);
+    index = nodes_.in_stretches(run.places, index);
     size_t i = parts_.size() - 1;
     while (parts_[i].first_task > index) --i;
     const Part& part = parts_[i];
     const Product& p = *part.product;
     const LinearGrid& g = part.grid;
-    const int64_t task = index - part.first_task, row = g.first_row(task), tile = g.first_tile(task);
+    const int64_t task = index - part.first_task, row = g.first_row(task), tile = part.tiles.begin + g.first_tile(task);
     const Rows &x = run.slots[in_.index], &y = run.slots[p.out.index];
-    const int64_t tile_end = std::min(tile + g.block_tiles, tile_rows(p.w));
+    const int64_t tile_end = std::min(tile + g.block_tiles, part.tiles.end);
     if (p.site >= 0) prefetch_low_rank(run, p.site, row, g.end_row(task), tile, tile_end);
-    const DownFetches fetches(run, *sites_after_, index, tasks_);
+    const DownFetches fetches(run, *sites_after_, index, nodes_.total());
     run.kernels.linear(fetches.beside(p.w), p.bias, in_.kind, x.row(row), x.stride, g.end_row(task) - row, g.prefill, tile,
                        tile_end, y.f32(row), y.stride, run.thread_scratch(thread));
     if (p.site >= 0)
@@ -59,13 +69,14 @@ class Linear final : public Op {
   struct Part {
     int64_t first_task;
     const Product* product;
-    LinearGrid grid;
+    LinearGrid grid;  // of these tiles
+    Range tiles;
   };
   const SlotRef in_;
   const std::vector<Product> products_;
   const std::shared_ptr<const std::vector<int32_t>> sites_after_;
   std::vector<Part> parts_;
-  int64_t tasks_ = 0;
+  NodeTasks nodes_;
 };
 
 // Products followed by an element-wise op: of the result of one, or of the results of two with equal shapes. A task computes
@@ -85,31 +96,45 @@ class Activated final : public Op {
 
   void shape(const Run& run) override {
     const Matrix& w = products_[0].w;
-    grids_ = cut_by_phase(w, in_.kind, run.slots[in_.index].count, decode_rows(run, in_), run.threads, matrix_bytes(w), 2);
+    parts_.clear();
+    nodes_.clear();
     block_floats_ = 0;
-    for (int i = 0; i < grids_.count; ++i) {
-      const LinearGrid& g = grids_.grid[i];  // block_tiles is even: groups of 32 columns stay whole
-      block_floats_ = std::max(block_floats_, g.block_rows * g.block_tiles * kTileRows);
+    int64_t tasks = 0;
+    for (int k = 0; k < run.places.nodes_count(); ++k) {
+      const Range tiles = tiles_of_node(run.places, k, w);
+      const Matrix own = tiles_of(w, tiles.begin, tiles.end);
+      const PhaseGrids grids = tiles.size() == 0
+                                   ? PhaseGrids{}
+                                   : cut_by_phase(own, in_.kind, run.slots[in_.index].count, decode_rows(run, in_),
+                                                  run.places.nodes[size_t(k)].threads, matrix_bytes(own), 2);
+      for (int i = 0; i < grids.count; ++i) {
+        const LinearGrid& g = grids.grid[i];  // block_tiles is even: groups of 32 columns stay whole
+        block_floats_ = std::max(block_floats_, g.block_rows * g.block_tiles * kTileRows);
+        parts_.push_back({tasks, g, tiles});
+        tasks += g.tasks();
+      }
+      nodes_.add(tasks);
     }
   }
   int64_t work(const Run&) const override { return kSerialWork; }
-  int64_t tasks(const Run&) const override {
-    int64_t n = 0;
-    for (int i = 0; i < grids_.count; ++i) n += grids_.grid[i].tasks();
-    return n;
+  int64_t tasks(const Run&) const override { return nodes_.total(); }
+  int64_t node_end(const Run&, int node) const override { return nodes_.end(node); }
+  void weights_of_nodes(const ThreadPlaces& places, std::vector<NodeRange>& out) const override {
+    for (const Product& p : products_) add_weights(places, {p.w, 1, 0}, out);
   }
   int64_t scratch_bytes(const Run& run) const override {
     return buffers_at(run) + int64_t(products_.size()) * 4 * block_floats_;
   }
 
   void task(const Run& run, int64_t index, int thread) override {
-    const int64_t count = tasks(run), task = in_stretches(index, count, run.threads);
-    index = task;
-    int i = 0;
-    for (; index >= grids_.grid[i].tasks(); ++i) index -= grids_.grid[i].tasks();
-    const LinearGrid& g = grids_.grid[i];
+    const int64_t count = tasks(run), task = nodes_.in_stretches(run.places, index);
+    size_t i = parts_.size() - 1;
+    while (parts_[i].first_task > task) --i;
+    const LinearGrid& g = parts_[i].grid;
+    index = task - parts_[i].first_task;
     const int64_t row = g.first_row(index), n = g.end_row(index) - row;
-    const int64_t tile = g.first_tile(index), tile_end = std::min(tile + g.block_tiles, tile_rows(products_[0].w));
+    const int64_t tile = parts_[i].tiles.begin + g.first_tile(index),
+                  tile_end = std::min(tile + g.block_tiles, parts_[i].tiles.end);
     const int64_t column = tile * kTileRows, columns = std::min(tile_end * kTileRows, out_.width) - column;
     const int64_t stride = g.block_tiles * kTileRows;
     float* const first = reinterpret_cast<float*>(run.thread_scratch(thread) + buffers_at(run));
@@ -141,7 +166,13 @@ class Activated final : public Op {
   const std::vector<Product> products_;
   const ElementwiseOp& activation_;
   const std::shared_ptr<const std::vector<int32_t>> sites_after_;
-  PhaseGrids grids_;
+  struct Part {
+    int64_t first_task;
+    LinearGrid grid;  // of these tiles
+    Range tiles;
+  };
+  std::vector<Part> parts_;
+  NodeTasks nodes_;
   int64_t block_floats_ = 0;
 };
 

@@ -29,12 +29,27 @@ class HeadsOp : public Op {
         blocks_.push_back({r, std::min(r + kRows, range.end), range.decode, range.expanded});
     }
     const int64_t wanted = ceil_div(kTasksAThread * run.threads, std::max<int64_t>(1, blocks_.size()));
-    heads_ = round_up(ceil_div(shape_.heads, wanted), together_);
+    const int64_t step = round_up(ceil_div(shape_.heads, wanted), together_);
+    heads_.clear();
+    nodes_.clear();
+    for (int k = 0; k < run.places.nodes_count(); ++k) {
+      const Range own = run.places.of_node(k, shape_.heads, together_);
+      for (int64_t h = own.begin; h < own.end; h += step) heads_.push_back({h, std::min(h + step, own.end)});
+      nodes_.add(int64_t(heads_.size() * blocks_.size()));
+    }
   }
-  int64_t tasks(const Run&) const override { return int64_t(blocks_.size()) * ceil_div(shape_.heads, heads_); }
+  int64_t tasks(const Run&) const override { return nodes_.total(); }
+  int64_t node_end(const Run&, int node) const override { return nodes_.end(node); }
+  void weights_of_nodes(const ThreadPlaces& places, std::vector<NodeRange>& out) const override {
+    for (int k = 0; k < places.nodes_count(); ++k) {
+      const Range own = places.of_node(k, shape_.heads, together_);
+      if (own.size() > 0) out.push_back({w_.at(own.begin).data, own.size() * w_.bytes, k});
+    }
+  }
   void task(const Run& run, int64_t index, int thread) override {
-    const int64_t blocks = int64_t(blocks_.size()), h0 = index / blocks * heads_;
-    block(run, blocks_[index % blocks], h0, std::min(h0 + heads_, shape_.heads), thread);
+    const int64_t blocks = int64_t(blocks_.size());
+    const auto [begin, end] = heads_[size_t(index / blocks)];
+    block(run, blocks_[index % blocks], begin, end, thread);
   }
 
  protected:
@@ -65,7 +80,8 @@ class HeadsOp : public Op {
   const int64_t together_;
   const bool expanded_;
   std::vector<RowRange> blocks_;
-  int64_t heads_ = 1;
+  std::vector<Range> heads_;  // of a task, in the order of the nodes
+  NodeTasks nodes_;
 };
 
 class Absorb final : public HeadsOp {

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <chrono>
+#include <utility>
 
+#include "cache.hpp"
 #include "error.hpp"
 #include "mapped_files.hpp"
 #include "ops.hpp"
@@ -35,7 +37,7 @@ dso_plan::dso_plan(std::shared_ptr<Context> context, const dso_step* steps, int3
                    int32_t n_slots, const dso_weight* weights, int32_t n_weights, int32_t vocab_size)
     : context_(std::move(context)),
       vocab_size_(vocab_size),
-      run_{context_->kernels, context_->pool.threads(), {}, {}},
+      run_{context_->kernels, context_->pool.places(), context_->pool.threads(), {}, {}},
       checked_(Arena::kGap == 0 && context_->checked),  // AddressSanitizer itself checks the gaps
       gap_(checked_ ? RedZones::kBytes : Arena::kGap) {
   if (n_steps < 1 || n_steps > kMostSteps || !steps) fail(DSO_EINVAL, "n_steps is %d, out of range, or steps is NULL", n_steps);
@@ -179,6 +181,7 @@ void dso_plan::run(const dso_batch& batch) {
   ThreadPool::Lease lease(context_->pool);
   if (!mapped_.empty()) keep_handler();
   run_.batch.set(batch, needs_);
+  if (run_.places.split()) place_memory(lease.team(), batch.cache);
   if (group_) group_->check_alive();
   for (Step& s : steps_) s.op->prepare(run_);
   reshape();
@@ -190,7 +193,10 @@ void dso_plan::run(const dso_batch& batch) {
   stage_ = 0;
   found_ = {};
   if (timing_) mark_ = now();
+  const int64_t stages = lease.team().stages(), sleeps = lease.team().sleeps();
   lease.team().run(*this);
+  handovers_ = lease.team().stages() - stages;
+  slept_ = lease.team().sleeps() - sleeps;
   if (group_) group_->check_alive();  // otherwise parts may be missing
   if (found_.zone >= 0) fail_overwritten();
   check_weights();
@@ -200,6 +206,21 @@ void dso_plan::run(const dso_batch& batch) {
 void dso_plan::check_batch(const dso_batch& batch) const {
   Batch checked;
   checked.set(batch, needs_);
+}
+
+// Weights once, each cache once: a block of it has all heads, so its pages are not those of one node's heads.
+void dso_plan::place_memory(Team& team, dso_cache* cache) {
+  if (!placed_) {
+    std::vector<NodeRange> ranges;
+    for (const Step& s : steps_) s.op->weights_of_nodes(run_.places, ranges);
+    placement_ = place_pages(team, run_.places, *context_->memory, std::move(ranges), context_->copies_mapped);
+    placed_ = true;
+  }
+  if (cache && !std::exchange(cache->interleaved, true)) {
+    std::vector<int32_t> nodes;
+    for (const ThreadPlaces::Node& n : run_.places.nodes) nodes.push_back(n.node);
+    context_->memory->interleave(cache->arena.data(), cache->arena.size(), nodes);
+  }
 }
 
 int64_t dso_plan::next() {
@@ -225,6 +246,15 @@ int64_t dso_plan::next() {
   return stage.rows ? stage.rows->tasks(run_) : tasks;
 }
 
+// The shared tasks of a stage in order of the nodes, and within a node's in order of the steps.
+int64_t dso_plan::node_end(int node) const {
+  const Stage& stage = stages_[stage_ - 1];
+  int64_t tasks = 0;
+  for (int32_t i = stage.shared; !stage.rows && i < stage.end; ++i)
+    if (!steps_[i].op->idle(run_)) tasks += steps_[i].op->node_end(run_, node);
+  return tasks;
+}
+
 void dso_plan::task(int64_t index, int thread) {
   const Stage& stage = stages_[stage_ - 1];
   if (stage.rows) {
@@ -233,11 +263,24 @@ void dso_plan::task(int64_t index, int thread) {
       if (!steps_[i].op->idle(run_)) steps_[i].op->by_rows()->some(run_, index * block, block, thread);
     return;
   }
+  if (run_.places.split()) return task_of_node(stage, index, thread);
   for (int32_t i = stage.shared;; ++i) {
     const int64_t n = steps_[i].op->tasks(run_);
     if (index < n) return steps_[i].op->task(run_, index, thread);
     index -= n;
   }
+}
+
+void dso_plan::task_of_node(const Stage& stage, int64_t index, int thread) {
+  const int nodes = run_.places.nodes_count();
+  for (int k = 0;; ++k)  // the last round: tasks of no node
+    for (int32_t i = stage.shared; i < stage.end; ++i) {
+      Op& op = *steps_[i].op;
+      if (op.idle(run_)) continue;
+      const int64_t first = k == 0 ? 0 : op.node_end(run_, k - 1), end = k == nodes ? op.tasks(run_) : op.node_end(run_, k);
+      if (index < end - first) return op.task(run_, first + index, thread);
+      index -= end - first;
+    }
 }
 
 void dso_plan::look(int32_t begin, int32_t end) {

@@ -31,6 +31,12 @@ struct dso_plan final : private dso::Job {
   void reserve(int64_t T, int64_t R);
   int64_t buffer_bytes(int64_t T, int64_t R) const;  // of the slots, without the gaps of a checked context
 
+  // Of the last run: stages that threads shared, each a hand-over from one thread to all, and how often a thread slept.
+  int64_t handovers() const { return handovers_; }
+  int64_t slept() const { return slept_; }
+  const dso::ThreadPlaces& places() const { return run_.places; }
+  const dso::Placement& placement() const { return placement_; }  // of the weights, since the first run
+
   void set_timing(bool on);
   void timing(double* seconds_per_step, int64_t* runs) const;
 
@@ -50,7 +56,10 @@ struct dso_plan final : private dso::Job {
   void make_stages();
   void place(int64_t T, int64_t R);
   int64_t next() override;
+  int64_t node_end(int node) const override;
   void task(int64_t index, int thread) override;
+  void task_of_node(const Stage& stage, int64_t index, int thread);  // with several memory nodes
+  void place_memory(dso::Team& team, dso_cache* cache);
   void took(int32_t step);                                            // timing: the step has just ended
   int64_t slot_bytes(const dso_slot& s, int64_t T, int64_t R) const;  // including the gap after it
   int64_t slots_bytes(int64_t T, int64_t R) const;
@@ -81,6 +90,10 @@ struct dso_plan final : private dso::Job {
   dso::RedZones zones_;  // numbered: slots, then the shared memory, then the threads' scratch
   dso::RedZones::Found found_;
   int32_t found_begin_ = 0, found_end_ = 0;  // the steps after which the overwrite was found
+
+  int64_t handovers_ = 0, slept_ = 0;
+  bool placed_ = false;
+  dso::Placement placement_;
 
   bool timing_ = false;
   int64_t runs_ = 0;

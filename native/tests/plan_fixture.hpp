@@ -18,8 +18,9 @@ struct Spec {
 
 class Model {
  public:
-  Model(const Spec& spec, const Kernels& kernels, int threads, uint64_t seed = 1)
-      : spec(spec), kernels(kernels), context(kernels, threads) {
+  template <class Threads>  // their number, or their places
+  Model(const Spec& spec, const Kernels& kernels, Threads threads, uint64_t seed = 1)
+      : spec(spec), kernels(kernels), context(kernels, std::move(threads)) {
     Random random(seed);
     build(random);
     const int32_t rc = dso_plan_create(context.c, steps.data(), (int32_t)steps.size(), slots.data(), (int32_t)slots.size(),

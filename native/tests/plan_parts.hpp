@@ -8,9 +8,21 @@
 #include "context.hpp"
 #include "plan.hpp"
 
+// As many threads, on this many made-up memory nodes in turn.
+inline ThreadPlaces on_nodes(int threads, int nodes) {
+  std::vector<Cpu> cpus;
+  for (int i = 0; i < threads; ++i) cpus.push_back({i, i, i % nodes, i % nodes, 0, 1024});
+  return place_threads(cpus, threads, false);
+}
+
 struct OwnContext {
   dso_context* c;
-  OwnContext(const Kernels& k, int threads) : c(new dso_context{std::make_shared<Context>(k, threads)}) {}
+  OwnContext(const Kernels& k, ThreadPlaces places)
+      : c(new dso_context{std::make_shared<Context>(k, std::move(places), false)}) {}
+  // DSO_TEST_NODES: the tests run as if the threads were on this many memory nodes.
+  OwnContext(const Kernels& k, int threads)
+      : OwnContext(k, getenv("DSO_TEST_NODES") ? on_nodes(threads, std::max(1, atoi(getenv("DSO_TEST_NODES"))))
+                                               : place_threads({}, threads, true)) {}
   ~OwnContext() { dso_context_destroy(c); }
   OwnContext(const OwnContext&) = delete;
 };

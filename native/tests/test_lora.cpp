@@ -290,7 +290,8 @@ void fetches() {
   std::sort(lines.begin(), lines.end());
   dso_batch batch{};
   batch.adapters = &adapters;
-  Run run{*variants().front().kernels, 1, {}, {}};
+  const ThreadPlaces places = place_threads({}, 1, true);
+  Run run{*variants().front().kernels, places, 1, {}, {}};
   run.batch.source = &batch;
   run.batch.adapted = {{0, 0, 32}, {0, 32, 5}, {2, 40, 1}};
   for (int64_t parts : {1, 3, 100}) {

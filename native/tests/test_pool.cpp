@@ -304,8 +304,6 @@ void cgroups() {
   check(limit("2:cpuset:/x\n") == 0, "cpuset is not cpu");
   check(limit("garbage\n\n:\n") == 0, "a file that makes no sense");
   std::filesystem::remove_all(root);
-  check(default_threads() >= 1 && default_threads() <= (int)std::thread::hardware_concurrency(), "default_threads() is %d",
-        default_threads());
 }
 
 }  // namespace

@@ -164,8 +164,8 @@ class DeepSeekConfig(QuantizationConfigMixin):
         kv_cache_memory: maximum size of the cache in bytes, allocated as it is used. None: the memory that is free when the
             first cache is created, less a reserve; for an engine or server the size that a full batch needs, but at most half
             of free memory.
-        threads: number of worker threads of the native backend; None: the environment variable DSO_THREADS, or else as many as
-            CPU affinity and cgroup limits allow.
+        threads: number of worker threads of the native backend; None: the environment variable DSO_THREADS, or else one per
+            core, within CPU affinity and cgroup limits.
         isa: instruction set to use: "avx2", "avx512", "amx" or "neon"; None: the environment variable DSO_ISA, or else the best
             one that this machine supports.
         backend: "cpu" (native), "cuda" (Triton, not tested on a card yet), "reference" (plain torch), the name of a backend

@@ -53,6 +53,7 @@ def machine_facts() -> dict[str, Any]:
         "reason": _why(backend.isa),
         "isa": backend.isa,
         "threads": backend.threads,
+        "topology": backend.topology,
         "isas": {name: why_not(name) or "runs here" for name in native.isa_names()},
         "cpu": native.cpu_description(),
     }

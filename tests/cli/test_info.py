@@ -12,7 +12,7 @@ def test_machine(dso):
     assert facts["backend"] in ("cpu", "reference") and facts["reason"]
     if facts["backend"] == "cpu":
         assert facts["isas"][facts["isa"]] == "runs here" and facts["threads"] >= 1
-        assert facts["cpu"]
+        assert facts["cpu"] and facts["topology"]["memory nodes"] >= 1
     text = dso("info").stdout
     assert facts["backend"] in text and facts["torch"] in text
 

@@ -18,6 +18,14 @@
 #include "../generic/convert.hpp"
 #include "../generic/linear_int.hpp"
 
+// What `make bench-amx` varies; not measured on a processor with AMX yet.
+#ifndef DSO_AMX_VECTOR_TOKENS
+#define DSO_AMX_VECTOR_TOKENS 4
+#endif
+#ifndef DSO_AMX_PANEL_GROUPS
+#define DSO_AMX_PANEL_GROUPS 16
+#endif
+
 namespace dso::avx512_bf16 {
 extern const LinearKernels linear_kernels;
 }
@@ -25,9 +33,10 @@ extern const LinearKernels linear_kernels;
 namespace dso::DSO_ISA_NAMESPACE {
 namespace tiled {
 
-constexpr int64_t vector_tokens = 4;  // up to this number a tile of 16 tokens is mostly empty, and integer vectors are faster
-constexpr int panel_groups = 16;      // two tile rows of unpacked weights: 20 KB
-constexpr int flight_groups = 4;      // int32 results in flight: 16 KB
+constexpr int64_t vector_tokens =
+    DSO_AMX_VECTOR_TOKENS;  // up to this number a tile of 16 tokens is mostly empty, and integer vectors are faster
+constexpr int panel_groups = DSO_AMX_PANEL_GROUPS;  // two tile rows of unpacked weights: 20 KB
+constexpr int flight_groups = 4;                    // int32 results in flight: 16 KB
 
 struct alignas(64) Scratch {
   uint8_t panel[2][panel_groups * Unpacked<DSO_Q4_1>::bytes];

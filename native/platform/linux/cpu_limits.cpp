@@ -1,11 +1,7 @@
 #include "../cpu_limits.hpp"
 
-#include <sched.h>
-
 #include <algorithm>
 #include <fstream>
-#include <memory>
-#include <thread>
 
 namespace dso {
 namespace {
@@ -28,15 +24,6 @@ int v1_limit(const std::string& folder) {
 
 void tighten(int& limit, int found) {
   if (found > 0) limit = limit > 0 ? std::min(limit, found) : found;
-}
-
-int affinity_cpus() {
-  for (int n = 1024; n <= 1 << 18; n *= 4) {  // a mask too small for this kernel fails: try a larger one
-    std::unique_ptr<cpu_set_t, void (*)(cpu_set_t*)> set(CPU_ALLOC(n), [](cpu_set_t* s) { CPU_FREE(s); });
-    const size_t bytes = CPU_ALLOC_SIZE(n);
-    if (set && sched_getaffinity(0, bytes, set.get()) == 0) return CPU_COUNT_S(bytes, set.get());
-  }
-  return int(std::thread::hardware_concurrency());
 }
 
 }  // namespace
@@ -66,9 +53,9 @@ int cgroup_cpus(const std::string& membership, const std::string& root) {
   return limit;
 }
 
-int default_threads() {
-  const int limit = cgroup_cpus(), affinity = std::max(1, affinity_cpus());
-  return limit > 0 ? std::min(limit, affinity) : affinity;
+int usable_cpus(int cpus) {
+  const int limit = cgroup_cpus();
+  return limit > 0 ? std::min(limit, cpus) : cpus;
 }
 
 }  // namespace dso

@@ -52,6 +52,8 @@ def declarations(text: str):
         native.Choice,
         native.Decode,
         native.DraftedDecode,
+        native.NativeCpu,
+        native.RunCounts,
     ],
 )
 def test_structs(struct):

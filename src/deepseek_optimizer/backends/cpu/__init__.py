@@ -19,11 +19,12 @@ from ..registry import BackendSettings, BackendSpec
 from . import dense_attention, native, packer
 from .adapters import CpuAdapters
 from .compile import ACTIVATIONS, compile_graph, row_kind
-from .environment import forced_isa, forced_threads
+from .environment import forced_isa, forced_threads, topology_file
 from .group import Group
 from .mapped_file import MappedFile, check_tensor, map_file
 from .plan import CpuPlan, CpuStore
 from .sizes import CpuSizes
+from .topology import describe, read_topology
 
 __all__ = ["SPEC", "CpuBackend", "CpuPlan", "CpuStore", "exact", "unavailable_reason"]
 
@@ -34,7 +35,7 @@ unavailable_reason = native.unavailable_reason
 
 def oversubscription(threads: int) -> str | None:
     """A warning if there are more threads than processors that this process may use, else None."""
-    usable = native.number(native.library().dso_default_threads())
+    usable = native.number(native.library().dso_usable_cpus())
     if threads <= usable:
         return None
     return (
@@ -49,12 +50,12 @@ class CpuBackend(CpuSizes):
     Args:
         isa: None: DSO_ISA if set, otherwise the best that runs on this machine. "avx2", "avx512", "neon": the best variant of
             that family. "avx2-base", "avx512-base", "avx512-vnni", ...: exactly that variant.
-        threads: None: DSO_THREADS if set, otherwise as many as CPU affinity and cgroup limits allow.
+        threads: None: DSO_THREADS if set, otherwise one per core, as far as CPU affinity and cgroup limits allow.
         group: the processes that its plans exchange rows with; None: there are none.
 
     Raises:
         BackendError: no native build, or the ISA cannot run on this machine (the message says what is missing).
-        ConfigError: DSO_THREADS is not a valid number of threads.
+        ConfigError: DSO_THREADS, DSO_TOPOLOGY or DSO_NUMA is invalid.
     """
 
     name = "cpu"
@@ -80,6 +81,13 @@ class CpuBackend(CpuSizes):
     @property
     def threads(self) -> int:
         return self.context.threads
+
+    @property
+    def topology(self) -> dict[str, Any]:
+        """The machine that threads are placed on, for `dso info`."""
+        file = topology_file()
+        cpus, source = (read_topology(file), f"DSO_TOPOLOGY={file}") if file else (native.machine_cpus(), "the system")
+        return describe(cpus, self.context.nodes, source)
 
     @property
     def capabilities(self) -> Capabilities:

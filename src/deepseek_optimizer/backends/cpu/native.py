@@ -18,9 +18,11 @@ from ...errors import BackendError, CheckpointChangedError, NotEnoughMemoryError
 from ...graph.ir import CacheSpec, LatentSpec, RowsSpec, StateSpec
 from . import native_train
 from .buffers import Outputs, checking
+from .environment import memory_nodes, topology_file
 from .kept_rows import KeptRows
+from .topology import Cpu, read_topology
 
-ABI_VERSION = 18
+ABI_VERSION = 19
 BLOCK_TOKENS = 32
 
 FORMATS = {
@@ -36,6 +38,7 @@ FLAGS = {"eager": 1, "interleaved": 2, "grouped": 4, "expand": 8, "last": 16, "s
          "causal": 131072, "shared": 262144}  # fmt: skip
 _EINVAL, _ENOMEM, _EFILE, _ELOST = 1, 2, 5, 7
 UNDECIDED = -1
+NODES = {"off": 0, "move": 1, "copy": 2}
 
 I32, I64, PTR = C.c_int32, C.c_int64, C.c_void_p
 
@@ -44,6 +47,18 @@ class Weight(C.Structure):
     """dso_weight."""
 
     _fields_ = [("format", I32), ("rows", I32), ("cols", I32), ("count", I32), ("data", PTR), ("bytes", I64)]
+
+
+class NativeCpu(C.Structure):
+    """dso_cpu."""
+
+    _fields_ = [(n, I32) for n in Cpu._fields]
+
+
+class RunCounts(C.Structure):
+    """dso_run_counts."""
+
+    _fields_ = [(n, I64) for n in ("handovers", "sleeps", "pages_there", "pages_moved", "pages_left", "pages_copied")]
 
 
 class Slot(C.Structure):
@@ -172,6 +187,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "dso_isa_runs_here": (I32, [C.c_char_p]),
     "dso_cpu_description": (C.c_char_p, []),
     "dso_context_create": (I32, [C.c_char_p, I32, PTR]),
+    "dso_context_create_on": (I32, [C.c_char_p, I32, PTR, I32, I32, PTR]),
+    "dso_context_nodes": (I32, [PTR, PTR, I32]),
     "dso_context_destroy": (None, [PTR]),
     "dso_context_isa": (C.c_char_p, [PTR]),
     "dso_context_threads": (I32, [PTR]),
@@ -183,6 +200,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "dso_group_receive": (I32, [PTR, PTR, I64]),
     "dso_group_lose": (I32, [PTR, I32]),
     "dso_group_lost": (I32, [PTR]),
+    "dso_topology": (I32, [PTR, I32]),
+    "dso_usable_cpus": (I32, []),
     "dso_default_threads": (I32, []),
     "dso_attend": (I32, [PTR, PTR]),
     "dso_read_bandwidth": (I32, [PTR, I64, C.c_double, PTR]),
@@ -231,6 +250,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "dso_plan_decode_drafted": (I32, [PTR, PTR, PTR, PTR, PTR]),
     "dso_choose": (I32, [PTR, PTR, I32, PTR, I32, PTR, PTR]),
     "dso_plan_check": (I32, [PTR]),
+    "dso_plan_counts": (I32, [PTR, PTR]),
     "dso_plan_set_timing": (I32, [PTR, I32]),
     "dso_plan_timing": (I32, [PTR, PTR, PTR]),
 }
@@ -332,16 +352,23 @@ class Context:
 
     Args:
         isa: a name from `isa_names()`, or None for the best that runs on this machine.
-        threads: None or <= 0: as many as CPU affinity and cgroup limits allow.
+        threads: None or <= 0: one per core, as far as CPU affinity and cgroup limits allow.
+        cpus: place threads and memory as on a machine with these CPUs (`topology`); None: this machine's.
+        nodes: a value of NODES: what happens if the threads are on several memory nodes.
 
     Raises:
         BackendError: the library is not available, or the ISA cannot run on this machine.
     """
 
-    def __init__(self, isa: str | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self, isa: str | None = None, threads: int | None = None, cpus: Sequence[Cpu] | None = None, nodes: int = 1
+    ) -> None:
         self.lib = library()
         name = isa.encode() if isa else None
-        self.handle = Handle(self.lib.dso_context_create, self.lib.dso_context_destroy, name, threads or 0)
+        machine = None if cpus is None else (NativeCpu * len(cpus))(*(NativeCpu(*cpu) for cpu in cpus))
+        self.handle = Handle(
+            self.lib.dso_context_create_on, self.lib.dso_context_destroy, name, threads or 0, machine, len(cpus or ()), nodes
+        )
         self.outputs = Outputs(checking())
         self.kept_rows = KeptRows()
         if self.outputs.checked:
@@ -369,6 +396,13 @@ class Context:
     def threads(self) -> int:
         return int(self.lib.dso_context_threads(self.handle))
 
+    @property
+    def nodes(self) -> list[int]:
+        """The number of threads on each memory node."""
+        counts = (I32 * self.threads)()
+        nodes = self.lib.dso_context_nodes(self.handle, counts, len(counts))
+        return counts[:nodes]
+
     def read_bandwidth(self, size: int, seconds: float) -> float:
         """Memory bandwidth in bytes per second: all threads together read `size` bytes (at least 1 MiB) repeatedly; the fastest
         round within `seconds` counts. Raises ValueError, MemoryError."""
@@ -386,8 +420,10 @@ class Context:
 
 
 def shared_context(isa: str | None, threads: int | None) -> Context:
-    """The process's context for these settings: models with equal settings share one pool. None: as for `Context`."""
-    return _shared_context(isa, threads or _default_threads())
+    """The process's context for these settings, DSO_TOPOLOGY and DSO_NUMA: models with equal settings share one pool. None: as
+    for `Context`. Raises ConfigError for an invalid variable."""
+    machine, nodes = topology_file(), NODES[memory_nodes()]
+    return _shared_context(isa, threads or (0 if machine else _default_threads()), machine, nodes)
 
 
 @functools.cache
@@ -397,8 +433,16 @@ def _default_threads() -> int:
 
 
 @functools.lru_cache(maxsize=8)
-def _shared_context(isa: str | None, threads: int) -> Context:
-    return Context(isa, threads)
+def _shared_context(isa: str | None, threads: int, machine: str | None, nodes: int) -> Context:
+    return Context(isa, threads, read_topology(machine) if machine else None, nodes)
+
+
+def machine_cpus() -> list[Cpu]:
+    """The CPUs of this machine that this process may use."""
+    count = number(library().dso_topology(None, 0))
+    cpus = (NativeCpu * count)()
+    count = min(count, number(library().dso_topology(cpus, count)))
+    return [Cpu(*(getattr(cpu, field) for field in Cpu._fields)) for cpu in cpus[:count]]
 
 
 def cache_shape(spec: CacheSpec | LatentSpec | RowsSpec, kv_dtype: str) -> CacheShape:

@@ -26,6 +26,7 @@ from .native import (
     Context,
     Handle,
     Rotation,
+    RunCounts,
     Slot,
     Step,
     Weight,
@@ -351,6 +352,13 @@ class CpuPlan:
 
     def describe(self) -> list[dict[str, Any]]:
         return self._rows
+
+    def counts(self) -> dict[str, int]:
+        """What the last run did: `handovers` of stages from one thread to all, `sleeps` of threads that waited for one, and
+        with several memory nodes the pages of weights that the first run found, moved, left and copied (`dso_run_counts`)."""
+        counts = RunCounts()
+        check(self.lib.dso_plan_counts(self.handle, C.byref(counts)))
+        return {name: getattr(counts, name) for name, *_ in RunCounts._fields_}
 
     def timing(self, on: bool = True) -> None:
         """Starts (from zero) or stops timing of the steps."""

@@ -19,8 +19,9 @@ def check(case: Case) -> Iterator[Finding]:
     machine, quota = case.machine, cpu_quota(case.machine.root)
     usable = machine.usable_cpus
     limit = usable if quota is None else min(usable, math.ceil(quota))
+    usual = min(limit, machine.physical_cores or limit)
     try:
-        threads = case.fields.get("threads") or forced_threads() or limit
+        threads = case.fields.get("threads") or forced_threads() or usual
     except ConfigError as error:
         yield Finding(NAME, "error", "DSO_THREADS is not a valid number of threads", str(error), "correct or unset DSO_THREADS")
         return
@@ -28,13 +29,15 @@ def check(case: Case) -> Iterator[Finding]:
         "threads": threads, "usable_cpus": usable, "online_cpus": machine.online_cpus, "physical_cores": machine.physical_cores,
         "cgroup_cpus": quota, "throttled_periods": throttled_periods(machine.root),
     }  # fmt: skip
-    findings = list(_findings(case, threads, limit, quota, facts))
+    findings = list(_findings(case, threads, limit, usual, quota, facts))
     if not any(f.severity == "warning" for f in findings):
         findings.insert(0, Finding(NAME, "ok", f"{threads} threads on {limit} usable CPUs", facts=facts))
     yield from findings
 
 
-def _findings(case: Case, threads: int, limit: int, quota: float | None, facts: dict[str, object]) -> Iterator[Finding]:
+def _findings(
+    case: Case, threads: int, limit: int, usual: int, quota: float | None, facts: dict[str, object]
+) -> Iterator[Finding]:
     machine, usable = case.machine, case.machine.usable_cpus
     if threads > usable:
         yield Finding(
@@ -48,10 +51,10 @@ def _findings(case: Case, threads: int, limit: int, quota: float | None, facts: 
             "the kernel stops the whole process for the rest of each period once its quota is used up",
             f"set threads to {limit}; or raise the quota (docker run --cpus, resources.limits.cpu)", facts,
         )  # fmt: skip
-    elif threads < limit:
+    elif threads < usual:
         yield Finding(
-            NAME, "note", f"{threads} threads leave {limit - threads} of {limit} usable CPUs idle",
-            "threads or DSO_THREADS is set to this number", "remove both settings to use all CPUs", facts,
+            NAME, "note", f"{threads} threads leave {usual - threads} of {usual} usable cores idle",
+            "threads or DSO_THREADS is set to this number", "remove both settings to use all cores", facts,
         )  # fmt: skip
     if throttled_periods(machine.root):
         yield Finding(
