@@ -20,7 +20,7 @@ from . import native_train
 from .buffers import Outputs, checking
 from .kept_rows import KeptRows
 
-ABI_VERSION = 18
+ABI_VERSION = 19
 BLOCK_TOKENS = 32
 
 FORMATS = {
