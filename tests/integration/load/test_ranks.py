@@ -38,7 +38,7 @@ from deepseek_optimizer.integration.bind.swap import matrices_of
 from deepseek_optimizer.integration.load import ranks
 from deepseek_optimizer.quant.parts import packed_part
 from support.divided import SIZES, close, load_divided, save_divisible
-from support.family_configs import gemma4_unified_text, llama, mixtral
+from support.family_configs import gemma4_unified_text, llama, olmo2
 from support.models import assert_close_rows, random_ids
 
 pytestmark = pytest.mark.skipif(unavailable_reason() is not None, reason="needs the native backend")
@@ -212,9 +212,9 @@ def test_refused_before_memory_is_taken(saved, tmp_path):
     ):
         with pytest.raises(ConfigError, match=text):
             load_divided(saved, **fields)
-    save_divisible(tmp_path / "experts", mixtral)
-    with pytest.raises(UnsupportedModelError, match="router cannot be divided"):
-        load_divided(tmp_path / "experts")
+    save_divisible(tmp_path / "norms", olmo2)
+    with pytest.raises(UnsupportedModelError, match="rms_norm needs all elements"):
+        load_divided(tmp_path / "norms")
 
 
 def test_none_is_left_if_one_cannot_be_started(saved, monkeypatch):

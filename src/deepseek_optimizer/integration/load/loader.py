@@ -153,7 +153,7 @@ def _load_part(
         earlier = checkpoint.manifest if isinstance(checkpoint, PackedCheckpoint) else None
         bind(model.eval(), settings, earlier=earlier, bytes_before=total, notes=notes, backend=member.backend(settings))
         model.dso.mappings.update(checkpoint.mappings())
-        _ = model.dso.plan  # all processes compile the same plans in the same order
+        _ = model.dso.plan, model.dso.mtp_plans  # all processes compile the same plans in the same order
         if member.leader is not None:
             member.leader.started()
     except BaseException:

@@ -26,11 +26,12 @@ from ...backends.parallel.backend import shard_of
 from ...checkpoint import Checkpoint
 from ...checkpoint.load import Part
 from ...config import DeepSeekConfig
-from ...errors import BackendError, ConfigError
+from ...errors import BackendError, ConfigError, UnsupportedModelError
 from ...quant import get_format
 from ...system.backend_entries import AUTO
-from ..bind.graphs import loaded_mtp_layers, whole_graph
+from ..bind.graphs import loaded_mtp_layers, model_graph, mtp_graphs
 from ..bind.modules import PackedLinear
+from ..bind.packed_experts import PackedExperts
 from ..bind.swap import expected_tensors
 
 _MODULE = "deepseek_optimizer.integration.load.rank_process"
@@ -52,7 +53,7 @@ class Member:
 
     def backend(self, settings: DeepSeekConfig) -> RankBackend:
         """The backend that runs this process's part."""
-        return RankBackend(settings.isa, self.threads, self.group, self.leader)
+        return RankBackend(settings.isa, self.threads, self.group, settings.parallel, self.leader)
 
 
 def check_divisible(settings: DeepSeekConfig, device: torch.device, no_plan: str | None) -> None:
@@ -67,7 +68,7 @@ def check_divisible(settings: DeepSeekConfig, device: torch.device, no_plan: str
         ConfigError: a setting conflicts with `parallel`.
         BackendError: the native backend is not available.
     """
-    ways = f"parallel: tensor={settings.parallel.tensor}"
+    ways = f"parallel: {settings.parallel}"
     if no_plan is not None:
         raise ConfigError(
             f"{ways} needs an execution plan, which this model does not have ({no_plan}); load it without parallel"
@@ -87,7 +88,7 @@ def check_undivided(settings: DeepSeekConfig) -> None:
     """Raises ConfigError if settings for a model that `load_model` does not load would divide it."""
     if settings.parallel.ranks > 1:
         raise ConfigError(
-            f"parallel: tensor={settings.parallel.tensor} is for load_model and dso commands only, since each process reads "
+            f"parallel: {settings.parallel} is for load_model and dso commands only, since each process reads "
             "its own part of a checkpoint; use load_model(path, config), or leave parallel unset"
         )
 
@@ -103,13 +104,20 @@ def parts_of(model: Any, settings: DeepSeekConfig, rank: int) -> dict[str, Part]
     Raises:
         UnsupportedModelError, ConfigError: the model cannot be divided so.
     """
-    if loaded_mtp_layers(model):
-        raise ConfigError(
-            f'parallel: tensor={settings.parallel.tensor} cannot divide layers for multi-token prediction; set mtp="off"'
-        )
-    formats = {name: f for name, f in expected_tensors(model)[0].items() if f is not None}
-    shard = shard_of(whole_graph(model), rank, settings.parallel.ranks, _Formats(formats))
-    return {name: (part.rows, part.cols) for name, part in shard.parts.items()}
+    parallel, parts = settings.parallel, dict[str, Part]()
+    formats = _Formats({name: f for name, f in expected_tensors(model)[0].items() if f is not None})
+    main, *mtp = (model_graph(model, (), loaded_mtp_layers(model))[0], *mtp_graphs(model))
+    if parallel.expert > 1 and not any(node.op == "experts_down" for node in main.nodes):
+        raise ConfigError(f"parallel: {parallel} needs a model with experts, which {main.family} is not; use tensor")
+    shards = [shard_of(graph, rank, parallel, formats) for graph in (main, *mtp)]
+    for shard in shards:
+        parts |= {name: (part.rows, part.cols, part.experts) for name, part in shard.parts.items()}
+    for graph, shard in zip((main, *mtp), shards, strict=True):
+        for name in parts.keys() & set(graph.weights()):
+            own = shard.parts.get(name)
+            if own is None or (own.rows, own.cols, own.experts) != parts[name]:
+                raise UnsupportedModelError(f"parallel: {parallel} would divide {name} in two ways; load it without parallel")
+    return parts
 
 
 class _Formats(dict[str, str]):
@@ -122,8 +130,12 @@ class _Formats(dict[str, str]):
 def narrow(model: Any, parts: Mapping[str, Part]) -> None:
     """Gives packed modules the sizes of the parts that they hold."""
     for name, module in model.named_modules():
-        rows, cols = parts.get(f"{name}.weight", (None, None))
-        if isinstance(module, PackedLinear):
+        rows, cols, _ = parts.get(f"{name}.weight", (None, None, None))
+        if isinstance(module, PackedExperts):
+            inner, _, experts = parts.get(f"{name}.gate_up_proj", (None, None, None))
+            module.num_experts = module.num_experts if experts is None else experts[1] - experts[0]
+            module.intermediate_dim = module.intermediate_dim if inner is None else inner[1] - inner[0]
+        elif isinstance(module, PackedLinear):
             module.out_features = module.out_features if rows is None else rows[1] - rows[0]
             module.in_features = module.in_features if cols is None else cols[1] - cols[0]
 
