@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from deepseek_optimizer.backends.reference import ReferenceBackend
-from deepseek_optimizer.backends.reference.ranks import RankPlans
+from deepseek_optimizer.backends.reference.ranks import RankPlans, StagePlans
 from deepseek_optimizer.graph.ir import Graph
 from deepseek_optimizer.graph.parallel import Parallel
+from deepseek_optimizer.graph.parallel.pipeline import split_layers
 from deepseek_optimizer.graph.parallel.shard import Part, Shard, Units
 from deepseek_optimizer.graph.parallel.tensor import split
 from deepseek_optimizer.quant.parts import part_of
@@ -47,7 +48,7 @@ def _part_of(weight: torch.Tensor, part: Part) -> Any:
 class RankRunner:
     """As `support.steps.Runner`, over all ranks; `plan` and `store` are those of a `Runner`."""
 
-    plans: RankPlans
+    plans: RankPlans | StagePlans
     stores: list[Any]
 
     def run(self, batch: Any, store: Any) -> Any:
@@ -74,4 +75,18 @@ def rank_runner(graph: Graph, weights: Mapping[str, torch.Tensor], parallel: Par
     shards = [split(graph, rank, parallel, any_part) for rank in range(parallel.ranks)]
     plans = RankPlans([backend.compile(s.graph, shard_weights(s, weights)) for s in shards])
     stores = [backend.new_store(s.graph, kv, 128) for s in shards]
+    return Runner(RankRunner(plans, stores), _Stores(stores), (None,) * graph.cache.groups)
+
+
+def stage_runner(graph: Graph, weights: Mapping[str, torch.Tensor], ranks: int, kv: str = "fp32") -> Runner:
+    """A runner of the reference backend over all processes of a pipeline."""
+    backend = ReferenceBackend()
+    stages = split_layers(graph, ranks, lambda name: weights[name].numel())
+
+    def compiled(part: Graph) -> Any:
+        return backend.compile(part, {name: weights[name] for name in part.weights()})
+
+    assert stages[0].tail is not None
+    plans = StagePlans([compiled(s.graph) for s in stages], compiled(stages[0].tail), [s.groups for s in stages])
+    stores = [backend.new_store(s.graph, kv, 128) for s in stages]
     return Runner(RankRunner(plans, stores), _Stores(stores), (None,) * graph.cache.groups)

@@ -13,12 +13,12 @@ MOST_RANKS = 64
 
 @dataclass(frozen=True)
 class Parallel:
-    """How a model is divided among processes of one machine; each field is a number of processes.
+    """How a model is divided among processes; each field is a number of processes.
 
     Attributes:
         tensor: each layer is divided, see `graph/parallel/tensor.py`.
         expert: as `tensor`, but each process has whole experts. With both, a process has a part of each of some experts.
-        pipeline: the layers are divided; only 1 so far.
+        pipeline: the layers are divided, see `graph/parallel/pipeline.py`; not together with the others.
 
     Raises:
         ConfigError: a value is not supported.
@@ -33,8 +33,8 @@ class Parallel:
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_RANKS:
                 raise ConfigError(f"parallel: {field.name} must be an integer from 1 to {MOST_RANKS}, got {value!r}")
-        if self.pipeline != 1:
-            raise ConfigError("parallel: pipeline must be 1: it is not supported so far; set tensor or expert")
+        if self.pipeline > 1 and self.tensor * self.expert > 1:
+            raise ConfigError(f"parallel: {self} cannot be combined; set pipeline alone, or tensor and expert")
         if self.ranks > MOST_RANKS:
             raise ConfigError(f"parallel: {self} are {self.ranks} processes; there can be {MOST_RANKS} at most")
 
