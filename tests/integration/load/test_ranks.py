@@ -209,6 +209,7 @@ def test_refused_before_memory_is_taken(saved, tmp_path):
         ({"parallel": {"tensor": 3}}, "tensor=3 does not divide the model's 2 key and value heads"),
         ({"backend": "reference"}, 'runs on backend "cpu" only'),
         ({"kl_budget": 0.1}, "need the whole model"),
+        ({"adapter": "adapter"}, "tensor=2 has no adapters; merge the adapter"),
     ):
         with pytest.raises(ConfigError, match=text):
             load_divided(saved, **fields)

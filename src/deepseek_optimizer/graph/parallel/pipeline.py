@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ...errors import ConfigError, UnsupportedModelError
 from ..ir import NO_CACHE, CacheSpec, Graph, LatentSpec, Node, RowsSpec, Value
@@ -135,7 +136,7 @@ class _Pipeline:
             if value == rows:
                 continue
             if producer is last and last.op == "add_rms_norm":
-                attrs = {name: last.attrs[name] for name in ("eps", "unit_offset") if name in last.attrs}
+                attrs: dict[str, Any] = {name: last.attrs[name] for name in ("eps", "unit_offset") if name in last.attrs}
                 received.append(Node("rms_norm", (rows,), (value,), last.weights, attrs))
             elif not producer.inputs and not producer.weights:
                 received.insert(0, producer)

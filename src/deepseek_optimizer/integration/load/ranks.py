@@ -28,6 +28,7 @@ from ...checkpoint import Checkpoint
 from ...checkpoint.load import Part
 from ...config import DeepSeekConfig
 from ...errors import BackendError, ConfigError, UnsupportedModelError
+from ...graph.parallel import Parallel
 from ...graph.parallel.pipeline import Stage, split_layers
 from ...quant import get_format
 from ...system.backend_entries import AUTO
@@ -119,6 +120,20 @@ def check_divisible(settings: DeepSeekConfig, device: torch.device, no_plan: str
         raise BackendError(f"{ways} needs the native backend: {reason}")
 
 
+def check_no_adapter(config: DeepSeekConfig | None, fields: Mapping[str, Any]) -> None:
+    """Raises ConfigError if a model that an adapter of PEFT is loaded into would be divided.
+
+    Args:
+        config, fields: as in `load_model`.
+    """
+    parallel = Parallel.of(fields.get("parallel", Parallel() if config is None else config.parallel))
+    if parallel.ranks > 1:
+        raise ConfigError(
+            f"parallel: {parallel} has no adapters; merge the adapter into the model first (PEFT's merge_and_unload), or load "
+            "it without parallel"
+        )
+
+
 def check_undivided(settings: DeepSeekConfig) -> None:
     """Raises ConfigError if settings for a model that `load_model` does not load would divide it."""
     if settings.parallel.ranks > 1:
@@ -163,6 +178,12 @@ def _parts_of(model: Any, settings: DeepSeekConfig, rank: int) -> dict[str, Part
             own = shard.parts.get(name)
             if own is None or (own.rows, own.cols, own.experts) != parts[name]:
                 raise UnsupportedModelError(f"parallel: {parallel} would divide {name} in two ways; load it without parallel")
+    for path, module in model.named_modules():
+        if isinstance(module, PackedLinear) and module.order is not None and f"{path}.weight" in parts:
+            raise UnsupportedModelError(
+                f"parallel: {parallel} cannot divide {path}.weight, which has its columns in another order; use pipeline, or "
+                "load it without parallel"
+            )
     return parts
 
 
