@@ -155,7 +155,7 @@ model.dso.backend.leader.close()
 def test_a_model_of_one_and_a_half_times_the_memory_of_a_process(tmp_path):
     """Each process may have two thirds of the bytes of the weights: one cannot hold the model, two can."""
     config = qwen2(
-        hidden_size=2048, intermediate_size=8192, num_hidden_layers=10, num_attention_heads=16, num_key_value_heads=4,
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=14, num_attention_heads=16, num_key_value_heads=4,
         head_dim=128, vocab_size=301, dtype=torch.bfloat16,
     )  # fmt: skip
     with torch.device("meta"):
@@ -175,12 +175,16 @@ def type_of(config):
 
 
 def save_random(model, config, folder):
-    """Writes random weights in bf16, without the model in memory twice."""
+    """Writes weights in bf16: few random numbers, repeated, since there are many weights."""
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
     folder.mkdir()
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
-    tensors = {name: (0.02 * torch.randn(p.shape)).bfloat16() for name, p in model.named_parameters()}
+    numbers = (0.02 * torch.randn(1_000_003)).bfloat16()
+    tensors = {
+        name: numbers.repeat(-(-p.numel() // len(numbers)))[: p.numel()].view(p.shape).clone()
+        for name, p in model.named_parameters()
+    }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

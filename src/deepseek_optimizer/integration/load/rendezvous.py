@@ -7,6 +7,7 @@ is encrypted.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 from collections.abc import Iterable
@@ -79,7 +80,7 @@ class Place:
             BackendError: not all of them have connected in time.
         """
         try:
-            with socket.create_server((self.address, 0), family=_family(self.address)) as server:
+            with socket.create_server((_bound(self.address), 0), family=_family(self.address)) as server:
                 store = self._store()
                 store.set(self._name, str(server.getsockname()[1]))
                 found: dict[int, Connection] = {}
@@ -137,6 +138,14 @@ class Place:
             link.close()
             return None
         return rank, _patient(link)
+
+
+def _bound(address: str) -> str:
+    """Where process 0 listens: at its address, or everywhere if that is a name, which it may resolve in another way."""
+    try:
+        return str(ipaddress.ip_address(address))
+    except ValueError:
+        return ""
 
 
 def _family(address: str) -> socket.AddressFamily:
