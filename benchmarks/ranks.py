@@ -3,7 +3,8 @@ Bars of issue 22: with two processes of one thread each, 0.95x in prompts and 0.
 
 Both models are loaded in turns of one program; the processes of the one that waits are asleep. Nothing else may run meanwhile.
 
-    python -m benchmarks.ranks [r1q15 | MODEL_DIRECTORY ...] [--form int4] [--tensor 2] [--prompt 512] [--new 64] [--rounds 7]
+    python -m benchmarks.ranks [r1q15 | MODEL_DIRECTORY ...] [--form int4] [--tensor 2] [--expert 1] [--pipeline 1]
+        [--prompt 512] [--new 64] [--rounds 7]
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("models", nargs="*", default=["r1q15"])
     parser.add_argument("--form", default="int4", help="of a named model: bf16, int4, ...")
-    for name, default in (("tensor", 2), ("prompt", 512), ("new", 64), ("rounds", 7)):
+    for name, default in (("tensor", 0), ("expert", 1), ("pipeline", 1), ("prompt", 512), ("new", 64), ("rounds", 7)):
         parser.add_argument(f"--{name}", type=int, default=default)
     a = parser.parse_args()
+    a.tensor = a.tensor or (2 if a.expert * a.pipeline == 1 else 1)
     for name in a.models:
         path = models.model(name, a.form) if name in models.TITLES else Path(name)
         print(json.dumps({"model": name, "form": a.form, **measure(path, a)}), flush=True)
@@ -41,9 +43,12 @@ def measure(path: Path, a: argparse.Namespace) -> dict[str, Any]:
     """The figures of one model; the tokens of both are compared too."""
     from deepseek_optimizer import load_model
 
+    dividing = {name: getattr(a, name) for name in ("tensor", "expert", "pipeline")}
+    # Of a pipeline one process computes at a time, so each has all threads.
+    threads = a.tensor * a.expert * a.pipeline
     loaded = {
-        WHOLE: load_model(path, threads=a.tensor),
-        DIVIDED: load_model(path, threads=1, parallel={"tensor": a.tensor}),
+        WHOLE: load_model(path, threads=threads),
+        DIVIDED: load_model(path, threads=1 if a.pipeline == 1 else threads, parallel=dividing),
     }
     ids = torch.tensor(random_prompts(1, 1, a.prompt, loaded[WHOLE].config.vocab_size))
     texts: dict[str, list[int]] = {}

@@ -413,10 +413,11 @@ enum {
                                   top_k. GROUPED flag: rows of out0 are ordered by expert, as EXPERTS_DOWN with the same routes
                                   expects. GELU flag as in GATE_UP. b0 (or -1): vector [2 * experts * I], the biases of the
                                   matrices in turn. softcap > 0: h = (u + 1) * g * sigmoid(scale * g), where g = min(gate,
-                                  softcap) and u is up limited to [-softcap, softcap] */
+                                  softcap) and u is up limited to [-softcap, softcap]. groups > 0: routes name `groups`
+                                  experts, of which the stack has those from `offset` on; the others are left out */
   DSO_OP_EXPERTS_DOWN = 18, /* in0 from EXPERTS_GATE_UP, in1 routes, w0 stack of experts -> out0 F32: sum over j, ascending, of
                                weight_j * (W x_j + b). GROUPED flag as in EXPERTS_GATE_UP. b0 (or -1): vector
-                               [experts * rows], the biases of the matrices in turn */
+                               [experts * rows], the biases of the matrices in turn. groups, offset as in EXPERTS_GATE_UP */
 
   /* Multi-head latent attention over a latent cache. Widths: q is heads * (nope + rope), a latent is rank + rope. */
   DSO_OP_LATENT = 19,       /* in0 F32 [T, rank + rope], in1 table, w0 vector [rank], eps -> out0 F32: norm of the first rank

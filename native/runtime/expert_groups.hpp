@@ -3,7 +3,7 @@
 //
 // Grouped: the (token, choice) pairs are sorted by expert, tokens ascending, so that an expert's weights are read once for all
 // its rows. Otherwise each pair is a group of its own, in the order of the tokens: the plain form. The form never changes a
-// row's bits.
+// row's bits. The pairs of experts that another process has are left out.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -14,20 +14,26 @@
 
 namespace dso {
 
+// The experts of a stack: [first, first + experts) of `all` that routes name.
+struct OwnExperts {
+  int64_t experts, top_k, first, all;
+  bool operator==(const OwnExperts&) const = default;
+};
+
 struct ExpertGroup {  // pairs [begin, end) of one expert; those from `prefill` on belong to sequences in prefill phase
   int64_t expert, begin, prefill, end;
 };
 
 class ExpertGroups {
  public:
-  ExpertGroups(int32_t routes, const Chosen& chosen, bool grouped) : routes(routes), chosen(chosen), grouped(grouped) {}
+  ExpertGroups(int32_t routes, const OwnExperts& chosen, bool grouped) : routes(routes), chosen(chosen), grouped(grouped) {}
 
   void reserve(int64_t tokens);  // reserves room for this many, so that build() does not allocate
   // `decode`: number of leading tokens of sequences in decode phase. An invalid expert index counts as 0.
   void build(const Rows& routes, int64_t decode);
 
   const int32_t routes;  // the slot
-  const Chosen chosen;
+  const OwnExperts chosen;
   const bool grouped;
 
   int64_t pairs() const { return int64_t(tokens_.size()); }

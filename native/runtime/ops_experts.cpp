@@ -287,8 +287,19 @@ class ExpertsDown final : public Op {
   const bool weighs_;
 };
 
+OwnExperts own_experts(StepReader& s) {
+  const int64_t all = s.step.groups ? s.step.groups : s.step.experts, first = s.step.offset;
+  if (s.step.groups == 0) s.chosen();  // checks the fields
+  if (s.step.groups && (s.step.experts < 1 || all > kMostExperts || first < 0 || first + s.step.experts > all))
+    s.refuse("offset is %d and experts %d, must be a part of groups, %d, which is at most %d", s.step.offset, s.step.experts,
+             s.step.groups, int(kMostExperts));
+  if (s.step.groups && (s.step.top_k < 1 || s.step.top_k > all))
+    s.refuse("top_k is %d, must be from 1 to groups, %lld", s.step.top_k, (long long)all);
+  return {s.step.experts, s.step.top_k, s.step.groups ? first : 0, all};
+}
+
 Experts read_experts(StepReader& s, int64_t matrices, int64_t repeat) {
-  const Chosen chosen = s.chosen();
+  const OwnExperts chosen = own_experts(s);
   const Stack stack = s.stack(0, matrices * chosen.experts);
   const float* bias = s.bias(0, stack.count * stack.first.rows);
   const SlotRef in = s.activations(stack.first, repeat), routes = s.in(1, kF32Only, 2 * chosen.top_k);
@@ -297,7 +308,7 @@ Experts read_experts(StepReader& s, int64_t matrices, int64_t repeat) {
 }
 
 std::shared_ptr<ExpertGroups>* find_groups(StepReader& s, const Experts& x) {
-  const Chosen chosen = s.chosen();
+  const OwnExperts chosen = own_experts(s);
   const bool grouped = s.step.flags & DSO_FLAG_GROUPED;
   for (auto& g : s.plan().groups)
     if (g->routes == x.routes.index && g->chosen == chosen && g->grouped == grouped) return &g;
@@ -316,19 +327,19 @@ std::unique_ptr<Op> make_experts_gate_up(StepReader& s) {
   if (activation.limit > 0 && activation.gelu) s.refuse("has a limit (softcap) and the GELU flag");
   if (weighs && s.step.b[0] != -1) s.refuse("has biases and the WEIGH_INPUT flag");
   Experts x = read_experts(s, 2, 1);
-  const SlotRef out = s.out(0, kAnyKind, x.stack.first.rows, x.in.selected, s.chosen().top_k);
+  const SlotRef out = s.out(0, kAnyKind, x.stack.first.rows, x.in.selected, own_experts(s).top_k);
   if (out.index == x.in.index || out.index == x.routes.index) s.refuse("out[0] is an input");
   if (const auto* known = find_groups(s, x))
     x.groups = *known;
   else
     x.groups = s.plan().groups.emplace_back(
-        std::make_shared<ExpertGroups>(x.routes.index, s.chosen(), (s.step.flags & DSO_FLAG_GROUPED) != 0));
+        std::make_shared<ExpertGroups>(x.routes.index, own_experts(s), (s.step.flags & DSO_FLAG_GROUPED) != 0));
   return std::make_unique<ExpertsGateUp>(std::move(x), out, activation, weighs);
 }
 
 std::unique_ptr<Op> make_experts_down(StepReader& s) {
   s.takes(2, 1, 1, 1, DSO_FLAG_GROUPED | DSO_FLAG_WEIGH_INPUT);
-  Experts x = read_experts(s, 1, s.chosen().top_k);
+  Experts x = read_experts(s, 1, own_experts(s).top_k);
   const SlotRef out = s.out(0, kF32Only, x.stack.first.rows, x.in.selected);
   if (out.index == x.in.index || out.index == x.routes.index) s.refuse("out[0] is an input");
   const auto* known = find_groups(s, x);

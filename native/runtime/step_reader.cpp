@@ -13,8 +13,6 @@
 namespace dso {
 namespace {
 
-constexpr int32_t kMostExperts = 1 << 14;  // expert indices are exact in fp32
-
 bool allowed(SlotKinds kinds, int32_t kind) {
   const bool integer = kind == DSO_SLOT_Q8 || kind == DSO_SLOT_Q16;
   switch (kinds) {

@@ -47,6 +47,8 @@ struct SlotRef {
   int64_t repeat = 1;
 };
 
+constexpr int32_t kMostExperts = 1 << 14;  // expert indices are exact in fp32
+
 struct Chosen {  // top_k of `experts` chosen per row
   int64_t experts, top_k;
   bool operator==(const Chosen&) const = default;

@@ -140,11 +140,9 @@ class Moe {
   }
   dso_step& add(int32_t op, const std::vector<int32_t>& in, int32_t out, int32_t weight) {
     dso_step s = step_of(op, in, {out}, {weight});
-    if (op == DSO_OP_ROUTE) s.scale = 2.5f;
+    if (op == DSO_OP_ROUTE) s.scale = 2.5f, s.groups = spec.groups, s.top_groups = spec.top_groups;
     s.experts = spec.experts;
     s.top_k = spec.top_k;
-    s.groups = spec.groups;
-    s.top_groups = spec.top_groups;
     steps_.push_back(s);
     return steps_.back();
   }

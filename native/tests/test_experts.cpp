@@ -161,11 +161,39 @@ void matches_textbook(float limit, bool weighs = false) {
   }
 }
 
+// The groups of two processes, which have the experts below and from the middle on, are together those of one.
+void own_groups(const ExpertGroups& all, std::vector<float>& routes, int64_t tokens, int64_t decode) {
+  const int64_t experts = all.chosen.experts, top_k = all.chosen.top_k, middle = experts / 2;
+  if (middle == 0) return;
+  ExpertGroups parts[] = {{0, {middle, top_k, 0, experts}, all.grouped},
+                          {0, {experts - middle, top_k, middle, experts}, all.grouped}};
+  size_t next[] = {0, 0};
+  for (ExpertGroups& part : parts) {
+    part.reserve(tokens);
+    part.build({(uint8_t*)routes.data(), 8 * top_k, tokens}, decode);
+  }
+  check(parts[0].pairs() + parts[1].pairs() == all.pairs(), "%ld and %ld of %ld pairs", (long)parts[0].pairs(),
+        (long)parts[1].pairs(), (long)all.pairs());
+  for (const ExpertGroup& g : all.groups()) {
+    const int side = g.expert >= middle;
+    const ExpertGroups& part = parts[side];
+    if (!check(next[side] < part.groups().size(), "a group is missing")) return;
+    const ExpertGroup& own = part.groups()[next[side]++];
+    check(own.expert + side * middle == g.expert && own.end - own.begin == g.end - g.begin &&
+              own.prefill - own.begin == g.prefill - g.begin,
+          "expert %ld has another group", (long)g.expert);
+    for (int64_t p = 0; p < g.end - g.begin; ++p)
+      check(
+          *part.tokens(own.begin + p) == *all.tokens(g.begin + p) && same(part.weight(own.begin + p), all.weight(g.begin + p)),
+          "expert %ld, pair %ld is another", (long)g.expert, (long)p);
+  }
+}
+
 void groups(int64_t tokens, int64_t experts, int64_t top_k, bool grouped, int64_t decode, Random& random) {
   std::vector<float> routes((size_t)(tokens * 2 * top_k));
   const float absurd[] = {NAN, -1, -INFINITY, INFINITY, (float)experts, 1e20f, -0.0f};
   for (float& v : routes) v = random.below(9) ? (float)random.below((int)experts) : absurd[random.below(7)];
-  ExpertGroups g(0, {experts, top_k}, grouped);
+  ExpertGroups g(0, {experts, top_k, 0, experts}, grouped);
   g.reserve(tokens);
   g.build({(uint8_t*)routes.data(), 8 * top_k, tokens}, decode);
   check(g.pairs() == tokens * top_k, "%ld pairs", (long)g.pairs());
@@ -195,6 +223,7 @@ void groups(int64_t tokens, int64_t experts, int64_t top_k, bool grouped, int64_
   }
   check(at == tokens * top_k, "groups end at %ld", (long)at);
   for (int n : times) check(n == top_k, "a token has %d pairs", n);
+  own_groups(g, routes, tokens, decode);
 }
 
 void blocks() {

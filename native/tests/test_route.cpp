@@ -225,6 +225,9 @@ void mistakes() {
   step("in[1] must have width 6", DSO_OP_EXPERTS_GATE_UP, [](dso_step& s) { s.top_k = 3; });
   step("a stack of 16 matrices, must be 14", DSO_OP_EXPERTS_GATE_UP, [](dso_step& s) { s.experts = 7; });
   step("a stack of 8 matrices, must be 7", DSO_OP_EXPERTS_DOWN, [](dso_step& s) { s.experts = 7; });
+  step("offset is 5 and experts 8, must be a part of groups, 12", DSO_OP_EXPERTS_GATE_UP,
+       [](dso_step& s) { s.groups = 12, s.offset = 5; });
+  step("top_k is 13, must be from 1 to groups, 12", DSO_OP_EXPERTS_DOWN, [](dso_step& s) { s.groups = 12, s.top_k = 13; });
   step("no earlier EXPERTS_GATE_UP", DSO_OP_EXPERTS_DOWN, [](dso_step& s) { s.flags = 0; });
   step("which INT4 weights do not support", DSO_OP_EXPERTS_GATE_UP, [](dso_step& s) { s.in[0] = 0; });
   refused("1 rows per token, must have 2",

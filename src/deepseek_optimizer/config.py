@@ -204,10 +204,11 @@ class DeepSeekConfig(QuantizationConfigMixin):
         formats: formats of single matrices by module name, such as {"lm_head": "int8"}, or of all modules that match a pattern
             with *, such as {"model.layers.*.mlp.experts.*": "int8"}; overrides `precision`. A name overrides patterns; of
             several matching patterns the first is used. With `kl_budget`, only the formats of the other matrices are chosen.
-        parallel: over how many processes of this machine `load_model` divides the model, such as {"tensor": 2}: each process
-            has a part of every layer, of the cache and of the vocabulary, and `threads` threads (None: its share of those that
-            this process may use). The caller's process is the first of them, and the others end with it. For dense decoders
-            whose number of key and value heads can be divided; such a model can neither be saved nor moved.
+        parallel: over how many processes `load_model` divides the model. {"tensor": 2}: each process has a part of every layer,
+            of the cache and of the vocabulary, and `threads` threads (None: its share of those that this process may use).
+            {"expert": 2}: the same, but of the routed experts it has some as a whole. {"pipeline": 2}: each has some of the
+            layers, and their cache; also on several machines. The caller's process is the first of them, and the others end
+            with it. Such a model can neither be saved nor moved.
     """
 
     quant_method: str = QUANT_METHOD  # type: ignore[assignment]  # Transformers' enum cannot take new members

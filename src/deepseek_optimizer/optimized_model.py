@@ -69,6 +69,10 @@ def load_model(
 
         taken, note = find(resolve(path), profile, profile_options(config, fields))
         fields = {**_unset(config, {} if taken is None else taken.fields), **fields}
+    if adapter is not None:
+        from .integration.load.ranks import check_no_adapter
+
+        check_no_adapter(config, fields)
     alone = "" if adapter is None else "an adapter is loaded into its language model"
     model = load(path, config, fields, alone, device)
     model.dso.profile, model.dso.profile_note = taken, note

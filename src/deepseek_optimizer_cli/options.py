@@ -138,6 +138,24 @@ TensorParallel = Annotated[
         **_MODEL,
     ),
 ]
+ExpertParallel = Annotated[
+    int | None,
+    typer.Option(
+        "--expert-parallel",
+        metavar="N",
+        help="As --tensor-parallel, for models with experts: each process has whole experts. Default: 1.",
+        **_MODEL,
+    ),
+]
+PipelineParallel = Annotated[
+    int | None,
+    typer.Option(
+        "--pipeline-parallel",
+        metavar="N",
+        help="Divide the layers of the model among N processes, of this machine or of several. Default: 1.",
+        **_MODEL,
+    ),
+]
 Strict = Annotated[
     bool | None,
     typer.Option("--strict", help="Refuse models that have no execution plan and would take the general path.", **_MODEL),
@@ -268,7 +286,10 @@ _MODEL_FIELDS: dict[str, Any] = {
 
 
 # What the user of a command that loads a model may set besides.
-_LOAD_OPTIONS: dict[str, Any] = {"device": Device, "profile": Profile, "tensor_parallel": TensorParallel}
+_PARALLEL: dict[str, Any] = {
+    "tensor_parallel": TensorParallel, "expert_parallel": ExpertParallel, "pipeline_parallel": PipelineParallel,
+}  # fmt: skip
+_LOAD_OPTIONS: dict[str, Any] = {"device": Device, "profile": Profile, **_PARALLEL}
 
 
 def takes_model_fields(command: Callable[..., None]) -> Callable[..., None]:
@@ -295,8 +316,8 @@ def _with_options(command: Callable[..., None], added: dict[str, Any]) -> Callab
     @functools.wraps(command)
     def wrapper(**values: Any) -> None:
         fields = not_none(**{name: values.pop(name) for name in added})
-        if (tensor := fields.pop("tensor_parallel", None)) is not None:
-            fields["parallel"] = {"tensor": tensor}
+        if parallel := {name.removesuffix("_parallel"): fields.pop(name) for name in _PARALLEL if name in fields}:
+            fields["parallel"] = parallel
         command(**values, fields=fields)
 
     wrapper.__signature__ = signature.replace(parameters=options)  # type: ignore[attr-defined]

@@ -173,6 +173,37 @@ class Checkpoint(ABC):
         self.pack_matrices(name, format, shape, 0, packer, out)
         return PackedStack(format, count, rows, cols, out)
 
+    def packed_stack_part(
+        self,
+        name: str,
+        format: str,
+        shape: StackShape,
+        experts: Span | None,
+        rows: Span | None,
+        cols: Span | None,
+        packer: Packer = reference_packer,
+    ) -> PackedStack:
+        """Of the stack some experts, and of their matrices rows and columns (None: all), with the bits that they have in
+        `packed_stack`. Besides the result, the memory of an expert is needed.
+
+        Args:
+            shape: of the whole stack.
+        """
+        count, height, width = shape
+        tile_bytes, step = get_format(format).tile_bytes, matrices_per_expert(name)
+        begin, end = experts or (0, count // step)
+        (top, bottom), (left, right) = rows or (0, height), cols or (0, width)
+        out = empty_stack(step * (end - begin), bottom - top, right - left, tile_bytes)
+        if rows is None and cols is None:
+            self.pack_matrices(name, format, shape, step * begin, packer, out)
+            return PackedStack(format, len(out), height, width, out)
+        whole = empty_stack(step, height, width, tile_bytes)
+        for expert in range(begin, end):
+            self.pack_matrices(name, format, shape, step * expert, packer, whole)
+            taken = whole[:, top // TILE_ROWS : -(-bottom // TILE_ROWS), left // TILE_COLS : -(-right // TILE_COLS)]
+            out[step * (expert - begin) : step * (expert - begin + 1)] = taken
+        return PackedStack(format, len(out), bottom - top, right - left, out)
+
     def stack_pieces(
         self, name: str, format: str, shape: StackShape, packer: Packer, piece_bytes: int
     ) -> Iterator[PackedStack]:

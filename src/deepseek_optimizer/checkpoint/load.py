@@ -20,7 +20,7 @@ from .stacks import surplus_expert
 # Buffers that old checkpoints carry and models compute themselves.
 IGNORED = (r".*\.rotary_emb\.inv_freq", r".*\.self_attn\.(bias|masked_bias)")
 _NAMED = 5  # names listed in an error
-Part = tuple[Span | None, Span | None]  # rows and columns
+Part = tuple[Span | None, Span | None, Span | None]  # rows and columns of each matrix; experts of a stack
 NO_PARTS: Mapping[str, Part] = MappingProxyType({})
 
 
@@ -67,8 +67,8 @@ def stream_weights(
         order: names of the tensors to yield, in this order; None: all, in file order.
         piece_bytes: stacks are yielded in pieces of whole experts, one after the other under the same name, each of about this
             size at most; None: whole.
-        parts: by name, the rows and columns of matrices, or the elements of vectors, to yield instead of the whole; None: all
-            of them.
+        parts: by name, the rows and columns of matrices, the experts of stacks, or the elements of vectors, to yield instead
+            of the whole; None: all of them.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected, has another shape, or contains NaN. The error names it.
@@ -134,12 +134,15 @@ def _stream(
         if format is None:
             tensor = checkpoint.read(name)
             checkpoint.check_finite(name, tensor)
-            yield name, tensor if name not in parts else part_of(tensor, *parts[name])
+            yield name, tensor if name not in parts else part_of(tensor, *parts[name][:2])
             del tensor  # only the caller may keep it alive
         else:
             shape: Any = tuple(shapes[name])
-            if name in parts:
-                yield name, checkpoint.packed_part(name, format, *parts[name], packer)
+            if name in parts and len(shape) == 3:
+                rows, cols, experts = parts[name]
+                yield name, checkpoint.packed_stack_part(name, format, shape, experts, rows, cols, packer)
+            elif name in parts:
+                yield name, checkpoint.packed_part(name, format, *parts[name][:2], packer)
             elif len(shape) != 3:
                 yield name, checkpoint.packed(name, format, packer)
             elif piece_bytes is None:

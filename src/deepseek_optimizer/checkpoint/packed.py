@@ -18,13 +18,13 @@ import torch
 
 from ..errors import CheckpointError
 from ..quant import QUANT_METHOD, ColumnOrder, PackedMatrix, PackedStack, Packer, reference_packer, unpack
-from ..quant.parts import Span, packed_part
+from ..quant.parts import Span, packed_part, stack_part
 from .base import TensorInfo
 from .directory import CONFIG, SafetensorsCheckpoint
 from .files import DataFile
 from .layout import Stored, bytes_of, layout_of
 from .manifest import Manifest
-from .stacks import StackShape
+from .stacks import StackShape, matrices_per_expert
 
 
 def is_packed(config: Mapping[str, Any]) -> bool:
@@ -102,6 +102,23 @@ class PackedCheckpoint(SafetensorsCheckpoint):
         if name not in self._entries:
             return super().packed_stack(name, format, shape, packer)
         return PackedStack(format, *shape, self._tiles(name, format))
+
+    def packed_stack_part(
+        self,
+        name: str,
+        format: str,
+        shape: StackShape,
+        experts: Span | None,
+        rows: Span | None,
+        cols: Span | None,
+        packer: Packer = reference_packer,
+    ) -> PackedStack:
+        """As stored: some experts are mapped, and of rows and columns only their tiles are read."""
+        if name not in self._entries:
+            return super().packed_stack_part(name, format, shape, experts, rows, cols, packer)
+        each = matrices_per_expert(name)
+        matrices = None if experts is None else (each * experts[0], each * experts[1])
+        return stack_part(self.packed_stack(name, format, shape, packer), matrices, rows, cols)
 
     def stack_pieces(
         self, name: str, format: str, shape: StackShape, packer: Packer, piece_bytes: int

@@ -7,8 +7,8 @@ import torch
 from .base import PANEL_ROWS, TILE_COLS, TILE_ROWS
 from .blocks import SUPERBLOCK
 from .kquants import BLOCK_FORMATS
-from .packed import PackedMatrix
-from .tiles import empty_tiles
+from .packed import PackedMatrix, PackedStack
+from .tiles import empty_stack, empty_tiles
 
 Span = tuple[int, int]
 
@@ -45,6 +45,29 @@ def packed_part(matrix: PackedMatrix, rows: Span | None = None, cols: Span | Non
         taken = tiles[:, left // TILE_COLS : -(-right // TILE_COLS)]
         tiles = empty_tiles(bottom - top, right - left, matrix.data.shape[-1]).copy_(taken)
     return PackedMatrix(matrix.format, bottom - top, right - left, tiles)
+
+
+def stack_part(
+    stack: PackedStack, matrices: Span | None = None, rows: Span | None = None, cols: Span | None = None
+) -> PackedStack:
+    """Some matrices of a stack, and of each of them rows [begin, end) and columns [begin, end); None: all.
+
+    Matrices alone are a view; otherwise tiles are copied. Of a mapped stack, only these tiles are read.
+
+    Raises:
+        ValueError: as in `packed_part`.
+    """
+    begin, end = matrices or (0, stack.count)
+    if not 0 <= begin < end <= stack.count:
+        raise ValueError(f"[{begin}, {end}) is not a part of a stack of {stack.count} matrices")
+    data = stack.data[begin:end]
+    if rows is None and cols is None:
+        return PackedStack(stack.format, end - begin, stack.rows, stack.cols, data)
+    parts = [packed_part(stack.matrix(i), rows, cols) for i in range(begin, end)]
+    out = empty_stack(end - begin, *parts[0].shape, data.shape[-1])
+    for tiles, part in zip(out, parts, strict=True):
+        tiles.copy_(part.data)
+    return PackedStack(stack.format, end - begin, *parts[0].shape, out)
 
 
 def part_of(

@@ -8,6 +8,7 @@ from deepseek_optimizer.backends.cpu.lower import lower
 from deepseek_optimizer.graph import rules
 from deepseek_optimizer.graph.adapters import UNFUSED, with_adapters
 from deepseek_optimizer.graph.ops import OPS
+from deepseek_optimizer.graph.parallel import Parallel
 from deepseek_optimizer.graph.parallel.tensor import split
 from deepseek_optimizer.models import build_encoder_graph, build_graph
 from support.encoders import random_encoder
@@ -106,7 +107,7 @@ def test_every_value_is_written_before_it_is_read():
 def test_lowered_nodes_match_their_specs():
     """Except nodes of the model: the absorbed form of latent attention has its own operands."""
     seen = set()
-    part = split(rules.apply(build_graph(CASES["qwen3-gqa"]()))[0], 0, 2, any_part).graph
+    part = split(rules.apply(build_graph(CASES["qwen3-gqa"]()))[0], 0, Parallel(2), any_part).graph
     divided = lower(part, lambda name: "f32", lambda name: "fp32")
     for graph in (*(lowered(lambda w: "int4", KINDS, names, case) for case in CASES for names in (None, [])), divided):
         for node in graph.nodes:

@@ -6,6 +6,7 @@ import pytest
 
 from deepseek_optimizer.backends.cpu.lower import lower
 from deepseek_optimizer.graph import rules
+from deepseek_optimizer.graph.parallel import Parallel
 from deepseek_optimizer.graph.parallel.tensor import split
 from deepseek_optimizer.models import build_graph
 from support.models import CASES
@@ -20,7 +21,7 @@ from support.ranks import any_part
 def test_logits_are_joined_last(case, tail, fused):
     graph = build_graph(CASES[case]())
     graph = rules.apply(graph)[0] if fused else graph
-    shard = split(graph, 0, 2, any_part).graph
+    shard = split(graph, 0, Parallel(2), any_part).graph
     nodes = lower(shard, lambda name: "f32", lambda name: "fp32").nodes
     ops = [node.op for node in nodes]
     selected = [] if fused else ["select_rows"]
@@ -31,7 +32,7 @@ def test_logits_are_joined_last(case, tail, fused):
 
 
 def test_every_part_is_received_at_once():
-    shard = split(rules.apply(build_graph(CASES["qwen3-gqa"]()))[0], 1, 2, any_part).graph
+    shard = split(rules.apply(build_graph(CASES["qwen3-gqa"]()))[0], 1, Parallel(2), any_part).graph
     ops = [node.op for node in lower(shard, lambda name: "f32", lambda name: "fp32").nodes]
     for at, op in enumerate(ops):
         if op == "publish":

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import pytest
+
 from deepseek_optimizer.backends.base import KvStore, Plan
 from deepseek_optimizer.backends.parallel.backend import LeaderPlan, LeaderStore
+from deepseek_optimizer.backends.parallel.stages import FirstPlan, FirstStore
 
 
 def public(kind):
     return {name for name in vars(kind) if not name.startswith("_")}
 
 
-def test_stores_and_plans_have_what_others_have():
-    assert public(KvStore) - set(dir(LeaderStore)) == set()
-    assert public(Plan) - set(dir(LeaderPlan)) == set()
+@pytest.mark.parametrize("store", [LeaderStore, FirstStore])
+def test_stores_have_what_others_have(store):
+    assert public(KvStore) - set(dir(store)) == set()
+
+
+@pytest.mark.parametrize("plan", [LeaderPlan, FirstPlan])
+def test_plans_have_what_others_have(plan):
+    assert public(Plan) - set(dir(plan)) == set()

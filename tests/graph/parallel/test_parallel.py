@@ -15,8 +15,9 @@ from deepseek_optimizer.graph.parallel import Parallel
         ({"tensors": 2}, "no field 'tensors'"),
         ({"tensor": 0}, "tensor must be an integer"),
         ({"tensor": True}, "tensor must be an integer"),
-        ({"expert": 2}, "expert must be 1"),
-        ({"pipeline": 2}, "pipeline must be 1"),
+        ({"expert": 0}, "expert must be an integer"),
+        ({"tensor": 16, "expert": 8}, "are 128 processes; there can be 64 at most"),
+        ({"pipeline": 2, "tensor": 2}, "tensor=2, pipeline=2 cannot be combined"),
     ],
 )
 def test_invalid_settings(parallel, text):

@@ -39,7 +39,7 @@ from deepseek_optimizer.integration.bind.swap import matrices_of
 from deepseek_optimizer.integration.load import ranks
 from deepseek_optimizer.quant.parts import packed_part
 from support.divided import SIZES, close, load_divided, save_divisible
-from support.family_configs import gemma4_unified_text, llama, mixtral
+from support.family_configs import gemma4_unified_text, llama, olmo2
 from support.models import assert_close_rows, random_ids
 
 pytestmark = pytest.mark.skipif(unavailable_reason() is not None, reason="needs the native backend")
@@ -223,12 +223,13 @@ def test_refused_before_memory_is_taken(saved, tmp_path):
         ({"parallel": {"tensor": 3}}, "tensor=3 does not divide the model's 2 key and value heads"),
         ({"backend": "reference"}, 'runs on backend "cpu" only'),
         ({"kl_budget": 0.1}, "need the whole model"),
+        ({"adapter": "adapter"}, "tensor=2 has no adapters; merge the adapter"),
     ):
         with pytest.raises(ConfigError, match=text):
             load_divided(saved, **fields)
-    save_divisible(tmp_path / "experts", mixtral)
-    with pytest.raises(UnsupportedModelError, match="router cannot be divided"):
-        load_divided(tmp_path / "experts")
+    save_divisible(tmp_path / "norms", olmo2)
+    with pytest.raises(UnsupportedModelError, match="rms_norm needs all elements"):
+        load_divided(tmp_path / "norms")
 
 
 def test_none_is_left_if_one_cannot_be_started(saved, monkeypatch):

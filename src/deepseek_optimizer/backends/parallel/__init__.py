@@ -2,6 +2,9 @@
 
 from .backend import RankBackend
 from .leader import Leader
+from .links import Links
+from .stage_worker import serve_stage
+from .stages import StageBackend
 from .worker import serve
 
-__all__ = ["Leader", "RankBackend", "serve"]
+__all__ = ["Leader", "Links", "RankBackend", "StageBackend", "serve", "serve_stage"]

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from ...errors import BackendError, RankLostError, UnsupportedRequestError
-from ...graph.ir import CacheSpec, Graph
+from ...graph.ir import CacheSpec, Graph, LatentSpec
+from ...graph.parallel import Parallel
 from ...graph.parallel.shard import Shard, Units
 from ...graph.parallel.tensor import split
 from ...graph.rope_rotation import KeyRotation
@@ -38,12 +39,15 @@ class RankBackend(CpuBackend):
     Args:
         isa, threads: as for `CpuBackend`; threads of this process.
         group: this process's place among those that run the model.
+        parallel: how the model is divided among them.
         leader: of rank 0 the other processes; None in these.
     """
 
-    def __init__(self, isa: str | None, threads: int | None, group: Group, leader: Leader | None = None) -> None:
+    def __init__(
+        self, isa: str | None, threads: int | None, group: Group, parallel: Parallel, leader: Leader | None = None
+    ) -> None:
         super().__init__(isa, threads, group)
-        self.group, self.leader = group, leader
+        self.group, self.parallel, self.leader = group, parallel, leader
         self._graphs: list[Graph] = []  # of whole models, in the order in which all processes have compiled them
         self.plans: list[CpuPlan] = []  # of these graphs
 
@@ -78,7 +82,7 @@ class RankBackend(CpuBackend):
             raise UnsupportedRequestError(
                 f"the model runs in {self.group.ranks} processes, which have its own plan only; load it without parallel"
             )
-        shard = shard_of(graph, self.group.rank, self.group.ranks, _formats(weights))
+        shard = shard_of(graph, self.group.rank, self.parallel, _formats(weights))
         plan = super().compile(shard.graph, {**weights, **_views(shard, weights)}, options)
         if not known:
             self._graphs.append(graph)
@@ -106,13 +110,15 @@ class RankBackend(CpuBackend):
         self, graph: Graph, formats: Mapping[str, str], options: CompileOptions, tokens: int, logit_rows: int
     ) -> int:
         """Of all processes, without the memory that they share."""
-        shard = shard_of(graph, self.group.rank, self.group.ranks, formats)
+        shard = shard_of(graph, self.group.rank, self.parallel, formats)
         own = {**formats, **{name: formats[source] for name, (source, _) in shard.views.items()}}
         return self.group.ranks * super().buffer_bytes(shard.graph, own, options, tokens, logit_rows)
 
     def _own(self, graph: Graph) -> Graph:
         """The graph with this rank's cache."""
         cache, ranks = graph.cache, self.group.ranks
+        if isinstance(cache, LatentSpec):
+            return graph  # latents are whole in each process
         assert isinstance(cache, CacheSpec)
         heads = cache.kv_heads
         kv_heads = tuple(n // ranks for n in heads) if isinstance(heads, tuple) else heads // ranks
@@ -128,17 +134,17 @@ class RankBackend(CpuBackend):
     linear_gradient = linear
 
 
-def shard_of(graph: Graph, rank: int, ranks: int, formats: Mapping[str, str]) -> Shard:
+def shard_of(graph: Graph, rank: int, parallel: Parallel, formats: Mapping[str, str]) -> Shard:
     """The share of a rank of a graph whose matrices have these formats, by name.
 
     Raises:
         UnsupportedModelError, ConfigError: see `graph.parallel.tensor.split`.
     """
-    return split(graph, rank, ranks, lambda name: Units(*part_units(formats[name])))
+    return split(graph, rank, parallel, lambda name: Units(*part_units(formats[name])))
 
 
 def _formats(weights: Mapping[str, PackedWeight | torch.Tensor]) -> dict[str, str]:
-    return {name: weight.format for name, weight in weights.items() if isinstance(weight, PackedMatrix)}
+    return {name: weight.format for name, weight in weights.items() if isinstance(weight, PackedWeight)}
 
 
 def _views(shard: Shard, weights: Mapping[str, PackedWeight | torch.Tensor]) -> dict[str, PackedMatrix]:
@@ -153,7 +159,7 @@ def _views(shard: Shard, weights: Mapping[str, PackedWeight | torch.Tensor]) -> 
 
 
 class LeaderStore:
-    """Implements `KvStore`: the stores of all ranks, each with some heads of the same blocks.
+    """Implements `KvStore`: the stores of all ranks, each with some heads of the same blocks, or with the same latents.
 
     Args:
         number: that all processes know it by.
@@ -202,6 +208,8 @@ class LeaderStore:
         self._all("rotate", rotation, block_table, tokens, position, delta, group)
 
     def read(self, layer: int, block_table: Int32, tokens: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if isinstance(self.own.spec, LatentSpec):
+            return self.own.read(layer, block_table, tokens)
         keys, values = zip(*self._ask("read", layer, block_table, tokens), strict=True)
         return torch.cat(keys), torch.cat(values)
 
@@ -256,12 +264,12 @@ class LeaderPlan(WrappedPlan):
         if any(row.noise is not None for row in call.rows):
             return decode_one(self, batch, store, call)
         known = self._seconds.get(rows)
-        steps = 1 if known is None else max(1, min(call.steps, int(call.seconds / known)))
+        steps = 1 if known is None else max(1, int(min(call.steps, call.seconds / known)))
         timeless = replace(call, steps=steps, seconds=np.inf)
         self._own.checked(replace(batch, logits=None), store.own)
         start = time.perf_counter()
         decoded = self._together(
-            ("decode", self._number, store.number, _sent(batch), timeless),
+            ("decode", self._number, store.number, replace(_sent(batch), draft_states=batch.draft_states), timeless),
             lambda: self._own.decode(batch, store.own, timeless),
         )
         self._seconds[rows] = (time.perf_counter() - start) / max(1, decoded.steps)

@@ -14,15 +14,13 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
-
-import torch
 
 from ...errors import BackendError, RankLostError
 from ..cpu.group import Group
 from .messages import DONE, END, FAILED, READY, receive
+from .uninterrupted import Uninterrupted
 
 Result = TypeVar("Result")
 
@@ -45,7 +43,7 @@ class Leader:
         self._stores = 0
         self.ready = False  # whether the others have loaded their parts, and compiled their plans
         self._end: str | None = None  # which process has ended and how
-        self._main = ThreadPoolExecutor(1, "dso-leader")
+        self._uninterrupted = Uninterrupted()
         ending = threading.Event()
         for rank, process in enumerate(self._processes, 1):
             threading.Thread(target=_watch, args=(group, rank, process, ending), daemon=True, name=f"dso-rank-{rank}").start()
@@ -111,7 +109,7 @@ class Leader:
 
         with self._lock:
             try:
-                result, interrupt = self._uninterrupted(both)
+                result, interrupt = self._uninterrupted.call(both)
             except RankLostError:
                 raise RankLostError(self._ended(self.group.lost or 0)) from None
             except BaseException:
@@ -120,28 +118,6 @@ class Leader:
         if interrupt is not None:
             raise interrupt
         return result
-
-    def _uninterrupted(self, function: Callable[[], Result]) -> tuple[Result, KeyboardInterrupt | None]:
-        """Calls a function that Ctrl-C does not interrupt, since the processes would no longer agree on the step; returns its
-        result, and the interrupt to raise afterwards. Python interrupts the main thread only."""
-        if threading.current_thread() is not threading.main_thread():
-            return function(), None
-        mode = torch.is_inference_mode_enabled()  # a thread has its own
-
-        def in_mode() -> Result:
-            with torch.inference_mode(mode):
-                return function()
-
-        try:
-            future = self._main.submit(in_mode)
-        except RuntimeError:  # the interpreter ends, and a finalizer releases memory
-            return function(), None
-        interrupt = None
-        while True:
-            try:
-                return future.result(), interrupt
-            except KeyboardInterrupt as error:
-                interrupt = error
 
     def _answer(self, rank: int) -> Any:
         try:

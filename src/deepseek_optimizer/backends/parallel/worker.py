@@ -67,17 +67,19 @@ class _Commands:
         self._stores[number].write_block(block, parts[self._backend.group.rank])
 
     def run(self, plan: int, number: int, batch: StepBatch) -> None:
-        self._backend.plans[plan].run(self._with_logits(batch), self._stores[number])
+        own = self._backend.plans[plan]
+        own.run(self._with_logits(batch, own.vocab_size), self._stores[number])
 
     def decode(self, plan: int, number: int, batch: StepBatch, call: Any) -> None:
-        rows = len(batch.logit_rows) * (call.steps if call.keep_logits else 1)
-        self._backend.plans[plan].decode(self._with_logits(batch, rows), self._stores[number], call)
+        rows, own = len(batch.logit_rows) * (call.steps if call.keep_logits else 1), self._backend.plans[plan]
+        own.decode(self._with_logits(batch, own.vocab_size, rows), self._stores[number], call)
 
-    def _with_logits(self, batch: StepBatch, rows: int | None = None) -> StepBatch:
+    def _with_logits(self, batch: StepBatch, width: int, rows: int | None = None) -> StepBatch:
         """The batch with memory for its logits, which steps share: new memory would cost page faults at every step."""
-        needed, width = len(batch.logit_rows) if rows is None else rows, self._graph.logits_width
+        needed = len(batch.logit_rows) if rows is None else rows
         if needed == 0:
             return batch
-        if self._logits is None or len(self._logits) < needed:
-            self._logits = torch.empty(needed, width, dtype=torch.float32)
-        return replace(batch, logits=self._logits[:needed])
+        elements = needed * width
+        if self._logits is None or len(self._logits) < elements:
+            self._logits = torch.empty(elements, dtype=torch.float32)
+        return replace(batch, logits=self._logits[:elements].view(needed, width))

@@ -88,8 +88,9 @@ def gate_up(
     gated: Gated = ops.swiglu,
     bias: torch.Tensor | None = None,
     weigh_input: bool = False,
+    first: int = 0,
 ) -> torch.Tensor:
-    """[T * top_k, I]: gated(gate x, up x) for each token's chosen experts.
+    """[T * top_k, I]: gated(gate x, up x) for each token's chosen experts; zeros for those that `weight` does not have.
 
     Args:
         x: [T, H].
@@ -97,11 +98,12 @@ def gate_up(
         gated: computes h from gate and up.
         bias: [experts, 2 I].
         weigh_input: whether x is multiplied by the expert's weight.
+        first: number of the first expert in `weight`.
     """
     top_k = routes.shape[-1] // 2
     shares = routes[:, top_k:].flatten()[:, None].to(x.dtype)
-    out = x.new_empty(len(x) * top_k, weight.shape[1] // 2)
-    for expert, rows in _visits(routes[:, :top_k], grouped):
+    out = x.new_zeros(len(x) * top_k, weight.shape[1] // 2)
+    for expert, rows in _visits(routes[:, :top_k] - first, len(weight), grouped):
         read = x[rows // top_k] * shares[rows] if weigh_input else x[rows // top_k]
         both = F.linear(read, weight[expert], None if bias is None else bias[expert])
         out[rows] = gated(*both.chunk(2, -1))
@@ -115,18 +117,20 @@ def down(
     grouped: bool,
     bias: torch.Tensor | None = None,
     weigh_input: bool = False,
+    first: int = 0,
 ) -> torch.Tensor:
-    """float32 [T, H]: the weighted sum of the chosen experts' results, in ascending order of experts; with `weigh_input`, the
-    sum without weights.
+    """float32 [T, H]: the weighted sum of the results of the chosen experts that `weight` has, in ascending order of experts;
+    with `weigh_input`, the sum without weights.
 
     Args:
         hidden: [T * top_k, I].
         weight: [experts, H, I].
         bias: [experts, H].
+        first: number of the first expert in `weight`.
     """
     chosen, shares = routes.chunk(2, -1)
-    out = hidden.new_empty(len(hidden), weight.shape[1])
-    for expert, rows in _visits(chosen, grouped):
+    out = hidden.new_zeros(len(hidden), weight.shape[1])
+    for expert, rows in _visits(chosen - first, len(weight), grouped):
         out[rows] = F.linear(hidden[rows], weight[expert], None if bias is None else bias[expert])
     parts = out.float().unflatten(0, chosen.shape)
     if not weigh_input:
@@ -158,12 +162,14 @@ def ordered_stacks(graph: Graph, weights: Mapping[str, torch.Tensor], packed: Co
     return ordered
 
 
-def _visits(chosen: torch.Tensor, grouped: bool) -> Iterator[tuple[int, torch.Tensor]]:
-    """Pairs of an expert and its rows: once per expert if grouped, else once per row."""
+def _visits(chosen: torch.Tensor, experts: int, grouped: bool) -> Iterator[tuple[int, torch.Tensor]]:
+    """Pairs of an expert, from 0 to `experts` - 1, and its rows: once per expert if grouped, else once per row."""
     flat = chosen.flatten().long()
     if grouped:
         for expert in flat.unique().tolist():
-            yield expert, (flat == expert).nonzero()[:, 0]
+            if 0 <= expert < experts:
+                yield expert, (flat == expert).nonzero()[:, 0]
     else:
         for row, expert in enumerate(flat.tolist()):
-            yield expert, torch.tensor([row], device=flat.device, dtype=torch.int64)
+            if 0 <= expert < experts:
+                yield expert, torch.tensor([row], device=flat.device, dtype=torch.int64)

@@ -376,12 +376,12 @@ class ReferencePlan:
         name, gated, a = node.weights[0], ops.GATED[node.attrs.get("activation", "silu")], node.attrs
         if a.get("limit", 0.0) > 0:
             gated = partial(ops.clamped_swiglu, alpha=a["alpha"], limit=a["limit"], raised=a.get("raised", True))
-        how = (a["grouped"], gated, self._bias(node), a.get("weigh_input", False))
+        how = (a["grouped"], gated, self._bias(node), a.get("weigh_input", False), a.get("first", 0))
         return (moe.gate_up(self.rounded(x, name), routes, self._weights[name], *how),)
 
     def _experts_down(self, step: Step, node: Node, hidden: torch.Tensor, routes: torch.Tensor) -> tuple[torch.Tensor, ...]:
         a, name = node.attrs, node.weights[0]
-        how = (a["grouped"], self._bias(node), a.get("weigh_input", False))
+        how = (a["grouped"], self._bias(node), a.get("weigh_input", False), a.get("first", 0))
         out = moe.down(self.rounded(hidden, name), routes, self._weights[name], *how)
         return (out.to(self.dtype),)
 

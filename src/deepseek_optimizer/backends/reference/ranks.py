@@ -1,6 +1,6 @@
-"""The graphs of all ranks of a divided model, run node by node in one process.
+"""The graphs of all ranks of a divided model, run in one process: node by node, or stage by stage.
 
-This is the definition of `all_reduce` and `all_gather`.
+This is the definition of `all_reduce` and `all_gather`, and of what the processes of a pipeline do.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from types import MappingProxyType
 import torch
 
 from ...graph.ops.collective import COLLECTIVES
-from ..base import KvStore, StepBatch, StepOutput
+from ..base import KvStore, Plan, StepBatch, StepOutput
+from ..stage_batch import layer_batch, tail_batch
 from .plan import ReferencePlan
 
 
@@ -57,3 +58,23 @@ class RankPlans:
                 for plan, step, node in zip(self.plans, steps, nodes, strict=True):
                     plan.compute(step, node)
         return self.plans[0].result(steps[0])
+
+
+class StagePlans:
+    """The plans of all processes of a pipeline, which run one after the other.
+
+    Args:
+        plans: of each process's layers, from `graph.parallel.pipeline`.
+        tail: of what follows the last layer.
+        groups: for each of `plans`, the groups of layers of the whole cache that it has.
+    """
+
+    def __init__(self, plans: Sequence[Plan], tail: Plan, groups: Sequence[tuple[int, ...]]) -> None:
+        self.plans, self.tail, self.groups = plans, tail, groups
+
+    def run(self, batch: StepBatch, stores: Sequence[KvStore]) -> StepOutput:
+        """Runs one step, with a store for each process. See `Plan.run`."""
+        rows = None
+        for plan, store, groups in zip(self.plans, stores, self.groups, strict=True):
+            rows = plan.run(layer_batch(batch, groups, rows), store).last_hidden
+        return self.tail.run(tail_batch(batch, rows), None)

@@ -42,6 +42,8 @@ _PRODUCT = (
     Attr("layout", LAYOUT, "how Transformers stores the weight, see there; packed stacks are always the same", "rows"),
     Attr("weigh_input", BOOL, "weights multiply the inputs of experts, not their outputs", False, flag="weigh_input"),
     Attr("grouped", BOOL, "compute by expert instead of by token, so that an expert's weights are read once", flag="grouped"),
+    Attr("first", INT, "number of the weight's first expert", 0, step_field="offset"),
+    Attr("of", INT, "with a part of the experts, number of all; 0: the weight has all", 0, step_field="groups"),
 )
 _PHASES = "With `grouped` (rule `experts`), the rows of one expert are multiplied together. The results are the same."
 
@@ -68,8 +70,10 @@ def _product_shapes(node: Node, rows: int) -> Shapes:
 
 def _products_fit(node: Node, many: int) -> bool:
     """`many`: rows per token of the value with several."""
-    top_k = int(node.attrs["top_k"])
-    return bool(node.inputs[1].width == 2 * top_k and many == top_k <= node.attrs["experts"])
+    a, top_k = node.attrs, int(node.attrs["top_k"])
+    every = a.get("of", 0) or a["experts"]
+    own = 0 <= a.get("first", 0) <= every - a["experts"]
+    return bool(node.inputs[1].width == 2 * top_k and many == top_k <= every and own)
 
 
 SPECS = (
@@ -160,7 +164,8 @@ SPECS = (
         kernels=_PHASES,
         doc="""
             y_t = sum over the chosen experts e, ascending, of weight_e * (down_e h + b_e), or of down_e h + b_e with
-            `weigh_input`. The biases are [E, H].
+            `weigh_input`. The biases are [E, H]. With `of`, the sum is over those of the chosen experts whose matrices the
+            weight has: [first, first + experts) of `of`; `experts_gate_up` computes these only.
         """,
     ),
     OpSpec(

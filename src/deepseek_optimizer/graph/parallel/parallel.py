@@ -13,12 +13,12 @@ MOST_RANKS = 64
 
 @dataclass(frozen=True)
 class Parallel:
-    """How a model is divided among processes of one machine; each field is a number of processes.
+    """How a model is divided among processes; each field is a number of processes.
 
     Attributes:
         tensor: each layer is divided, see `graph/parallel/tensor.py`.
-        expert: the experts of a layer are divided; only 1 so far.
-        pipeline: the layers are divided; only 1 so far.
+        expert: as `tensor`, but each process has whole experts. With both, a process has a part of each of some experts.
+        pipeline: the layers are divided, see `graph/parallel/pipeline.py`; not together with the others.
 
     Raises:
         ConfigError: a value is not supported.
@@ -33,14 +33,19 @@ class Parallel:
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_RANKS:
                 raise ConfigError(f"parallel: {field.name} must be an integer from 1 to {MOST_RANKS}, got {value!r}")
-        for name in ("expert", "pipeline"):
-            if getattr(self, name) != 1:
-                raise ConfigError(f"parallel: {name} must be 1: only tensor parallelism is supported so far; set tensor")
+        if self.pipeline > 1 and self.tensor * self.expert > 1:
+            raise ConfigError(f"parallel: {self} cannot be combined; set pipeline alone, or tensor and expert")
+        if self.ranks > MOST_RANKS:
+            raise ConfigError(f"parallel: {self} are {self.ranks} processes; there can be {MOST_RANKS} at most")
 
     @property
     def ranks(self) -> int:
         """Number of processes."""
         return self.tensor * self.expert * self.pipeline
+
+    def __str__(self) -> str:
+        """The fields that divide something, for messages: `tensor=2`."""
+        return ", ".join(f"{name}={count}" for name, count in self.to_dict().items() if count > 1) or "tensor=1"
 
     def to_dict(self) -> dict[str, int]:
         """The fields as JSON."""

@@ -12,15 +12,16 @@ Span = tuple[int, int]  # [begin, end)
 
 @dataclass(frozen=True)
 class Part:
-    """The rows and columns that a process has of a matrix, or the elements (`rows`) of a vector; None: all of them."""
+    """What a process has of a weight; None: all of them.
+
+    Attributes:
+        rows, cols: of a matrix, or of each matrix of a stack; `rows` are the elements of a vector.
+        experts: of a stack of matrices of experts.
+    """
 
     rows: Span | None = None
     cols: Span | None = None
-
-    def shape_in(self, whole: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of this part of a weight of shape `whole`."""
-        spans = (self.rows, self.cols)
-        return tuple(n if span is None else span[1] - span[0] for n, span in zip(whole, spans, strict=False))
+    experts: Span | None = None
 
 
 @dataclass(frozen=True)

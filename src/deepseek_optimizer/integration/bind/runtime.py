@@ -6,7 +6,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from ...backends.base import CompileOptions, Plan
+from ...backends.parallel import StageBackend
 from ...backends.prompt_plan import PromptPlan
 from ...cache.forgetting import SPARE_OF_COPIES, Forgetting, Groups, max_blocks
 from ...checkpoint import Manifest
@@ -21,6 +24,7 @@ from ...graph.ir import Graph
 from ...graph.partial_graph import writing_graph
 from ...graph.rope_rotation import KeyRotation, key_rotation
 from ...models.families import FAMILIES
+from ...quant import PackedWeight
 from ..memory.arena import Arena, LatentRow, WindowRows
 from ..memory.cache_size import (
     SLOTS_PER_SEQUENCE,
@@ -112,7 +116,7 @@ class Runtime(PackedModel):
 
     def compile(self, graph: Graph) -> Plan:
         """Compiles a graph of this model (`graph`, `adapter_graph`); plans share the model's weights."""
-        weights = weights_of(self.model, graph)
+        weights = self._weights_of(graph)
         plan = self.backend.compile(graph, weights, self.compile_options)
         if (beginning := writing_graph(graph)) is not None:
             plan = PromptPlan(plan, self.backend.compile(beginning, weights, self.compile_options))
@@ -163,8 +167,13 @@ class Runtime(PackedModel):
         with self._making:
             if self._mtp_plans is None:
                 graphs, options = planned_mtp_graphs(self.model, self.config, self.graph), self.compile_options
-                self._mtp_plans = [self.backend.compile(g, weights_of(self.model, g), options) for g in graphs]
+                self._mtp_plans = [self.backend.compile(g, self._weights_of(g), options) for g in graphs]
             return self._mtp_plans
+
+    def _weights_of(self, graph: Graph) -> dict[str, PackedWeight | torch.Tensor]:
+        """Those weights of a graph that this process has."""
+        names = self.backend.weights_in(graph) if isinstance(self.backend, StageBackend) else None
+        return weights_of(self.model, graph, names)
 
     @property
     def compile_options(self) -> CompileOptions:

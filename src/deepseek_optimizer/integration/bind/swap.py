@@ -352,13 +352,18 @@ def stored_tensors(model: Any) -> dict[str, PackedWeight | torch.Tensor]:
     return result
 
 
-def weights_of(model: nn.Module, graph: Graph) -> dict[str, PackedWeight | torch.Tensor]:
+def weights_of(model: nn.Module, graph: Graph, names: Iterable[str] | None = None) -> dict[str, PackedWeight | torch.Tensor]:
     """The graph's weights by name, for a backend to compile with: packed matrices and plain vectors, in the modules' storage.
+
+    Args:
+        model: has them.
+        graph: the graph.
+        names: the weights; None: all.
 
     Raises:
         BackendError: a weight is not loaded yet.
     """
-    result = _held_by_modules(model, graph)
+    result = _held_by_modules(model, graph.weights() if names is None else names)
     for name, weight in result.items():
         if (weight.data if isinstance(weight, PackedWeight) else weight).device.type == "meta":
             raise BackendError(f"{name} has no data yet; bind the plan after loading the weights")
@@ -367,12 +372,12 @@ def weights_of(model: nn.Module, graph: Graph) -> dict[str, PackedWeight | torch
 
 def matrices_of(model: nn.Module, graph: Graph) -> dict[str, PackedWeight]:
     """The graph's packed matrices and stacks by parameter name, tied ones once."""
-    return {name: w for name, w in _held_by_modules(model, graph).items() if isinstance(w, PackedWeight)}
+    return {name: w for name, w in _held_by_modules(model, graph.weights()).items() if isinstance(w, PackedWeight)}
 
 
-def _held_by_modules(model: nn.Module, graph: Graph) -> dict[str, PackedWeight | torch.Tensor]:
+def _held_by_modules(model: nn.Module, names: Iterable[str]) -> dict[str, PackedWeight | torch.Tensor]:
     result: dict[str, PackedWeight | torch.Tensor] = {}
-    for name in graph.weights():
+    for name in names:
         path, _, leaf = name.rpartition(".")
         module = without_adapter(model.get_submodule(path))
         held = module.held() if isinstance(module, Packed) else {}

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from ...backends.base import Backend
+from ...backends.parallel import Links, serve_stage
+from ...backends.parallel.messages import FAILED, READY, answer
 from ...checkpoint import (
     METHODS,
     Checkpoint,
@@ -47,7 +49,7 @@ from .kl_budget import adapt, calibration_tokens
 from .mtp_layers import add_mtp_layers, own_tensors, same_tensor, stored_mtp_layers
 from .placement import packing_backend, parse_device, placed, with_backend
 from .quantizer import mark_quantized
-from .ranks import Member, check_divisible, narrow, parts_of, start_ranks
+from .ranks import Member, check_divisible, narrow, share_of, start_ranks
 from .resolve import resolve
 
 _DTYPES = {
@@ -137,29 +139,45 @@ def _load_part(
         packing: packs weights.
         member: this process; None: the leader, which starts the others.
     """
-    parts = parts_of(model, settings, 0 if member is None else member.group.rank)
     if member is None:
-        _check_memory(model, checkpoint, torch.device("cpu"), settings.kv_cache_memory)  # of all processes together
+        if settings.parallel.pipeline == 1:
+            _check_memory(model, checkpoint, torch.device("cpu"), settings.kv_cache_memory)  # of all processes together
+        share_of(model, settings, 0)  # raises errors before processes are started
         member = start_ranks(checkpoint, settings)
+    share = share_of(model, settings, member.rank)
     try:
+        if share.names is not None:
+            _check_memory(model, checkpoint, torch.device("cpu"), settings.kv_cache_memory, share.names)
         with show_reading(checkpoint) if member.leader is not None else nullcontext() as progress:
-            _fill(model, weights_for(model, checkpoint, packing.pack, progress, parts=parts), torch.device("cpu"))
+            own = weights_for(model, checkpoint, packing.pack, progress, share.names, parts=share.parts)
+            _fill(model, own, torch.device("cpu"))
         checkpoint.check_unchanged()
-        narrow(model, parts)
+        narrow(model, share.parts)
         name_source(model, checkpoint, dtype)
         mark_quantized(model, settings)
         notes = checkpoint.remarks()
         total = sum(info.nbytes for info in checkpoint.tensors.values())
         earlier = checkpoint.manifest if isinstance(checkpoint, PackedCheckpoint) else None
-        bind(model.eval(), settings, earlier=earlier, bytes_before=total, notes=notes, backend=member.backend(settings))
+        bind(model.eval(), settings, earlier=earlier, bytes_before=total, notes=notes, backend=member.backend(settings, share))
         model.dso.mappings.update(checkpoint.mappings())
-        _ = model.dso.plan  # all processes compile the same plans in the same order
-        if member.leader is not None:
+        _ = model.dso.plan
+        if member.rank == 0 or not share.stages:  # rank 0 of a pipeline has the MTP layers
+            _ = model.dso.mtp_plans  # otherwise, all processes compile the same plans in the same order
+        if isinstance(member.leader, Links):
+            member.leader.started(share.fingerprint)
+        elif member.leader is not None:
             member.leader.started()
-    except BaseException:
+    except BaseException as error:
         if member.leader is not None:
             member.leader.close()
+        if not member.one_host and member.link is not None:
+            answer(member.link, FAILED, f"{type(error).__name__}: {error}")  # what the leader raises
         raise
+    if member.link is not None:
+        answer(member.link, READY, share.fingerprint)
+        serve_stage(model.dso.backend, model.dso.graph, member.link)
+        if not member.one_host:
+            raise SystemExit(0)  # this process was started for its part only
     return model
 
 
@@ -193,12 +211,14 @@ def open_to_load(
         yield checkpoint, why_general_path(checkpoint, config, fields)
 
 
-def _check_memory(model: Any, checkpoint: Checkpoint, device: torch.device, cache: int | None) -> None:
-    """See `check_memory`. Those of a packed checkpoint are mapped into the host's memory instead."""
+def _check_memory(
+    model: Any, checkpoint: Checkpoint, device: torch.device, cache: int | None, names: Iterable[str] | None = None
+) -> None:
+    """See `check_memory`; `names`: of the tensors, None: all. Those of a packed checkpoint are mapped instead."""
     if isinstance(checkpoint, PackedCheckpoint) and device.type == "cpu":
         return
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
-    check_memory((tensors[name] for name in expected_tensors(model)[0]), device, cache)
+    check_memory((tensors[name] for name in (expected_tensors(model)[0] if names is None else names)), device, cache)
 
 
 def sketch(

@@ -1,6 +1,7 @@
 """The process of one of the ranks 1 and higher: loads its part of a model, and runs what the leader says.
 
-Started by `ranks.start_ranks` with the numbers of two file descriptors: the group's memory and the pipe to the leader.
+Started by `ranks.start_ranks` with the numbers of two file descriptors: the group's memory, or -1 for a pipeline, which has
+none, and the pipe to the leader.
 """
 
 from __future__ import annotations
@@ -28,16 +29,21 @@ def main() -> int:
     from .loader import load
     from .ranks import Member
 
-    group = Group(memory, job["rank"], job["ranks"])
-    os.close(memory)
+    if memory < 0:  # of a pipeline
+        member = Member(job["rank"], job["threads"], link=answers)
+    else:
+        member = Member(job["rank"], job["threads"], Group(memory, job["rank"], job["ranks"]))
+        os.close(memory)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the leader issues them
             settings = DeepSeekConfig.from_dict(job["settings"])
-            model = load(job["path"], settings, {}, member=Member(group, job["threads"]))
+            model = load(job["path"], settings, {}, member=member)
     except BaseException as error:  # whatever it is, the leader raises it
         answer(answers, FAILED, f"{type(error).__name__}: {error}")
         return 1
+    if member.group is None:
+        return 0  # the leader has ended
     answer(answers, READY, "")
     serve(model.dso.backend, model.dso.graph, answers)
     return 0

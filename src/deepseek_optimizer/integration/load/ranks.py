@@ -5,12 +5,13 @@ Each process creates the whole model on the meta device and reads its own parts 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,21 @@ from ...backends.cpu import CpuBackend, unavailable_reason
 from ...backends.cpu.environment import forced_threads
 from ...backends.cpu.group import Group
 from ...backends.cpu.native import library, number
-from ...backends.parallel import Leader, RankBackend
+from ...backends.parallel import Leader, Links, RankBackend, StageBackend
 from ...backends.parallel.backend import shard_of
 from ...checkpoint import Checkpoint
 from ...checkpoint.load import Part
 from ...config import DeepSeekConfig
-from ...errors import BackendError, ConfigError
+from ...errors import BackendError, ConfigError, UnsupportedModelError
+from ...graph.parallel import Parallel
+from ...graph.parallel.pipeline import Stage, split_layers
 from ...quant import get_format
 from ...system.backend_entries import AUTO
-from ..bind.graphs import loaded_mtp_layers, whole_graph
+from ..bind.graphs import loaded_mtp_layers, model_graph, mtp_graphs, planned_graph
 from ..bind.modules import PackedLinear
+from ..bind.packed_experts import PackedExperts
 from ..bind.swap import expected_tensors
+from .rendezvous import Place
 
 _MODULE = "deepseek_optimizer.integration.load.rank_process"
 
@@ -41,18 +46,50 @@ class Member:
     """A process of a group, while it loads its part.
 
     Attributes:
-        group: its place.
+        rank: its number.
         threads: number of threads of its backend.
+        group: with tensor parallelism, its place in the group.
         leader: of rank 0 the other processes.
+        link: of the other ranks of a pipeline, the connection to rank 0.
+        one_host: whether all processes are on one machine.
     """
 
-    group: Group
+    rank: int
     threads: int
-    leader: Leader | None = None
+    group: Group | None = None
+    leader: Leader | Links | None = None
+    link: Connection | None = None
+    one_host: bool = True
 
-    def backend(self, settings: DeepSeekConfig) -> RankBackend:
+    def backend(self, settings: DeepSeekConfig, share: Share) -> RankBackend | StageBackend:
         """The backend that runs this process's part."""
-        return RankBackend(settings.isa, self.threads, self.group, self.leader)
+        if share.stages:
+            links = self.leader if isinstance(self.leader, Links) else None
+            return StageBackend(settings.isa, self.threads, share.stages, self.rank, self.one_host, links)
+        assert self.group is not None
+        leader = self.leader if isinstance(self.leader, Leader) else None
+        return RankBackend(settings.isa, self.threads, self.group, settings.parallel, leader)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a rank has of a model.
+
+    Attributes:
+        parts: the parts of tensors that it does not have as a whole, by name.
+        names: the tensors that it has; None: all.
+        stages: with a pipeline, those of all processes.
+    """
+
+    parts: Mapping[str, Part]
+    names: list[str] | None = None
+    stages: list[Stage] = field(default_factory=list)
+
+    @property
+    def fingerprint(self) -> str:
+        """The same in all processes that divide the same model in the same way."""
+        shapes = [(stage.cached, stage.groups, [repr(node) for node in stage.graph.nodes]) for stage in self.stages]
+        return hashlib.sha256(repr(shapes).encode()).hexdigest()
 
 
 def check_divisible(settings: DeepSeekConfig, device: torch.device, no_plan: str | None, *, packed: bool) -> None:
@@ -68,7 +105,7 @@ def check_divisible(settings: DeepSeekConfig, device: torch.device, no_plan: str
         ConfigError: a setting conflicts with `parallel`.
         BackendError: the native backend is not available.
     """
-    ways = f"parallel: tensor={settings.parallel.tensor}"
+    ways = f"parallel: {settings.parallel}"
     if no_plan is not None:
         raise ConfigError(
             f"{ways} needs an execution plan, which this model does not have ({no_plan}); load it without parallel"
@@ -84,17 +121,31 @@ def check_divisible(settings: DeepSeekConfig, device: torch.device, no_plan: str
         raise BackendError(f"{ways} needs the native backend: {reason}")
 
 
+def check_no_adapter(config: DeepSeekConfig | None, fields: Mapping[str, Any]) -> None:
+    """Raises ConfigError if a model that an adapter of PEFT is loaded into would be divided.
+
+    Args:
+        config, fields: as in `load_model`.
+    """
+    parallel = Parallel.of(fields.get("parallel", Parallel() if config is None else config.parallel))
+    if parallel.ranks > 1:
+        raise ConfigError(
+            f"parallel: {parallel} has no adapters; merge the adapter into the model first (PEFT's merge_and_unload), or load "
+            "it without parallel"
+        )
+
+
 def check_undivided(settings: DeepSeekConfig) -> None:
     """Raises ConfigError if settings for a model that `load_model` does not load would divide it."""
     if settings.parallel.ranks > 1:
         raise ConfigError(
-            f"parallel: tensor={settings.parallel.tensor} is for load_model and dso commands only, since each process reads "
+            f"parallel: {settings.parallel} is for load_model and dso commands only, since each process reads "
             "its own part of a checkpoint; use load_model(path, config), or leave parallel unset"
         )
 
 
-def parts_of(model: Any, settings: DeepSeekConfig, rank: int) -> dict[str, Part]:
-    """The parts of tensors that a rank has, by name; of all others it has the whole.
+def share_of(model: Any, settings: DeepSeekConfig, rank: int) -> Share:
+    """What a rank has.
 
     Args:
         model: from `loader.sketch`.
@@ -104,13 +155,37 @@ def parts_of(model: Any, settings: DeepSeekConfig, rank: int) -> dict[str, Part]
     Raises:
         UnsupportedModelError, ConfigError: the model cannot be divided so.
     """
-    if loaded_mtp_layers(model):
-        raise ConfigError(
-            f'parallel: tensor={settings.parallel.tensor} cannot divide layers for multi-token prediction; set mtp="off"'
-        )
-    formats = {name: f for name, f in expected_tensors(model)[0].items() if f is not None}
-    shard = shard_of(whole_graph(model), rank, settings.parallel.ranks, _Formats(formats))
-    return {name: (part.rows, part.cols) for name, part in shard.parts.items()}
+    if settings.parallel.pipeline == 1:
+        return Share(_parts_of(model, settings, rank))
+    formats, _ = expected_tensors(model)
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    stages = split_layers(planned_graph(model, settings)[0], settings.parallel.pipeline, lambda name: int(tensors[name].nbytes))
+    others = {name for stage in stages[1:] for name in stage.weights()}
+    own = set(stages[rank].weights())
+    return Share({}, [name for name in formats if name in own or (rank == 0 and name not in others)], stages)
+
+
+def _parts_of(model: Any, settings: DeepSeekConfig, rank: int) -> dict[str, Part]:
+    parallel, parts = settings.parallel, dict[str, Part]()
+    formats = _Formats({name: f for name, f in expected_tensors(model)[0].items() if f is not None})
+    main, *mtp = (model_graph(model, (), loaded_mtp_layers(model))[0], *mtp_graphs(model))
+    if parallel.expert > 1 and not any(node.op == "experts_down" for node in main.nodes):
+        raise ConfigError(f"parallel: {parallel} needs a model with experts, which {main.family} is not; use tensor")
+    shards = [shard_of(graph, rank, parallel, formats) for graph in (main, *mtp)]
+    for shard in shards:
+        parts |= {name: (part.rows, part.cols, part.experts) for name, part in shard.parts.items()}
+    for graph, shard in zip((main, *mtp), shards, strict=True):
+        for name in parts.keys() & set(graph.weights()):
+            own = shard.parts.get(name)
+            if own is None or (own.rows, own.cols, own.experts) != parts[name]:
+                raise UnsupportedModelError(f"parallel: {parallel} would divide {name} in two ways; load it without parallel")
+    for path, module in model.named_modules():
+        if isinstance(module, PackedLinear) and module.order is not None and f"{path}.weight" in parts:
+            raise UnsupportedModelError(
+                f"parallel: {parallel} cannot divide {path}.weight, which has its columns in another order; use pipeline, or "
+                "load it without parallel"
+            )
+    return parts
 
 
 class _Formats(dict[str, str]):
@@ -123,42 +198,57 @@ class _Formats(dict[str, str]):
 def narrow(model: Any, parts: Mapping[str, Part]) -> None:
     """Gives packed modules the sizes of the parts that they hold."""
     for name, module in model.named_modules():
-        rows, cols = parts.get(f"{name}.weight", (None, None))
-        if isinstance(module, PackedLinear):
+        rows, cols, _ = parts.get(f"{name}.weight", (None, None, None))
+        if isinstance(module, PackedExperts):
+            inner, _, experts = parts.get(f"{name}.gate_up_proj", (None, None, None))
+            module.num_experts = module.num_experts if experts is None else experts[1] - experts[0]
+            module.intermediate_dim = module.intermediate_dim if inner is None else inner[1] - inner[0]
+        elif isinstance(module, PackedLinear):
             module.out_features = module.out_features if rows is None else rows[1] - rows[0]
             module.in_features = module.in_features if cols is None else cols[1] - cols[0]
 
 
 def start_ranks(checkpoint: Checkpoint, settings: DeepSeekConfig) -> Member:
-    """Starts the other processes, which load their parts of a checkpoint; this one becomes their leader.
+    """Starts the other processes, which load their parts of a checkpoint; this one becomes their leader. Those of a pipeline on
+    several machines have all been started already.
 
     Raises:
-        BackendError: a process cannot be started.
+        BackendError: a process cannot be started, or the others cannot be reached.
+        ConfigError: the environment describes another number of processes.
     """
-    ranks = settings.parallel.ranks
-    threads = settings.threads or forced_threads() or max(1, number(library().dso_default_threads()) // ranks)
-    memory = os.memfd_create("dso-group", os.MFD_CLOEXEC)
+    ranks, pipeline = settings.parallel.ranks, settings.parallel.pipeline > 1
+    sharing = 1 if pipeline else ranks  # processes that compute at the same time
+    threads = settings.threads or forced_threads() or max(1, number(library().dso_default_threads()) // sharing)
+    if pipeline and (place := Place.of_environment()) is not None:
+        if place.ranks != ranks:
+            raise ConfigError(f"parallel: {settings.parallel} needs {ranks} processes, but WORLD_SIZE is {place.ranks}")
+        if place.rank > 0:
+            return Member(place.rank, threads, link=place.connect(), one_host=False)
+        return Member(0, threads, leader=Links(place.accept()), one_host=False)
+    memory = -1 if pipeline else os.memfd_create("dso-group", os.MFD_CLOEXEC)
     processes: list[subprocess.Popen[bytes]] = []
     try:
-        group = Group(memory, 0, ranks)
+        group = None if pipeline else Group(memory, 0, ranks)
         answers = []
         for rank in range(1, ranks):
             ours, theirs = socket.socketpair()
-            answer = Connection(ours.detach())
+            link = Connection(ours.detach())
             try:
                 processes.append(_start(memory, theirs.fileno()))
             finally:
                 theirs.close()
-            answers.append(answer)
-            answer.send(_job(checkpoint.path, settings, rank, threads))
+            answers.append(link)
+            link.send(_job(checkpoint.path, settings, rank, threads))
     except BaseException:
         for process in processes:
             process.kill()
             process.wait()
         raise
     finally:
-        os.close(memory)
-    return Member(group, threads, Leader(group, processes, answers))
+        if memory >= 0:
+            os.close(memory)
+    leader = Links(answers, processes) if group is None else Leader(group, processes, answers)
+    return Member(0, threads, group, leader)
 
 
 def _start(memory: int, pipe: int) -> subprocess.Popen[bytes]:
@@ -167,7 +257,8 @@ def _start(memory: int, pipe: int) -> subprocess.Popen[bytes]:
     start = f"import sys; sys.path[:] = filter(None, sys.path); from {_MODULE} import main; sys.exit(main())"
     command = [sys.executable, "-c", start, str(memory), str(pipe)]
     try:
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=(memory, pipe), env=environment)
+        passed = (pipe,) if memory < 0 else (memory, pipe)
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=passed, env=environment)
     except OSError as error:
         raise BackendError(f"a further process cannot be started ({error}); load the model without parallel") from error
 

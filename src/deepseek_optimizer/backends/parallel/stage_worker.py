@@ -1,0 +1,69 @@
+"""What ranks 1 and higher of a pipeline do: they run what the first process says, until it says `END` or is gone."""
+
+from __future__ import annotations
+
+import pickle
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from ...errors import CheckpointChangedError
+from ...graph.ir import Graph
+from ..base import StepBatch
+from .messages import DONE, END, FAILED, answer
+from .stages import StageBackend
+
+
+def serve_stage(backend: StageBackend, graph: Graph, link: Connection) -> None:
+    """Runs the messages of the first process. Returns when there will be no more of them.
+
+    Args:
+        backend: this process's, with its plan.
+        graph: of the whole model.
+        link: to the first process. A message that fails is answered with the reason, and ends the group.
+    """
+    commands = _Commands(backend, graph)
+    try:
+        with backend.thread_context():
+            while True:
+                try:
+                    name, *arguments = pickle.loads(link.recv_bytes())  # noqa: S301  # from the first process of the group
+                except (EOFError, OSError):
+                    return
+                if name == END:
+                    return
+                result = getattr(commands, name)(*arguments)
+                if name != "drop_store":
+                    answer(link, DONE, result)
+    except BaseException as error:
+        try:
+            answer(link, FAILED, f"{type(error).__name__}: {error}")
+        except OSError:
+            return
+        if not isinstance(error, CheckpointChangedError):  # a user's doing, which needs no traceback
+            raise
+
+
+class _Commands:
+    """One method per message."""
+
+    def __init__(self, backend: StageBackend, graph: Graph) -> None:
+        self._backend, self._graph = backend, graph
+        self._stores: dict[int, Any] = {}
+
+    def new_store(self, number: int, kv_dtype: str, num_blocks: int) -> int:
+        store = self._stores[number] = self._backend.new_store(self._graph, kv_dtype, num_blocks)
+        return int(store.saved_bytes)
+
+    def drop_store(self, number: int) -> None:
+        self._stores.pop(number, None)
+
+    def store(self, number: int, method: str, arguments: tuple[Any, ...]) -> Any:
+        return getattr(self._stores[number], method)(*arguments)
+
+    def run(self, number: int, batch: StepBatch) -> torch.Tensor:
+        assert self._backend.plan is not None
+        rows = self._backend.plan.run(batch, self._stores[number]).last_hidden
+        assert rows is not None
+        return rows

@@ -1,0 +1,71 @@
+"""A model whose layers are divided among processes computes what it computes as a whole; what cannot be divided is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from deepseek_optimizer.backends.reference import ReferenceBackend
+from deepseek_optimizer.errors import ConfigError, UnsupportedModelError
+from deepseek_optimizer.graph import rules
+from deepseek_optimizer.graph.analysis import weight_shapes
+from deepseek_optimizer.graph.cache_groups import cached_in
+from deepseek_optimizer.graph.parallel.pipeline import fair_ends, split_layers
+from deepseek_optimizer.graph.validate import check_graph
+from deepseek_optimizer.models import build_graph
+from support.family_configs import llama
+from support.models import CASES, assert_close_rows, random_ids, random_model, weights_of
+from support.ranks import stage_runner
+from support.steps import runner
+
+CASES_OF_STAGES = (
+    "llama-gqa", "llama-tied", "llama-dynamic", "qwen2-windows", "qwen3-gqa", "smollm3-nope", "granite-factors", "gemma-tied",
+    "gemma2-limits", "gemma3_text-two-ropes", "exaone4-types", "stablelm-parallel", "cohere2-types", "mixtral-window",
+    "qwen3_moe-plain", "deepseek_v2-greedy", "deepseek_v3-groups", "deepseek_v32-indexer", "phi3-scaled", "olmo2-gqa",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("case", [case for case in CASES_OF_STAGES if case in CASES])
+def test_logits_are_those_of_the_whole_model(case, fused):
+    model = random_model(CASES[case]())
+    graph = cached_in(build_graph(model.config), "fp32")
+    graph = rules.apply(graph)[0] if fused else graph
+    weights, ids = weights_of(model), random_ids(model.config, 70)
+    whole = runner(ReferenceBackend(), graph, weights).logits(ids, chunks=(33,))
+    for ranks in (2, 3):
+        divided = stage_runner(graph, weights, ranks).logits(ids, chunks=(33,))
+        assert_close_rows(divided, whole, 1e-5)
+
+
+@pytest.mark.parametrize("case", ["llama-gqa", "deepseek_v3-groups", "gemma3_text-two-ropes"])
+def test_stages_are_well_formed_and_have_each_weight_once(case):
+    graph = rules.apply(cached_in(build_graph(CASES[case]()), "fp32"))[0]
+    stages = split_layers(graph, 2, lambda name: 1)
+    for stage in stages:
+        check_graph(stage.graph)
+    check_graph(stages[0].tail)
+    names = [name for stage in stages for name in stage.weights()]
+    twice = {name for name in names if names.count(name) > 1}
+    assert set(names) == set(weight_shapes(graph)) and all("layernorm" in name for name in twice)
+    assert sorted(layer for stage in stages for layer in stage.cached) == list(range(graph.cache.layers))
+
+
+def test_the_largest_share_is_small():
+    assert fair_ends([1, 1, 1, 1], 2) == [2, 4]
+    assert fair_ends([9, 1, 1, 1], 2) == [1, 4]
+    assert fair_ends([1, 1, 1, 9], 2) == [3, 4]
+    assert fair_ends([5, 5, 5, 5, 5], 3) in ([1, 3, 5], [2, 4, 5], [2, 3, 5])
+    assert fair_ends([1, 1, 1], 3) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("config", "ranks", "error", "text"),
+    [
+        (llama, 9, ConfigError, "pipeline=9 processes cannot divide 3 layers; use fewer"),
+        (CASES["lfm2-mixed"], 2, UnsupportedModelError, "load it without parallel"),
+        (CASES["deepseek_v4-mixed"], 2, UnsupportedModelError, "or their latents"),
+    ],
+)
+def test_refused(config, ranks, error, text):
+    with pytest.raises(error, match=text):
+        split_layers(build_graph(config()), ranks, lambda name: 1)

@@ -1,0 +1,161 @@
+"""A pipeline over two machines: here two processes over the loopback device, and in two network namespaces with a delay."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import uuid
+from dataclasses import replace
+
+import pytest
+import torch
+
+from deepseek_optimizer import ConfigError, load_model
+from deepseek_optimizer.backends.cpu import unavailable_reason
+from deepseek_optimizer.errors import BackendError
+from deepseek_optimizer.integration.load.rendezvous import Place
+from support.divided import save_divisible
+
+pytestmark = pytest.mark.skipif(unavailable_reason() is not None, reason="needs the native backend")
+
+KEY = "a secret of these tests"
+_PROCESS = """
+import sys
+import torch
+from deepseek_optimizer import RankLostError, load_model
+model = load_model(sys.argv[1], precision="fp32", threads=1, parallel={"pipeline": 2})
+ids = torch.tensor([[5, 3, 9, 7]])
+print(model.generate(ids, max_new_tokens=8, do_sample=False).tolist()[0], flush=True)
+if sys.stdin.readline().strip() == "again":
+    try:
+        model.generate(ids, max_new_tokens=200, do_sample=False)
+    except RankLostError as error:
+        print("lost:", error, flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return save_divisible(tmp_path_factory.mktemp("hosts") / "model")
+
+
+@pytest.fixture(scope="module")
+def expected(saved):
+    model = load_model(saved, precision="fp32", threads=1)
+    return str(model.generate(torch.tensor([[5, 3, 9, 7]]), max_new_tokens=8, do_sample=False).tolist()[0])
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def start(folder, rank, address, port, prefix=()):
+    """The process of a rank, as by hand on its machine."""
+    variables = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": address, "MASTER_PORT": port, "DSO_RANK_KEY": KEY}
+    path = os.pathsep.join(filter(None, sys.path))
+    environment = {**os.environ, "PYTHONPATH": path, **{name: str(value) for name, value in variables.items()}}
+    command = [*prefix, sys.executable, "-c", _PROCESS, str(folder)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=environment, text=True, **pipes)
+
+
+def check_two(folder, expected, address, prefixes=((), ())):
+    """Both answer; then rank 1 is killed, and rank 0 says so; then both are started again."""
+    for kill in (True, False):
+        port = free_port()
+        first, second = (start(folder, rank, address, port, prefixes[rank]) for rank in range(2))
+        try:
+            line = first.stdout.readline().strip()
+            assert line == expected, first.communicate(timeout=60)[1][-3000:]
+            if kill:
+                second.send_signal(signal.SIGKILL)
+                second.wait()
+                out, err = first.communicate("again\n", timeout=300)
+                assert "lost:" in out and "rank 1 of 2: the connection to it has ended" in out, err[-3000:]
+            else:
+                _, err = first.communicate("\n", timeout=300)
+                assert second.wait(timeout=300) == 0 and first.returncode == 0, err[-3000:]
+        finally:
+            for process in (first, second):
+                process.kill()
+                process.communicate()
+
+
+@pytest.mark.wide
+def test_over_the_loopback_device(saved, expected):
+    check_two(saved, expected, "127.0.0.1")
+
+
+@pytest.fixture
+def namespaces():
+    """The prefixes of commands in two network namespaces, which a cable joins: with 0.1 ms of delay each way if possible."""
+    if shutil.which("ip") is None:
+        pytest.skip("network namespaces need the command ip")
+    names = [f"dso-{uuid.uuid4().hex[:8]}" for _ in range(2)]
+
+    def ip(*arguments):
+        return subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
+
+    made = [ip("netns", "add", name) for name in names]
+    if any(run.returncode for run in made):
+        for name in names:
+            ip("netns", "del", name)
+        pytest.skip(f"network namespaces are not permitted here: {made[0].stderr.strip()}")
+    try:
+        cable = ip("link", "add", "dso0", "netns", names[0], "type", "veth", "peer", "name", "dso0", "netns", names[1])
+        if cable.returncode:
+            pytest.skip(f"virtual network devices are not permitted here: {cable.stderr.strip()}")
+        for number, name in enumerate(names, 1):
+            ip("-n", name, "addr", "add", f"10.213.7.{number}/30", "dev", "dso0")
+            for device in ("lo", "dso0"):
+                ip("-n", name, "link", "set", device, "up")
+            if shutil.which("tc") is not None:  # without the kernel's netem, the link has no delay
+                delay = ["tc", "-n", name, "qdisc", "add", "dev", "dso0", "root", "netem", "delay", "0.1ms"]
+                subprocess.run(delay, capture_output=True, check=False)
+        yield [("ip", "netns", "exec", name) for name in names]
+    finally:
+        for name in names:
+            ip("netns", "del", name)
+
+
+@pytest.mark.wide
+def test_over_two_network_namespaces(saved, expected, namespaces):
+    check_two(saved, expected, "10.213.7.1", namespaces)
+
+
+def test_both_sides_prove_that_they_know_the_key():
+    first = Place(0, 2, "127.0.0.1", free_port(), KEY.encode(), "0", hosted=False)
+    second, links = replace(first, rank=1), []
+    stranger = replace(second, key=b"another secret, of others")
+    accepting = threading.Thread(target=lambda: links.extend(first.accept()))
+    accepting.start()
+    with pytest.raises(BackendError, match="rank 1 cannot reach rank 0 at 127.0.0.1, or it has another DSO_RANK_KEY"):
+        stranger.connect()
+    link = second.connect()
+    accepting.join(timeout=60)
+    links[0].send_bytes(b"welcome")
+    assert link.recv_bytes() == b"welcome"
+
+
+@pytest.mark.parametrize(
+    ("variables", "text"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "5"}, "DSO_RANK_KEY must be the same secret"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "5"}, "must be set, as torchrun sets them"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x"}, "must be set, as torchrun sets them"),
+    ],
+)
+def test_invalid_environments(variables, text, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DSO_RANK_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    assert Place.of_environment() is None
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=text):
+        Place.of_environment()
