@@ -16,10 +16,10 @@ Team::Team(int threads) : threads_(threads), spin_ticks_(threads > 1 ? spin_tick
     workers_.reserve(threads - 1);
     for (int t = 1; t < threads; ++t) {
       workers_.emplace_back([this, t] {
+        become_worker("dso-worker");
         FloatSettings floats;
         serve(t);
       });
-      name_thread(workers_.back(), "dso-worker");
     }
   } catch (const std::exception& e) {  // no thread available (system_error), or no memory for its handle
     stop();
