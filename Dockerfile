@@ -13,8 +13,11 @@ COPY pyproject.toml CMakeLists.txt README.md LICENSE ./
 COPY native native
 COPY build_tools build_tools
 COPY src src
+# The context has no history to take the version from.
+ARG VERSION=0.1.dev0
 # A native part that does not compile is an error here, not a fallback.
-RUN DSO_REQUIRE_NATIVE=1 pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
+RUN SETUPTOOLS_SCM_PRETEND_VERSION_FOR_DEEPSEEK_OPTIMIZER="${VERSION}" DSO_REQUIRE_NATIVE=1 \
+    pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
 FROM python:${PYTHON}-slim-bookworm
 ARG TORCH=2.13.0

@@ -195,6 +195,8 @@ lint: env docs
 	$(BIN)/mypy -p benchmarks
 	$(BIN)/python .ci/check_commits.py
 	! test -x $(BIN)/hadolint || $(BIN)/hadolint Dockerfile Dockerfile.cuda
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/zizmor --offline --quiet .github
 
 include native/native.mk
 

@@ -6,10 +6,13 @@
 # test-amx:     builds the kernels for AMX and runs the native tests that reach them: on this processor's tiles, else on emulated ones,
 #               which need AVX-512 with VNNI and BF16; an error that names what is missing where neither runs.
 # bench-amx:    measures them against vectors, and from how many tokens on they are faster: benchmarks/results/amx-CPU.json.
+# test-windows: cross-builds for Windows on x86-64 and runs the native tests under Wine (WINDOWS_TESTS: some). Needs Debian's
+#               clang (19 or newer), g++-mingw-w64-x86-64-posix and wine64.
+# test-macos:   compiles the library for macOS on ARM64 with zig (PyPI), which has the headers of macOS; links and runs nothing.
 CMAKE ?= $(or $(shell command -v cmake),$(BIN)/cmake)
 NATIVE_JOBS ?= $(shell nproc)
 
-.PHONY: native test-native test-native-tsan test-native-long test-arm test-amx bench-amx
+.PHONY: native test-native test-native-tsan test-native-long test-arm test-amx bench-amx test-windows test-macos
 
 $(BIN)/cmake: $(VENV)/.created
 	$(BIN)/python -m pip install --quiet cmake ninja
@@ -60,3 +63,16 @@ test-arm: $(filter $(BIN)/cmake,$(CMAKE))
 	$(CMAKE) -S . -B build/native-arm -DDSO_TESTS=ON -DDSO_OPTIMIZE=-O2 -DCMAKE_TOOLCHAIN_FILE=build_tools/cmake/aarch64-linux-gnu.cmake
 	$(CMAKE) --build build/native-arm -j $(NATIVE_JOBS)
 	python3 native/tests/run_arm.py build/native-arm $(ARM_MODELS)
+
+WINDOWS_TESTS ?= .
+WINE := WINEDEBUG=-all WINEPREFIX=$(abspath build/wine)
+test-windows: $(filter $(BIN)/cmake,$(CMAKE))
+	$(CMAKE) -S . -B build/native-windows -DDSO_TESTS=ON -DDSO_OPTIMIZE=-O2 -DCMAKE_TOOLCHAIN_FILE=build_tools/cmake/x86_64-w64-mingw32.cmake
+	$(CMAKE) --build build/native-windows -j $(NATIVE_JOBS)
+	cd build/native-windows && $(WINE) DSO_TEST_DIVISOR=20 ctest --output-on-failure --timeout 900 --no-tests=error -R '$(WINDOWS_TESTS)'
+
+test-macos: $(filter $(BIN)/cmake,$(CMAKE)) $(VENV)/.created
+	$(BIN)/python -m pip install --quiet ziglang
+	$(CMAKE) -S . -B build/native-macos -DDSO_TESTS=ON -DDSO_OPTIMIZE=-O2 -DCMAKE_TOOLCHAIN_FILE=build_tools/cmake/arm64-apple-macos.cmake \
+	  -DDSO_ZIG=$$($(BIN)/python -c 'import os, ziglang; print(os.path.dirname(ziglang.__file__))')/zig
+	$(CMAKE) --build build/native-macos -j $(NATIVE_JOBS) --target dso_all

@@ -13,7 +13,11 @@
 extern "C" {
 #endif
 #if defined(__GNUC__)
+#ifdef _WIN32
+#define DSO_API __declspec(dllexport)
+#else
 #define DSO_API __attribute__((visibility("default")))
+#endif
 #else
 #define DSO_API
 #endif

@@ -1,7 +1,5 @@
 #include "cpu_features.hpp"
 
-#include <unistd.h>
-
 #include <algorithm>
 
 namespace dso {
@@ -16,7 +14,7 @@ std::string json_string(const std::string& s) {
   return out + '"';
 }
 
-std::string known(int name) { return std::to_string(std::max(0l, sysconf(name))); }
+std::string known(int64_t size) { return std::to_string(std::max(int64_t(0), size)); }
 
 }  // namespace
 
@@ -37,8 +35,9 @@ std::string describe_cpu() {
     out += comma + json_string(n.name);
     comma = ", ";
   }
-  return out + "], \"caches\": {\"l1d\": " + known(_SC_LEVEL1_DCACHE_SIZE) + ", \"l2\": " + known(_SC_LEVEL2_CACHE_SIZE) +
-         ", \"l3\": " + known(_SC_LEVEL3_CACHE_SIZE) + "}, \"cores\": " + known(_SC_NPROCESSORS_ONLN) + "}";
+  const CpuSizes sizes = cpu_sizes();
+  return out + "], \"caches\": {\"l1d\": " + known(sizes.l1d) + ", \"l2\": " + known(sizes.l2) +
+         ", \"l3\": " + known(sizes.l3) + "}, \"cores\": " + known(sizes.cores) + "}";
 }
 
 }  // namespace dso

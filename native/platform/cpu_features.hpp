@@ -48,4 +48,12 @@ std::span<const FeatureName> known_features();
 std::string cpu_vendor();
 std::string cpu_model();
 
+// ---- implemented per system
+struct CpuSizes {
+  int64_t l1d, l2, l3, cores;  // caches in bytes, 0: unknown; logical cores
+};
+CpuSizes cpu_sizes();
+bool system_has_tiles();      // whether it saves AMX's tile registers, on request
+std::string request_tiles();  // request_permission, for these
+
 }  // namespace dso

@@ -1,11 +1,11 @@
 // Threads, signals and processes, as far as the standard library has them not.
 #pragma once
 #include <cstdint>
-#include <thread>
 
 namespace dso {
 
-void name_thread(std::thread& thread, const char* name);  // for debuggers; at most 15 characters
+// This thread will compute a part of what callers wait for. name: for debuggers, at most 15 characters.
+void become_worker(const char* name);
 
 // Threads started meanwhile leave signals to the host program's own threads, except for those that their own instructions may
 // cause: if these are blocked, the process ends without its handlers being called (faults.hpp, faulthandler).

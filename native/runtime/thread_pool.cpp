@@ -29,11 +29,11 @@ Team::Team(const ThreadPlaces& places)
     workers_.reserve(threads_ - 1);
     for (int t = 1; t < threads_; ++t) {
       workers_.emplace_back([this, t] {
+        become_worker("dso-worker");
         FloatSettings floats;
         BoundThread bound(cpus_of(places_, t));
         serve(t);
       });
-      name_thread(workers_.back(), "dso-worker");
     }
   } catch (const std::exception& e) {  // no thread available (system_error), or no memory for its handle
     stop();

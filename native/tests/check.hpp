@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #include <string>
 #include <utility>
 #include <vector>
@@ -89,7 +90,7 @@ inline const char* kv_name(int type) {
 class Buffer {
  public:
   explicit Buffer(size_t bytes, uint8_t fill = 0xa5)
-      : bytes_(bytes), memory_((uint8_t*)aligned_alloc(64, (bytes + 63) / 64 * 64 + 128)) {
+      : bytes_(bytes), memory_((uint8_t*)::operator new((bytes + 63) / 64 * 64 + 128, std::align_val_t(64))) {
     memset(memory_, guard, 64);
     memset(memory_ + 64, fill, bytes);
     memset(memory_ + 64 + bytes, guard, 64);
@@ -99,7 +100,7 @@ class Buffer {
       if (!check(memory_[i] == guard && memory_[64 + bytes_ + i] == guard, "guard byte %zu of a buffer of %zu was overwritten",
                  i, bytes_))
         break;
-    free(memory_);
+    ::operator delete(memory_, std::align_val_t(64));
   }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;

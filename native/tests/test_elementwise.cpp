@@ -1,5 +1,6 @@
 // Element-wise kernels on every variant: against double, bitwise equal on every ISA, any width, nothing written outside.
 #include <algorithm>
+#include <numbers>
 
 #include "kv_fixture.hpp"
 
@@ -86,7 +87,9 @@ static void ops(const std::vector<Variant>& all, int64_t n, Random& random) {
 // The functions of element-wise ops, against double.
 static void functions(const Kernels& k, int64_t n, float scale, Random& random) {
   const std::vector<float> x = normal((size_t)n, scale, random), y = normal((size_t)n, 1, random);
-  const auto gelu = [](double a) { return a / 2 * (1 + std::tanh(std::sqrt(2 / M_PI) * (a + 0.044715 * a * a * a))); };
+  const auto gelu = [](double a) {
+    return a / 2 * (1 + std::tanh(std::sqrt(2 / std::numbers::pi) * (a + 0.044715 * a * a * a)));
+  };
   const double factor = 1.7f;
   for (int64_t i = 0; i < k.elementwise_count; ++i) {
     const ElementwiseOp& op = k.elementwise_ops[i];
@@ -109,7 +112,7 @@ static void functions(const Kernels& k, int64_t n, float scale, Random& random) 
           want = gelu(a), size = std::fabs(a);
           break;
         case DSO_OP_GELU_ERF:
-          want = a * std::erfc(-a * M_SQRT1_2) / 2, size = std::fabs(a);
+          want = a * std::erfc(-a / std::numbers::sqrt2) / 2, size = std::fabs(a);
           break;
         case DSO_OP_SCALE:
           want = factor * a;

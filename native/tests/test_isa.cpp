@@ -1,8 +1,10 @@
 // The choice among instruction sets: the best that runs here by default, any other only by name, and none that this CPU lacks.
 // DSO_EXPECTED_ISA: the one that must be chosen on this machine (`make test-arm` knows it for each CPU model it emulates).
+#ifndef _WIN32
 #include <signal.h>
 #include <sys/wait.h>
 #include <unistd.h>
+#endif
 
 #include "check.hpp"
 #include "cpu_features.hpp"
@@ -24,6 +26,7 @@ void product(const Kernels& k) {
 }
 
 // The kernels of a variant that the CPU lacks must trap: so the tests that pass here have executed none of its instructions.
+#ifndef _WIN32  // which has no forks
 [[maybe_unused]] void traps(const Isa& isa) {
   const pid_t child = fork();
   if (child == 0) {
@@ -35,6 +38,7 @@ void product(const Kernels& k) {
   check(WIFSIGNALED(status) && WTERMSIG(status) == SIGILL, "%s: its product ended with status %x where the CPU lacks %s",
         isa.name, status, feature_names(isa.needs & ~detect_features()).c_str());
 }
+#endif
 
 void by_name(const Isa& isa) {
   dso_context* c = nullptr;

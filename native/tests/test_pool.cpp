@@ -1,8 +1,10 @@
 // The thread pool: every task once, stage after stage; several pools, callers and forks; and the number of CPUs that a process
 // may use.
+#ifndef _WIN32
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
+#endif
 
 #include <atomic>
 #include <chrono>
@@ -232,6 +234,7 @@ void nesting() {
   }
 }
 
+#ifndef _WIN32  // which has no forks and no control groups
 int exit_code_of_child(int (*body)(ThreadPool&), ThreadPool& pool) {
   const pid_t child = fork();
   if (child == 0) {
@@ -305,6 +308,7 @@ void cgroups() {
   check(limit("garbage\n\n:\n") == 0, "a file that makes no sense");
   std::filesystem::remove_all(root);
 }
+#endif
 
 }  // namespace
 
@@ -317,8 +321,10 @@ int main() {
   sleeps_and_wakes();
   callers_take_turns();
   nesting();
+#ifndef _WIN32
   forks();
   destroys_in_child();
   cgroups();
+#endif
   return report("test_pool");
 }

@@ -12,7 +12,12 @@ void close_file(int fd) { close(fd); }
 bool state_of_file(int fd, FileState& state) {
   struct stat s;
   if (fstat(fd, &s) != 0) return false;
-  state = {int64_t(s.st_size), int64_t(s.st_mtim.tv_sec) * 1000000000 + s.st_mtim.tv_nsec};
+#ifdef __APPLE__
+  const timespec modified = s.st_mtimespec;
+#else
+  const timespec modified = s.st_mtim;
+#endif
+  state = {int64_t(s.st_size), int64_t(modified.tv_sec) * 1000000000 + modified.tv_nsec};
   return true;
 }
 

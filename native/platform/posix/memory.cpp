@@ -1,10 +1,11 @@
 #include "../memory.hpp"
 
-#include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
 #include <cerrno>
+
+#include "grow_file.hpp"
 
 namespace dso {
 
@@ -25,15 +26,13 @@ void* map_memory(int64_t bytes) {
 void unmap_memory(void* begin, int64_t bytes) { munmap(begin, size_t(bytes)); }
 
 void* map_shared_file(int fd, int64_t offset, int64_t bytes) {
-  if (const int code = posix_fallocate(fd, offset, bytes); code != 0) {
+  if (const int code = grow_file(fd, offset, bytes); code != 0) {
     errno = code;
     return nullptr;
   }
   void* const p = mmap(nullptr, size_t(bytes), PROT_READ | PROT_WRITE, MAP_SHARED, fd, offset);
   return p == MAP_FAILED ? nullptr : p;
 }
-
-bool discard_memory(void* begin, int64_t bytes) { return madvise(begin, size_t(bytes), MADV_DONTNEED) == 0; }
 
 bool map_zeros(uintptr_t begin, uintptr_t end) {
   return mmap(reinterpret_cast<void*>(begin), end - begin, PROT_READ | PROT_WRITE,

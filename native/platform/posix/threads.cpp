@@ -4,11 +4,10 @@
 #include <signal.h>
 #include <unistd.h>
 
+#include <initializer_list>
 #include <new>
 
 namespace dso {
-
-void name_thread(std::thread& thread, const char* name) { pthread_setname_np(thread.native_handle(), name); }
 
 SignalsBlocked::SignalsBlocked() {
   static_assert(sizeof(sigset_t) <= sizeof before_);

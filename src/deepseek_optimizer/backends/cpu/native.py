@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes as C
 import functools
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -258,7 +259,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 
 def library_path() -> Path:
     """The path at which the wheel (or `make native`) installs the shared library."""
-    return Path(__file__).resolve().parents[2] / "_native" / "libdso.so"
+    ending = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
+    return Path(__file__).resolve().parents[2] / "_native" / f"libdso.{ending}"
 
 
 def unavailable_reason() -> str | None:

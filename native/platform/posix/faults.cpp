@@ -1,9 +1,8 @@
 #include "../faults.hpp"
 
 #include <errno.h>
+#include <pthread.h>
 #include <signal.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include <atomic>
 
@@ -11,8 +10,8 @@ namespace dso {
 namespace {
 
 std::atomic<Repair> repair_fault{nullptr};
-std::atomic<pid_t> chaining{0};  // the thread in which the previous handler is being called
-struct sigaction before;         // the previous handler, called for all other faults
+std::atomic<pthread_t> chaining{};  // the thread in which the previous handler is being called
+struct sigaction before;            // the previous handler, called for all other faults
 
 void call_default(int signal, bool fault) {
   struct sigaction standard = {};
@@ -23,7 +22,7 @@ void call_default(int signal, bool fault) {
 
 void call_before(int signal, siginfo_t* info, void* context) {
   const bool fault = info->si_code > 0;
-  const pid_t thread = pid_t(syscall(SYS_gettid));
+  const pthread_t thread = pthread_self();
   // Python's faulthandler, after writing, restores the handler it replaced and raises the signal again: if that is this one,
   // stop.
   if (!fault && chaining.load() == thread) return call_default(signal, fault);
@@ -36,7 +35,7 @@ void call_before(int signal, siginfo_t* info, void* context) {
     before.sa_sigaction(signal, info, context);
   else
     before.sa_handler(signal);
-  chaining.store(0);
+  chaining.store(pthread_t{});
 }
 
 void on_sigbus(int signal, siginfo_t* info, void* context) {

@@ -1,10 +1,7 @@
 #include "../cpu_features.hpp"
 
 #include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
-#include <cerrno>
 #include <cstring>
 
 namespace dso {
@@ -26,16 +23,6 @@ uint64_t xcr0() {
   uint32_t lo, hi;
   __asm__("xgetbv" : "=a"(lo), "=d"(hi) : "c"(0));
   return (uint64_t(hi) << 32) | lo;
-}
-
-// arch_prctl codes from asm/prctl.h, which older kernel headers lack.
-constexpr int kGetXcompSupported = 0x1021;
-constexpr int kRequestXcompPermission = 0x1023;
-constexpr int kTileData = 18;
-
-bool kernel_has_amx() {
-  uint64_t mask = 0;
-  return syscall(SYS_arch_prctl, kGetXcompSupported, &mask) == 0 && ((mask >> kTileData) & 1);
 }
 
 constexpr FeatureName kNames[] = {
@@ -80,7 +67,7 @@ uint32_t detect_features() {
     add(bit(seven.c, 11), kAvx512Vnni);
     add(bit(seven_one.a, 5), kAvx512Bf16);
   }
-  if (tiles && bit(seven.d, 24) && kernel_has_amx()) {
+  if (tiles && bit(seven.d, 24) && system_has_tiles()) {
     add(true, kAmxTile);
     add(bit(seven.d, 25), kAmxInt8);
     add(bit(seven.d, 22), kAmxBf16);
@@ -112,10 +99,6 @@ std::string cpu_model() {
   return s;
 }
 
-std::string request_permission(uint32_t features) {
-  if (!(features & kAmxTile)) return "";
-  if (syscall(SYS_arch_prctl, kRequestXcompPermission, kTileData) == 0) return "";
-  return std::string("the system refused the tile registers (arch_prctl: ") + std::strerror(errno) + ")";
-}
+std::string request_permission(uint32_t features) { return features & kAmxTile ? request_tiles() : ""; }
 
 }  // namespace dso
