@@ -34,7 +34,7 @@ class Variant:
 
 VARIANTS = (
     Variant("neon", "armv8-a", None),
-    Variant("neon-dotprod", "armv8.2-a+dotprod", "lane_dots.hpp"),
+    Variant("neon-dotprod", "armv8.2-a+dotprod", "lane_panels.hpp"),
     Variant("neon-i8mm", "armv8.2-a+dotprod+i8mm+bf16", "pairs.hpp"),
 )
 # Multiplications of bytes that an instruction does.
