@@ -60,7 +60,7 @@ static void test_variants_choose_the_same() {
     }
     ++(first < 0 ? undecided : decided);
   }
-  check(decided > 200 && undecided > 20, "%d decided, %d undecided", decided, undecided);
+  check(decided > rounds(200) && undecided > rounds(20), "%d decided, %d undecided", decided, undecided);
 }
 
 struct Batch1 {  // of sequences that each have `context` tokens in blocks of their own

@@ -8,7 +8,7 @@
 // read directly: unpacking uses ports that dot products leave free. Measured on Zen 5, panels of unpacked weights in L1, blocks
 // of K and cache-sized blocks of tokens gained nothing at any token count from 8 to 512. Formats with a trellis are the
 // exception: unpacking takes them longer than the dot products of 4 tokens, so they are unpacked to panels, once for all
-// tokens. A variant whose products read another order than the packed one (neon/pairs.hpp) unpacks all formats.
+// tokens. A variant whose products read another order than the packed one (neon/panels.hpp) unpacks all formats.
 #pragma once
 #include "int_tiles.hpp"
 
@@ -17,6 +17,7 @@ namespace dso::DSO_ISA_NAMESPACE {
 // ---- activations: rows of Q8 or Q16.
 template <int kind>
 struct Rows {
+  static constexpr int slot = kind;
   const uint8_t* x;
   int64_t stride, width;  // bytes; columns padded to 32
   Rows from(int64_t t) const { return {x + t * stride, stride, width}; }
@@ -263,9 +264,16 @@ static void panel_block(const uint8_t* panel, const Output& out, const Rows<kind
   F acc[M][N];
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < N; ++n) acc[m][n] = g0 ? load_sums(out, t + m, tile + n) : zero();
-  for (int64_t g = g0; g < g1; ++g) {
-    accumulate_half<W, 0>(acc, W::place(panel, g - g0), row_bytes, x, g);
-    if constexpr (W::halves == 2) accumulate_half<W, 1>(acc, W::place(panel, g - g0), row_bytes, x, g);
+  if constexpr (own_panels) {
+    typename W::Sums sums;
+    W::load(sums, acc);
+    for (int64_t g = g0; g < g1; ++g) W::add(sums, panel + (g - g0) * W::bytes, x, g);
+    W::store(sums, acc);
+  } else {
+    for (int64_t g = g0; g < g1; ++g) {
+      accumulate_half<W, 0>(acc, W::place(panel, g - g0), row_bytes, x, g);
+      if constexpr (W::halves == 2) accumulate_half<W, 1>(acc, W::place(panel, g - g0), row_bytes, x, g);
+    }
   }
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < N; ++n)
@@ -312,25 +320,25 @@ static void linear_int(const Matrix& w, const Output& out, const Rows<kind>& x, 
   }
   if constexpr (own_panels) {  // blocks of block_rows tokens, then the rest
     const int64_t whole = T / block_rows * block_rows;
-    for (int64_t t = begin; t < end; ++t) {
-      unpacked_tiles<format, kind, 1>(w, out, x, whole, t);
+    for (; tile < end; ++tile) {
+      unpacked_tiles<format, kind, 1>(w, out, x, whole, tile);
       Stream fetch;
-      if (whole < T) up_to_a_block<format, kind, 1>(w, out, x, whole, T - whole, t, fetch);
+      if (whole < T) up_to_a_block<format, kind, 1>(w, out, x, whole, T - whole, tile, fetch);
     }
-    return;
+  } else {
+    // 4 x 3 int32 and 4 x 3 float accumulators; pairs_u7 needs more registers
+    constexpr int N = registers >= 32 && has_dot_int ? 3 : 1;
+    Later later(w, (T + block_rows - 1) / block_rows * (x.width / 32) * ((end - begin + N - 1) / N));
+    const auto tiles = [&]<int n>() {
+      for (; tile + n <= end; tile += n)
+        if constexpr (Format<format>::layout.trellis)
+          unpacked_tiles<format, kind, n>(w, out, x, T, tile);
+        else
+          some_tiles<format, kind, n>(w, out, x, T, tile, later);
+    };
+    tiles.template operator()<N>();
+    tiles.template operator()<1>();
   }
-  constexpr int N =
-      registers >= 32 && has_dot_int ? 3 : 1;  // 4 x 3 int32 and 4 x 3 float accumulators; pairs_u7 needs more registers
-  Later later(w, (T + block_rows - 1) / block_rows * (x.width / 32) * ((end - begin + N - 1) / N));
-  const auto tiles = [&]<int n>() {
-    for (; tile + n <= end; tile += n)
-      if constexpr (Format<format>::layout.trellis)
-        unpacked_tiles<format, kind, n>(w, out, x, T, tile);
-      else
-        some_tiles<format, kind, n>(w, out, x, T, tile, later);
-  };
-  tiles.template operator()<N>();
-  tiles.template operator()<1>();
 }
 
 template <int kind>

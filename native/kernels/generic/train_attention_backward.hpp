@@ -175,13 +175,15 @@ static void query_grad_rows(const float* const* parts, int64_t part_count, int64
                             Number* out, int64_t out_token) {
   alignas(64) float sums[16 * attn_block], rows[attn_block * 16];
   for (int64_t c = 0; c < width; c += 16) {
-    for (int64_t d = 0; d < 16; ++d)
-      for (int64_t n = 0; n < up(count, 16); n += 16) {
+    for (int64_t d = 0; d < 16; ++d) {
+      int64_t n = 0;
+      do {  // at least once: GCC warns of uninitialized sums otherwise
         const int64_t place = (c + d) * attn_block + n;
         F total = load(parts[0] + place);
         for (int64_t i = 1; i < part_count; ++i) total = add(total, load(parts[i] + place));
         store(sums + d * attn_block + n, total);
-      }
+      } while ((n += 16) < count);
+    }
     turn_words((const Word*)sums, attn_block, 16, up(count, 16), (Word*)rows, 16);
     write_rows(rows, 16, count, least(16, width - c), scale, out + c, out_token);
   }

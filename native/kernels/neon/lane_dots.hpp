@@ -5,9 +5,6 @@
 
 namespace dso::DSO_ISA_NAMESPACE {
 
-template <class W>
-concept InPairs = requires { W::pairs; };  // panels of pairs.hpp
-
 template <bool any_byte, int quad>
 DSO_INLINE int32x4_t lane_dot(int32x4_t acc, int32x4_t w, int8x16_t x) {
 #if defined(__ARM_FEATURE_MATMUL_INT8)
@@ -35,9 +32,9 @@ DSO_INLINE void four_dots(I (&acc)[M][N], const uint8_t* w, int64_t row_bytes, c
   if constexpr (quad < 3) four_dots<W, four, quad + 1>(acc, w, row_bytes, x);
 }
 
-// The same as dots() of generic/linear_int.hpp.
+// The same as dots() of generic/linear_int.hpp, which this replaces because it is constrained.
 template <class W, int first, int quads, int M, int N>
-  requires(!InPairs<W>)
+  requires has_dot_int
 DSO_INLINE void dots(I (&acc)[M][N], const uint8_t* w, int64_t row_bytes, const uint8_t* x, int64_t stride) {
   static_assert(first % 4 == 0 && (quads == 4 || quads == 8));
   int8x16_t tokens[M];

@@ -1,86 +1,93 @@
-// Panels of integer weights for USMMLA, which multiplies two rows of 8 unsigned bytes by two rows of 8 signed ones: pairs of
-// outputs by pairs of tokens, twice the products of a dot product. Weights are unpacked once for all tokens. Sums are exact, so
-// the results have the bits of the vector kernels.
+// The order of panels for SMMLA, which multiplies two rows of 8 bytes by two rows of 8 bytes, twice the products of a dot
+// product: vector 2 p + t of a quarter holds outputs 2 p and 2 p + 1 of tokens 2 t and 2 t + 1, the tokens of an output next to
+// each other.
 #pragma once
-#include "../generic/int_tiles.hpp"
-#include "lane_dots.hpp"
+#include "panels.hpp"
 
 #define DSO_OWN_PANELS Paired
 
 namespace dso::DSO_ISA_NAMESPACE {
+struct PairOrder {
+  static constexpr int64_t numbers = 32;  // each twice
 
-// A group: for each 8 columns, 8 pairs of rows of 16 bytes; then the scales, and the minimums, of each half.
-template <int format>
-struct Paired : Format<format> {
-  using Base = Format<format>;
-  using P = Packed<format>;
-  static constexpr bool pairs = true;
-  static constexpr int32_t dot_bias = 0;                 // unlike the products of the packed form, these take any unsigned code
-  static constexpr int64_t numbers = 64 * Base::halves;  // bytes
-  static constexpr int64_t bytes = 512 + numbers * (Base::has_min ? 2 : 1);
-  struct Place {
-    const uint8_t* group;
-    Place rows_below(int64_t bytes) const { return {group + bytes}; }
-  };
-  DSO_INLINE Place place(const uint8_t* tiles, int64_t g) { return {tiles + g * bytes}; }
-  template <int half>
-  DSO_INLINE F scale(Place at) {
-    return load((const float*)(at.group + 512 + 64 * half));
-  }
-  template <int half>
-  DSO_INLINE F min(Place at) {
-    return load((const float*)(at.group + 512 + numbers + 64 * half));
-  }
-
-  template <int half>
-  DSO_INLINE void unpack_numbers(typename P::Place from, uint8_t* tile) {
-    store((float*)(tile + 512 + 64 * half), P::template scale<half>(from));
-    if constexpr (Base::has_min) store((float*)(tile + 512 + numbers + 64 * half), P::template min<half>(from));
-  }
-  DSO_INLINE void unpack(typename P::Place from, uint8_t* tile) {
+  // Of each pair of outputs, 4 times 8 columns.
+  DSO_INLINE void store_codes(uint8_t* tile, const B (&quads)[8]) {
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      const B a = P::quad(from.group, 2 * i), b = P::quad(from.group, 2 * i + 1);
-      store_bytes(tile + 128 * i,
-                  {vzip1q_s32(a.q0, b.q0), vzip2q_s32(a.q0, b.q0), vzip1q_s32(a.q1, b.q1), vzip2q_s32(a.q1, b.q1)});
-      store_bytes(tile + 128 * i + 64,
-                  {vzip1q_s32(a.q2, b.q2), vzip2q_s32(a.q2, b.q2), vzip1q_s32(a.q3, b.q3), vzip2q_s32(a.q3, b.q3)});
+      const B a = quads[2 * i], b = quads[2 * i + 1];
+      const int32x4_t of_quarter[4][2] = {{a.q0, b.q0}, {a.q1, b.q1}, {a.q2, b.q2}, {a.q3, b.q3}};
+#pragma GCC unroll 4
+      for (int q = 0; q < 4; ++q) {
+        vst1q_u8(tile + 128 * q + 16 * i, as_u8(vzip1q_s32(of_quarter[q][0], of_quarter[q][1])));
+        vst1q_u8(tile + 128 * q + 64 + 16 * i, as_u8(vzip2q_s32(of_quarter[q][0], of_quarter[q][1])));
+      }
     }
-    unpack_numbers<0>(from, tile);
-    if constexpr (Base::halves == 2) unpack_numbers<1>(from, tile);
+  }
+  DSO_INLINE void store_numbers(float* to, F x) {
+    const float32x4_t quarters[4] = {x.q0, x.q1, x.q2, x.q3};
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) {
+      vst1q_f32(to + 8 * q, vzip1q_f32(quarters[q], quarters[q]));
+      vst1q_f32(to + 8 * q + 4, vzip2q_f32(quarters[q], quarters[q]));
+    }
+  }
+
+  struct Tokens {
+    int8x16_t x[4][2];  // 8 columns of a pair of tokens
+    inline __attribute__((always_inline)) Tokens(const uint8_t* codes, int64_t stride) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i)
+#pragma GCC unroll 2
+        for (int t = 0; t < 2; ++t) {
+          const int8_t* const at = (const int8_t*)codes + 2 * t * stride + 8 * i;
+          x[i][t] = vcombine_s8(vld1_s8(at), vld1_s8(at + stride));
+        }
+    }
+    template <int quad, int quads>
+    inline __attribute__((always_inline)) void products(int32x4_t (&dot)[4], const uint8_t* codes) const {
+#pragma GCC unroll 2
+      for (int p = 0; p < 2; ++p) {
+        const int8x16_t w = vld1q_s8((const int8_t*)codes + 64 * p + 8 * quad);
+        dot[2 * p] = vmmlaq_s32(dot[2 * p], w, x[quad / 2][0]);
+        dot[2 * p + 1] = vmmlaq_s32(dot[2 * p + 1], w, x[quad / 2][1]);
+      }
+      if constexpr (quads > 2) products<quad + 2, quads - 2>(dot, codes);
+    }
+  };
+
+  DSO_INLINE float32x4_t of_outputs(const float* numbers, int quarter, int v) {
+    return vld1q_f32(numbers + 8 * quarter + 4 * (v / 2));
+  }
+  DSO_INLINE float32x4_t of_tokens(const float (&x)[4], int v) {
+    const float32x2_t pair = {x[v % 2 * 2], x[v % 2 * 2 + 1]};
+    return vcombine_f32(pair, pair);
+  }
+
+  DSO_INLINE void load(float32x4_t (&sums)[4][4], const F (&rows)[4][1]) {
+#pragma GCC unroll 2
+    for (int t = 0; t < 2; ++t) {
+      const F a = rows[2 * t][0], b = rows[2 * t + 1][0];
+      const float32x4_t of_quarter[4][2] = {{a.q0, b.q0}, {a.q1, b.q1}, {a.q2, b.q2}, {a.q3, b.q3}};
+#pragma GCC unroll 4
+      for (int q = 0; q < 4; ++q) {
+        sums[q][t] = vzip1q_f32(of_quarter[q][0], of_quarter[q][1]);
+        sums[q][2 + t] = vzip2q_f32(of_quarter[q][0], of_quarter[q][1]);
+      }
+    }
+  }
+  DSO_INLINE void store(const float32x4_t (&sums)[4][4], F (&rows)[4][1]) {
+#pragma GCC unroll 2
+    for (int t = 0; t < 2; ++t) {
+#define DSO_ROW(row, unzip)                                                                     \
+  rows[2 * t + row][0] = {unzip(sums[0][t], sums[0][2 + t]), unzip(sums[1][t], sums[1][2 + t]), \
+                          unzip(sums[2][t], sums[2][2 + t]), unzip(sums[3][t], sums[3][2 + t])}
+      DSO_ROW(0, vuzp1q_f32);
+      DSO_ROW(1, vuzp2q_f32);
+#undef DSO_ROW
+    }
   }
 };
 
-// The same as dots() of packed weights, for 4 tokens and one tile row.
-template <class W, int first, int quads, int M, int N>
-  requires InPairs<W>
-DSO_INLINE void dots(I (&acc)[M][N], const uint8_t* w, int64_t, const uint8_t* x, int64_t stride) {
-  static_assert(M == 4 && N == 1 && first % 2 == 0 && quads % 2 == 0);
-  int32x4_t sum[8][2];  // [pair of rows][pair of tokens]: r0 t0, r0 t1, r1 t0, r1 t1
-#pragma GCC unroll 8
-  for (int p = 0; p < 8; ++p) sum[p][0] = sum[p][1] = vdupq_n_s32(0);
-#pragma GCC unroll 4
-  for (int i = first / 2; i < (first + quads) / 2; ++i) {
-    int8x16_t tokens[2];
-#pragma GCC unroll 2
-    for (int t = 0; t < 2; ++t) {
-      const int8_t* const at = (const int8_t*)x + 2 * t * stride + 8 * i;
-      tokens[t] = vcombine_s8(vld1_s8(at), vld1_s8(at + stride));
-    }
-#pragma GCC unroll 8
-    for (int p = 0; p < 8; ++p) {
-      const uint8x16_t rows = vld1q_u8(w + 128 * i + 16 * p);
-      sum[p][0] = vusmmlaq_s32(sum[p][0], rows, tokens[0]);
-      sum[p][1] = vusmmlaq_s32(sum[p][1], rows, tokens[1]);
-    }
-  }
-#pragma GCC unroll 2
-  for (int t = 0; t < 2; ++t) {
-    acc[2 * t][0] = iadd(acc[2 * t][0], {vuzp1q_s32(sum[0][t], sum[1][t]), vuzp1q_s32(sum[2][t], sum[3][t]),
-                                         vuzp1q_s32(sum[4][t], sum[5][t]), vuzp1q_s32(sum[6][t], sum[7][t])});
-    acc[2 * t + 1][0] = iadd(acc[2 * t + 1][0], {vuzp2q_s32(sum[0][t], sum[1][t]), vuzp2q_s32(sum[2][t], sum[3][t]),
-                                                 vuzp2q_s32(sum[4][t], sum[5][t]), vuzp2q_s32(sum[6][t], sum[7][t])});
-  }
-}
-
+template <int format>
+using Paired = Quartered<format, PairOrder>;
 }  // namespace dso::DSO_ISA_NAMESPACE
