@@ -94,7 +94,7 @@ def test_keys_and_values_reach_their_slots(rotated, kv_dtype):
         if kv_dtype == "fp32":
             close(made, rows_of_heads)
         elif kv_dtype == "int8":  # as the reference rounds them; the last bits of the rotation may move a code by one
-            codes, scales = quantized(rows_of_heads)
+            codes, scales = quantized(rows_of_heads, "int8")
             step = scales[..., None].expand_as(made) if rotated else torch.zeros(())
             assert ((made - codes * scales[..., None]).abs() <= step * 1.001 + 1e-6).all()
         else:  # rounded to nearest, up to the last bits of the rotation

@@ -131,7 +131,7 @@ class CudaStore(DeviceBlocks):
                 )
                 new = turned.view(rows.shape).transpose(1, 2)
                 if self.kv_dtype == "int8":
-                    new, scales = quantized(new)
+                    new, scales = quantized(new, "int8")
                     yield self._scales_of(layer, False), scales
                 yield self._part(layer, False), new
 
