@@ -89,10 +89,10 @@ def mixed(run, model):
     [
         ("llama-dynamic", decoding, {}),
         ("llama-dynamic", mixed, {"format_name": "int8", "kv": "bf16"}),
-        ("qwen3-groups", decoding, {"kv": "bf16"}),
+        ("qwen3-groups", decoding, {"kv": "fp8"}),
         ("qwen3-groups", mixed, {}),
         ("deepseek_v3-experts", decoding, {}),
-        ("deepseek_v3-experts", mixed, {"kv": "bf16"}),
+        ("deepseek_v3-experts", mixed, {"kv": "int8"}),
     ],
 )
 def test_captured_steps_have_the_bits_of_plain_steps(family, steps, formats):

@@ -15,8 +15,6 @@ from ...quant.packed import PackedMatrix, PackedStack, PackedWeight
 from .layouts import LAYOUTS
 from .store import KV_DTYPES
 
-LATENT_DTYPES = ("fp32", "bf16")  # of a cache of latents
-
 # Values of attributes that the kernels do not have, by op; an op has all other values of its attributes.
 _MISSING: Mapping[str, Mapping[str, Callable[[Any], object]]] = {
     "attention": {"chunked": bool, "causal": bool},
@@ -65,11 +63,10 @@ def check_cache(graph: Graph, kv_dtype: str | None = None) -> None:
         raise refuse("the cache of compressed attention", graph.family)
     if cache.summaries or cache.newest:
         raise refuse("a cache with summaries of blocks or copies of the newest tokens", graph.family)
-    known = LATENT_DTYPES if isinstance(cache, LatentSpec) else tuple(KV_DTYPES)
-    if kv_dtype is not None and kv_dtype not in known:
+    if kv_dtype is not None and kv_dtype not in KV_DTYPES:
         raise BackendError(
             f"the cuda backend does not support KV cache dtype {kv_dtype!r} of family {graph.family!r}; choose kv_cache among "
-            f"{', '.join(known)}"
+            f"{', '.join(KV_DTYPES)}"
         )
 
 

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .codes import codes_of, kind_of, scale_of
 from .paged import scales_of
 from .precision import nearest_bf16
 
@@ -62,32 +63,26 @@ def store_as(out, value, mask):
 
 
 @triton.jit
-def quantized(x, largest):
-    """rint(x / scale), float32, with the scale largest / 127; 0 if that is 0."""
-    scale = tl.div_rn(largest, 127.0)
-    quotient = tl.div_rn(x, tl.where(scale == 0, 1.0, scale))
-    return (quotient + 12582912.0) - 12582912.0  # 1.5 * 2^23: sums are rounded to integers, half to even
-
-
-@triton.jit
 def move_heads(
     x, out, scale, angles, real, HEAD: tl.constexpr, ROT: tl.constexpr, OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr,
-    QUANTIZED: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out = x with ROT of HEAD elements rotated, from OFFSET on, for a block of rows.
 
     Args:
-        x: pointers to float32 [HEAD] of each row, [ROWS, 1]; out: likewise, of any float type, possibly to the same elements.
-        scale: pointers to the scale of each row, [ROWS, 1], which is written if QUANTIZED.
+        x: pointers to float32 [HEAD] of each row, [ROWS, 1]; out: likewise, of any float
+            type, possibly to the same elements, or of codes.
+        scale: pointers to the scale of each row, [ROWS, 1], written with codes.
         angles: pointers to [ROT] of each row, cos first.
         real: bool [ROWS, 1], False where there is no row.
+        KIND: of codes, see `codes.kind_of`; "": `out` has floats.
         BLOCK: a power of two >= HEAD.
     """
     i = tl.arange(0, BLOCK)[None, :]
     largest = tl.zeros([1, 1], tl.float32)
     rest = real & ((i < OFFSET) | (i >= OFFSET + ROT)) & (i < HEAD)
     others = tl.load(x + i, mask=rest, other=0.0)
-    if QUANTIZED:
+    if KIND != "":
         largest = tl.max(tl.abs(others), 1, keep_dims=True)
     if ROT > 0:
         pair = real & (i < ROT // 2)
@@ -96,22 +91,22 @@ def move_heads(
         a, b = tl.load(x + first, mask=pair, other=0.0), tl.load(x + second, mask=pair, other=0.0)
         cos, sin = tl.load(angles + i, mask=pair, other=0.0), tl.load(angles + ROT // 2 + i, mask=pair, other=0.0)
         turned, other = a * cos - b * sin, b * cos + a * sin
-        if QUANTIZED:
+        if KIND != "":
             largest = tl.maximum(largest, tl.max(tl.maximum(tl.abs(turned), tl.abs(other)), 1, keep_dims=True))
-            turned, other = quantized(turned, largest), quantized(other, largest)
+            turned, other = codes_of(turned, scale_of(largest, KIND), KIND), codes_of(other, scale_of(largest, KIND), KIND)
         store_as(out + first, turned, pair)
         store_as(out + second, other, pair)
-    if QUANTIZED:
-        others = quantized(others, largest)
-        tl.store(scale, tl.div_rn(largest, 127.0), mask=real)
+    if KIND != "":
+        others = codes_of(others, scale_of(largest, KIND), KIND)
+        tl.store(scale, scale_of(largest, KIND), mask=real)
     store_as(out + i, others, rest)
 
 
 @triton.jit
 def rotate_and_store(
     q, k, v, table, y, cache, slots, tokens, block_elements, layer_offset, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
-    HEAD: tl.constexpr, ROT: tl.constexpr, OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HEAD: tl.constexpr, ROT: tl.constexpr, OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr, KIND: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """y = rope(q); the cache's keys = rope(k), its values = v. Grid (blocks of tokens, HEADS + 2 * KV_HEADS).
 
@@ -119,7 +114,7 @@ def rotate_and_store(
         q, y: float32 [tokens, HEADS * HEAD]; y may be q. HEADS is 0: there is no q.
         k, v: float32 [tokens, KV_HEADS * HEAD]. KV_HEADS is 0: nothing is written to the cache.
         table: float32 [tokens, ROT] of `rope_angles`; ROT is 0: nothing is rotated.
-        cache: float32, bf16 or int8 [blocks, block_elements], see `store.CudaStore`.
+        cache: float32, bf16, or codes of a KIND [blocks, block_elements], see `store.CudaStore`.
         slots: int32 [tokens], 32 * block + place of each token.
         layer_offset: where the layer begins in a block, in elements.
     """
@@ -127,22 +122,21 @@ def rotate_and_store(
     angles, real = table + token * ROT, token < tokens
     if head < HEADS:
         at = (token * HEADS + head) * HEAD
-        move_heads(q + at, y + at, y + token, angles, real, HEAD, ROT, OFFSET, INTERLEAVED, False, BLOCK)
+        move_heads(q + at, y + at, y + token, angles, real, HEAD, ROT, OFFSET, INTERLEAVED, "", BLOCK)
     else:
         row = head - HEADS  # keys' heads, then values'
         slot = tl.load(slots + token, mask=real, other=0)
         layer = (slot // 32).to(tl.int64) * block_elements + layer_offset
         place = cache + layer + (row * 32 + slot % 32) * HEAD
-        QUANTIZED: tl.constexpr = cache.dtype.element_ty == tl.int8
         scale = y + token
-        if QUANTIZED:
+        if KIND != "":
             scale = scales_of(cache, layer, KV_HEADS, HEAD) + row * 32 + slot % 32
         if row < KV_HEADS:
             x = k + (token * KV_HEADS + row) * HEAD
-            move_heads(x, place, scale, angles, real, HEAD, ROT, OFFSET, INTERLEAVED, QUANTIZED, BLOCK)
+            move_heads(x, place, scale, angles, real, HEAD, ROT, OFFSET, INTERLEAVED, KIND, BLOCK)
         else:
             x = v + (token * KV_HEADS + row - KV_HEADS) * HEAD
-            move_heads(x, place, scale, angles, real, HEAD, 0, 0, INTERLEAVED, QUANTIZED, BLOCK)
+            move_heads(x, place, scale, angles, real, HEAD, 0, 0, INTERLEAVED, KIND, BLOCK)
 
 
 def rope(x: torch.Tensor, table: torch.Tensor, heads: int, interleaved: bool, y: torch.Tensor, offset: int = 0) -> None:
@@ -150,7 +144,7 @@ def rope(x: torch.Tensor, table: torch.Tensor, heads: int, interleaved: bool, y:
     head = x.shape[1] // heads
     rotate_and_store[(triton.cdiv(len(x), _ROWS), heads)](
         x, x, x, table, y, x, x, len(x), 0, 0, HEADS=heads, KV_HEADS=0, HEAD=head, ROT=table.shape[1], OFFSET=offset,
-        INTERLEAVED=interleaved, ROWS=_ROWS, BLOCK=triton.next_power_of_2(head), num_warps=4,
+        INTERLEAVED=interleaved, KIND="", ROWS=_ROWS, BLOCK=triton.next_power_of_2(head), num_warps=4,
     )  # fmt: skip
 
 
@@ -174,5 +168,5 @@ def rope_cache(
     rotate_and_store[(triton.cdiv(tokens, _ROWS), heads + 2 * kv_heads)](
         k if q is None else q, k, v, k if table is None else table, k if y is None else y, cache, slots, tokens,
         cache.stride(0), layer_offset, HEADS=heads, KV_HEADS=kv_heads, HEAD=head, ROT=0 if table is None else table.shape[1],
-        OFFSET=0, INTERLEAVED=interleaved, ROWS=_ROWS, BLOCK=triton.next_power_of_2(head), num_warps=4,
+        OFFSET=0, INTERLEAVED=interleaved, KIND=kind_of(cache), ROWS=_ROWS, BLOCK=triton.next_power_of_2(head), num_warps=4,
     )  # fmt: skip

@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .codes import from_e4m3
+
 # The values of IQ4 codes as bytes, four in a word: those of `quant.blocks.IQ4_VALUES`.
 _IQ4_0, _IQ4_1 = tl.constexpr(-1079142271), tl.constexpr(-152379953)
 _IQ4_2, _IQ4_3 = tl.constexpr(639175937), tl.constexpr(1901675829)
@@ -100,15 +102,14 @@ def decode(low, high, part: tl.constexpr, LAYOUT: tl.constexpr):
             return (low << 16).to(tl.float32, bitcast=True)
         else:
             return (low & -65536).to(tl.float32, bitcast=True)
-    elif LAYOUT.codes == "e4m3":  # the bits of a float32 with the same exponent field, which has a bias of 127 and not of 7
-        byte = low >> (8 * (part % 2 * 2 + part // 2))  # columns 0, 2, 1, 3 in turn
-        return (((byte & 0x80) << 24) | ((byte & 0x7F) << 20)).to(tl.float32, bitcast=True) * 2.0**120
+    elif LAYOUT.codes == "e4m3":
+        return from_e4m3(low >> (8 * (part % 2 * 2 + part // 2)))  # columns 0, 2, 1, 3 in turn
     else:
         code = (low >> (8 * (part % 4) + part // 4 * LAYOUT.bits)) & ((1 << LAYOUT.bits) - 1)
         if LAYOUT.high > 0:
             above = (high >> (8 * (part % 4) + part // 4 * LAYOUT.high)) & ((1 << LAYOUT.high) - 1)
             code = code | (above << LAYOUT.bits)
-        if LAYOUT.codes == "e2m1":  # as for E4M3
+        if LAYOUT.codes == "e2m1":  # as `from_e4m3`
             return (((code & 8) << 28) | ((code & 7) << 22)).to(tl.float32, bitcast=True) * 2.0**127
         elif LAYOUT.codes == "iq4":
             word = tl.where(code < 8, tl.where(code < 4, _IQ4_0, _IQ4_1), tl.where(code < 12, _IQ4_2, _IQ4_3))
