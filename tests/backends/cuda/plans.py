@@ -36,7 +36,7 @@ def pair(
     graph, weights = graph or graph_of(model), packed_weights(weights_of(model), format_name)
     made, exact = backend.compile(graph, weights), ReferenceBackend().compile(graph, dequantized(weights))
     return [
-        Runner(plan, owner.new_store(graph, dtype, 24), (None,) * graph.cache.groups)
+        Runner(plan, owner.new_store(graph, dtype, 24, 16 if graph.states else 0), (None,) * graph.cache.groups)
         for plan, owner, dtype in ((made, backend, kv), (exact, ReferenceBackend(), kv if kv == "fp8" else "fp32"))
     ]
 

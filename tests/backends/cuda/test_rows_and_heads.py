@@ -64,6 +64,13 @@ def test_angles_of_large_positions_are_exact(scaling):
     close(out, ops.rope_table(positions.long(), frequencies[which.long()], scaling))
 
 
+def test_angles_of_positions_on_axes():
+    positions, axes = torch.tensor([[0, 5, 7], [1, 2, 3], [9, 8, 70000]], dtype=torch.int32), [0, 1, 2, 1, 0]
+    frequencies, which, out = random(1, 5, seed=3).abs(), torch.zeros(3, dtype=torch.int32), torch.empty(3, 10)
+    rope.rope_table(positions, which, frequencies, 1.5, out, torch.tensor(axes, dtype=torch.int32))
+    close(out, ops.rope_table(positions.T[:, axes].long(), frequencies, 1.5))
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(("rot", "offset"), [(12, 0), (8, 0), (6, 5)])
 def test_rope_in_place(rot, offset, interleaved):
@@ -71,6 +78,12 @@ def test_rope_in_place(rot, offset, interleaved):
     exact = ops.rope(x, table, 3, interleaved, offset)
     rope.rope(x, table, 3, interleaved, x, offset)
     close(x, exact)
+
+
+def test_columns():
+    x, out = random(11, 3 * 50), torch.full((11, 3 * 20), torch.nan)
+    rows.columns(x, out, groups=3, begin=7, end=27)
+    assert torch.equal(out, x.unflatten(1, (3, 50))[..., 7:27].flatten(1))
 
 
 @pytest.mark.parametrize("kv_dtype", ["fp32", "bf16", "int8", "fp8"])

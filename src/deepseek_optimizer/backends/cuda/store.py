@@ -14,6 +14,7 @@ from ..reference.block_tensors import BlockTensors
 from ..reference.ops import rope
 from ..reference.scaled_rows import dequantized, quantized
 from .memory import memory_errors
+from .states import DeviceStates
 
 KV_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.uint8}
 CODES = ("int8", "fp8")  # with scales, see `reference/scaled_rows.py`
@@ -60,6 +61,12 @@ class DeviceBlocks(BlockTensors):
     def data(self) -> torch.Tensor:
         """The cache, [blocks, block_elements]; no blocks before the first write."""
         return self._data[0]
+
+    @property
+    def address(self) -> tuple[int, ...]:
+        """Of the memory of blocks and of recurrent states."""
+        states = (self.states.data.data_ptr(),) if isinstance(self.states, DeviceStates) else ()
+        return (self.data.data_ptr(), *states)
 
     @property
     def held_blocks(self) -> int:

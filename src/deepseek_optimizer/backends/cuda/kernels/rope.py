@@ -19,7 +19,8 @@ _ROWS = 16  # tokens of a program
 
 @triton.jit
 def rope_angles(
-    positions, which, frequencies, out, tokens, scaling, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    positions, which, axes, frequencies, out, tokens, scaling, HALF: tl.constexpr, AXES: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """cos and sin of position * frequency, times `scaling`. Grid (blocks of tokens).
 
@@ -27,7 +28,8 @@ def rope_angles(
     runs once a step, not once a layer.
 
     Args:
-        positions: int32 [tokens].
+        positions: int32 [tokens], with AXES [3, tokens].
+        axes: int32 [HALF], with AXES that of each frequency.
         which: int32 [tokens], the row of `frequencies` of each token.
         frequencies: float32 [F, HALF].
         out: float32 [tokens, 2 * HALF], cos first.
@@ -36,7 +38,10 @@ def rope_angles(
     token, i = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None], tl.arange(0, BLOCK)[None, :]
     inside = (token < tokens) & (i < HALF)
     row = tl.load(which + token, mask=token < tokens, other=0)
-    position = tl.load(positions + token, mask=token < tokens, other=0).to(tl.float32)
+    source = positions + token
+    if AXES:
+        source += tl.load(axes + i, mask=i < HALF, other=0) * tokens
+    position = tl.load(source, mask=inside if AXES else token < tokens, other=0).to(tl.float32)
     angle = (position * tl.load(frequencies + row * HALF + i, mask=inside, other=0.0)).to(tl.float64)
     place = out + token * (2 * HALF) + i
     tl.store(place, (tl.cos(angle) * scaling).to(tl.float32), mask=inside)
@@ -44,13 +49,18 @@ def rope_angles(
 
 
 def rope_table(
-    positions: torch.Tensor, which: torch.Tensor, frequencies: torch.Tensor, scaling: float, out: torch.Tensor
+    positions: torch.Tensor,
+    which: torch.Tensor,
+    frequencies: torch.Tensor,
+    scaling: float,
+    out: torch.Tensor,
+    axes: torch.Tensor | None = None,
 ) -> None:
-    """See `rope_angles`."""
-    tokens, half = len(positions), frequencies.shape[1]
+    """See `rope_angles`; without `axes`, tokens have one position each."""
+    tokens, half = len(which), frequencies.shape[1]
     rope_angles[(triton.cdiv(tokens, _ROWS),)](
-        positions, which, frequencies, out, tokens, scaling, HALF=half, ROWS=_ROWS, BLOCK=triton.next_power_of_2(half),
-        num_warps=4,
+        positions, which, positions if axes is None else axes, frequencies, out, tokens, scaling, HALF=half,
+        AXES=axes is not None, ROWS=_ROWS, BLOCK=triton.next_power_of_2(half), num_warps=4,
     )  # fmt: skip
 
 
