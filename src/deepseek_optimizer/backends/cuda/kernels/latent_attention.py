@@ -172,7 +172,7 @@ def attend(
         absorbed if chosen is None else chosen, CHUNKS=chunks, HEAD_ROWS=head_rows, NOPE=q.shape[2] - rope, ROPE=rope,
         ROPE_BLOCK=max(16, triton.next_power_of_2(rope)), RANK=rank, RANK_BLOCK=max(16, triton.next_power_of_2(rank)),
         BLOCK_Q=block_q, TOKENS=32 if narrow else 16, PART=32, NARROW=narrow, KIND=kind_of(cache), TOP_K=top_k,
-        num_warps=4 if narrow and block_q * head_rows <= 16 else 8, num_stages=2,
+        num_warps=4 if cache.dtype == torch.bfloat16 and block_q * head_rows <= 16 else 8, num_stages=2,
     )  # fmt: skip
     if chunks > 1:
         launch_merge(partial, stats, tiles, absorbed)
