@@ -78,6 +78,7 @@ STACK = {
     "rope table: rope_angles": 64,
     "attention, prefill in fp32: attend_tile": 128,
     "experts mxfp4 of gpt-oss, grouped: pair_tile_product": 64,
+    "latents, decoding in fp8: attend_latents": 32,
 }
 SMALL_STACK = 16
 

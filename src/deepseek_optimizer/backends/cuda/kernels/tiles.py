@@ -133,13 +133,13 @@ def decode(low, high, part: tl.constexpr, LAYOUT: tl.constexpr):
             return (low & -65536).to(tl.float32, bitcast=True)
     elif LAYOUT.codes == "e4m3":
         return from_e4m3(low >> (8 * (part % 2 * 2 + part // 2)))  # columns 0, 2, 1, 3 in turn
+    elif LAYOUT.codes == "trellis":
+        code = (low >> (8 * (part % 4) + part // 4 * 2)) & 3
+        subset = (high >> (8 * (part % 4) + part // 8 * 4 + 2 - part // 4 % 2 * 2)) & 3  # at bits 2, 0, 6, 4 of a byte
+        return table_value(code * 4 + subset, _TRELLIS_0, _TRELLIS_1, _TRELLIS_2, _TRELLIS_3)
     else:
         code = (low >> (8 * (part % 4) + part // 4 * LAYOUT.bits)) & ((1 << LAYOUT.bits) - 1)
-        if LAYOUT.codes == "trellis":
-            quad: tl.constexpr = part // 4  # at bits 2, 0, 6, 4 of a byte
-            code = code * 4 + ((high >> (8 * (part % 4) + quad // 2 * 4 + 2 - quad % 2 * 2)) & 3)
-            return table_value(code, _TRELLIS_0, _TRELLIS_1, _TRELLIS_2, _TRELLIS_3)
-        elif LAYOUT.high > 0:
+        if LAYOUT.high > 0:
             above = (high >> (8 * (part % 4) + part // 4 * LAYOUT.high)) & ((1 << LAYOUT.high) - 1)
             code = code | (above << LAYOUT.bits)
         if LAYOUT.codes == "e2m1":  # as `from_e4m3`
