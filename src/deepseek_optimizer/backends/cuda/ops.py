@@ -165,7 +165,10 @@ def _rope_table(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
         frequencies, which = at.frequencies[frequencies_name(spec)], at.sequence
     else:
         frequencies, which = run.weights.vectors[frequencies_name(spec)], torch.zeros_like(at.sequence)
-    positions, axes = (at.axes, run.weights.axes[frequencies_name(spec)]) if spec.axes else (at.positions, None)
+    positions, axes = at.positions, None
+    if spec.axes:
+        assert at.axes is not None  # of graphs with such a table
+        positions, axes = at.axes, run.weights.axes[frequencies_name(spec)]
     rope.rope_table(positions, which, frequencies, spec.scaling, outputs[0], axes)
 
 
