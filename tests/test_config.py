@@ -22,7 +22,7 @@ GOOD = {
     "attention_sinks": [0, 4],
     "attention_budget": [2048],
     "sparse_attention": [True, False],
-    "kv_cache": ["auto", "fp32", "bf16", "int8", "int4"],
+    "kv_cache": ["auto", "fp32", "bf16", "int8", "fp8", "int4"],
     "kv_cache_memory": [None, 1 << 20],
     "threads": [None, 1, 64],
     "isa": [None, "avx2", "avx512", "amx", "neon"],

@@ -26,7 +26,7 @@ MAX_THREADS: Final = 1024
 
 Precision = Literal["auto", "int3", "int4", "q4_1", "int8", "fp8", "bf16", "fp32"]
 Attention = Literal["flash", "eager", "sliding", "sparse"]
-KvCache = Literal["auto", "fp32", "bf16", "int8", "int4"]
+KvCache = Literal["auto", "fp32", "bf16", "int8", "fp8", "int4"]
 Isa = Literal["avx2", "avx512", "amx", "neon"]
 Activation = Literal["auto", "int8", "int16"]
 Mtp = Literal["auto", "off"]
@@ -159,8 +159,8 @@ class DeepSeekConfig(QuantizationConfigMixin):
         attention_budget: maximum number of visible tokens with "sparse".
         sparse_attention: True means attention_optimization="sparse" with an int8 cache (if `kv_cache` is "auto" and not all
             weights are fp32), which halves the memory for long texts.
-        kv_cache: storage of keys and values: "fp32", "bf16", "int8", "int4", or "auto": fp32 if all weights are fp32, int8 with
-            `sparse_attention`, bf16 otherwise.
+        kv_cache: storage of keys and values: "fp32", "bf16", "int8", "fp8" (E4M3, not on backend `cpu`), "int4", or
+            "auto": fp32 if all weights are fp32, int8 with `sparse_attention`, bf16 otherwise.
         kv_cache_memory: maximum size of the cache in bytes, allocated as it is used. None: the memory that is free when the
             first cache is created, less a reserve; for an engine or server the size that a full batch needs, but at most half
             of free memory.
@@ -251,7 +251,7 @@ class DeepSeekConfig(QuantizationConfigMixin):
         "attention_sinks": _integer(0, 1024),
         "attention_budget": _integer(1, 1 << 20),
         "sparse_attention": _flag,
-        "kv_cache": _one_of("auto", "fp32", "bf16", "int8", "int4"),
+        "kv_cache": _one_of("auto", "fp32", "bf16", "int8", "fp8", "int4"),
         "kv_cache_memory": _optional(_integer(1 << 16, 1 << 60)),
         "threads": _optional(_integer(1, MAX_THREADS)),
         "isa": _optional(_one_of("avx2", "avx512", "amx", "neon")),

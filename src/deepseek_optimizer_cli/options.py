@@ -49,8 +49,8 @@ KvCache = Annotated[
     typer.Option(
         "--kv-cache",
         metavar="FORMAT",
-        help="Format of cached keys and values: bf16, int8, int4 or fp32 (with fp32 weights). Default: bf16; fp32 with fp32 "
-        "weights.",
+        help="Format of cached keys and values: bf16, int8, int4, fp32 (with fp32 weights) or fp8 (on a GPU). Default: bf16; "
+        "fp32 with fp32 weights.",
         **_MODEL,
     ),
 ]

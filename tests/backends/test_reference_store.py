@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from deepseek_optimizer.backends.reference import ReferenceBackend, int4_rows
+from deepseek_optimizer.backends.reference.scaled_rows import dequantized, quantized
 from deepseek_optimizer.backends.reference.store import TorchStore, store_block_bytes
 from deepseek_optimizer.errors import BackendError
 from deepseek_optimizer.graph.ir import CacheSpec, LatentSpec
@@ -29,7 +30,7 @@ def filled(kv_dtype: str, tokens: int = 70) -> tuple[TorchStore, torch.Tensor, t
     return store, key, value
 
 
-@pytest.mark.parametrize("kv_dtype", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("kv_dtype", ["fp32", "bf16", "int8", "fp8", "int4"])
 def test_reads_what_was_written(kv_dtype: str) -> None:
     store, key, value = filled(kv_dtype)
     for read, written in zip(store.read(1, TABLE, 70), (key, value), strict=True):
@@ -40,12 +41,16 @@ def test_reads_what_was_written(kv_dtype: str) -> None:
             assert torch.equal(read, expected.bfloat16().float())
         elif kv_dtype == "int4":
             assert torch.equal(read, int4_rows.dequantized(*int4_rows.quantized(expected)))
+        elif kv_dtype == "fp8":
+            scale = expected.abs().amax(-1, keepdim=True) / 448
+            bound = torch.maximum(expected.abs() / 16, scale / 1024)
+            assert ((read - expected).abs() <= bound * (1 + 1e-5)).all() and not torch.equal(read, expected)
         else:
             half_step = expected.abs().amax(-1, keepdim=True) / 254
             assert ((read - expected).abs() <= half_step * (1 + 1e-5)).all() and not torch.equal(read, expected)
 
 
-@pytest.mark.parametrize("kv_dtype", ["fp32", "int8", "int4"])
+@pytest.mark.parametrize("kv_dtype", ["fp32", "int8", "fp8", "int4"])
 def test_copied_block_and_released_memory(kv_dtype: str) -> None:
     store, _, _ = filled(kv_dtype)
     before = store.read(1, TABLE, 70)
@@ -68,14 +73,14 @@ def test_memory_grows_with_written_blocks() -> None:
         store.copy_block(0, 1_000_000)
 
 
-@pytest.mark.parametrize("kv_dtype", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("kv_dtype", ["fp32", "bf16", "int8", "fp8", "int4"])
 def test_block_bytes_equal_the_size_of_a_block(kv_dtype: str) -> None:
     store, _, _ = filled(kv_dtype)
     tensors = (*store._data, *store._scales)
     assert store.block_bytes == store_block_bytes(SPEC, kv_dtype) == sum(t.nbytes for t in tensors) // len(store._data[0])
 
 
-@pytest.mark.parametrize("kv_dtype", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("kv_dtype", ["fp32", "bf16", "int8", "fp8", "int4"])
 def test_layers_of_different_sizes(kv_dtype: str) -> None:
     spec = CacheSpec(layers=2, kv_heads=(3, 1), head_dim=(8, 20))
     assert spec.heads == ((3, 8), (1, 20)) and spec.elements_per_token == 2 * (24 + 20)
@@ -85,7 +90,7 @@ def test_layers_of_different_sizes(kv_dtype: str) -> None:
         store.write(layer, table, 0, rows, rows + 1)
     for layer, rows in enumerate(written):
         key, value = store.read(layer, TABLE, 40)
-        within = {"rtol": 0.01, "atol": 0.7 if kv_dtype == "int4" else 0.03}
+        within = {"rtol": 0.01, "atol": {"int4": 0.7, "fp8": 0.2}.get(kv_dtype, 0.03)}
         torch.testing.assert_close(key, rows.transpose(0, 1), **within)
         torch.testing.assert_close(value, rows.transpose(0, 1) + 1, **within)
     assert store.saved_bytes == store_block_bytes(spec, kv_dtype)
@@ -96,6 +101,20 @@ def test_layers_of_different_sizes(kv_dtype: str) -> None:
 def test_int4_takes_less_than_a_third_of_bf16(spec: CacheSpec | LatentSpec) -> None:
     """Heads of SmolLM2 and of R1's distillations, and the latents of DeepSeek-V2 and V3."""
     assert store_block_bytes(spec, "int4") <= 0.3 * store_block_bytes(spec, "bf16")
+
+
+def test_fp8_keeps_every_number_of_e4m3() -> None:
+    """Those of a row whose largest is 448, of any magnitude; and NaN in rows with a NaN or an infinity."""
+    codes = torch.arange(256, dtype=torch.int16).to(torch.uint8)
+    numbers = codes.view(torch.float8_e4m3fn).float()
+    numbers = torch.where(numbers.isfinite(), numbers, 0.0)
+    for factor in (1.0, 2.0**-30, 2.0**100):
+        made, scale = quantized(numbers * factor, "fp8")
+        assert scale == factor and torch.equal(dequantized(made, scale, "fp8"), numbers * factor)
+    tiny = torch.tensor([2.0**-149 * 600, 0.0])  # the scale is rounded down to the smallest number above 0
+    assert dequantized(*quantized(tiny, "fp8"), "fp8").isfinite().all()
+    for value in (torch.nan, torch.inf):
+        assert dequantized(*quantized(torch.tensor([1.0, value]), "fp8"), "fp8").isnan().any()
 
 
 def test_short_tables_and_unknown_dtypes_are_rejected() -> None:

@@ -37,12 +37,14 @@ class Mixture:
 V3, V2_LITE, GPT_OSS = Mixture(7168, 2048, 256, 8), Mixture(2048, 1408, 64, 6), Mixture(2880, 2880, 128, 4)
 NOPE, ROPE, RANK, V_DIM = 128, 64, 512, 128  # of both
 EXPERT_FORMATS = ("fp32", "bf16", "int8", "int4", "fp8", "mxfp4")
+CODES = {"int8": torch.int8, "fp8": torch.uint8}  # of caches
 _TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.int32: "*i32",
     torch.int8: "*i8",
+    torch.uint8: "*u8",
 }
 
 
@@ -63,12 +65,14 @@ def launches() -> dict[str, Callable[[], None]]:
         latent_attention,
         linear,
         norm,
+        recurrent,
         rope,
         routing,
         rows,
     )
     from deepseek_optimizer.backends.cuda.layouts import LAYOUTS
     from deepseek_optimizer.backends.cuda.matrices import DeviceMatrix, DeviceStack
+    from deepseek_optimizer.backends.cuda.step import Runs
     from deepseek_optimizer.quant.packed import PackedMatrix, PackedStack
 
     def matrix(format_name: str, outputs: int, columns: int) -> DeviceMatrix:
@@ -127,12 +131,29 @@ def launches() -> dict[str, Callable[[], None]]:
             q, keys, values, cache, 32 * (RANK + ROPE), tables, [fields], ends, out, scale=0.1, chosen=chosen
         )
 
+    def rope_into(dtype: torch.dtype) -> Callable[[], None]:
+        codes = cache.view(dtype)
+        return lambda: rope.rope_cache(x, heads, heads, table, x, codes, ints, 0, heads=HEADS, kv_heads=KV_HEADS)
+
+    def write_latents(dtype: torch.dtype) -> Callable[[], None]:
+        codes = empty(99, 61 * 32 * (RANK + 2 * ROPE + 16), dtype=dtype)
+        return lambda: latent.store_latents(latents, codes, ints, 0, RANK)
+
+    def delta(k_heads: int, channels: bool) -> Callable[[], None]:
+        """32 heads of 128 x 128, those of Qwen3-Next and Kimi Linear."""
+        width, gates = 2 * k_heads * 128 + 32 * 128, 32 * 128 if channels else 32
+        return lambda: recurrent.delta_rule(
+            empty(64, width), empty(64, gates), empty(64, 32), empty(32), empty(gates), states, 0, runs, empty(64, 4096),
+            heads=32, k_heads=k_heads, k_dim=128, v_dim=128, channels=channels,
+        )  # fmt: skip
+
     latents, routed = empty(64, RANK + ROPE), empty(64, 2 * V3.top_k)
     routing_of_v3 = {
         "top_k": 8, "groups": 8, "top_groups": 4, "scoring": "sigmoid", "group_score": "top2", "normalize": True, "scale": 2.5,
     }  # fmt: skip
     plain = routing_of_v3 | {"groups": 1, "top_groups": 1, "scoring": "softmax", "group_score": "max"}
     ints, x, heads = empty(64, dtype=torch.int32), empty(64, HIDDEN), empty(64, KV_HEADS * HEAD)
+    states, runs = empty(8, 1 << 20), Runs(*(empty(*shape, dtype=torch.int32) for shape in ((8, 5), (64,), (8, 2))))
     cache, table = empty(99, 32 * 2 * KV_HEADS * HEAD, dtype=torch.bfloat16), empty(64, HEAD)
     return {
         **{f"vector {name}": product(name, 1) for name in LAYOUTS},
@@ -144,11 +165,17 @@ def launches() -> dict[str, Callable[[], None]]:
         "attention, decoding": attend(torch.bfloat16, 1, 1, 128),
         "attention, decoding with a sink": attend(torch.bfloat16, 1, 1, 128, learned=empty(HEADS), window=128),
         "attention, prefill with a softcap": attend(torch.bfloat16, 64, 16, 0, softcap=50.0),
-        "attention, prefill in int8": attend(torch.int8, 64, 16, 0),
-        "attention, decoding in int8": attend(torch.int8, 1, 1, 128),
-        "rope and int8 cache": lambda: rope.rope_cache(
-            x, heads, heads, table, x, cache.view(torch.int8), ints, 0, heads=HEADS, kv_heads=KV_HEADS
+        **{f"attention, prefill in {name}": attend(dtype, 64, 16, 0) for name, dtype in CODES.items()},
+        **{f"attention, decoding in {name}": attend(dtype, 1, 1, 128) for name, dtype in CODES.items()},
+        **{f"rope and {name} cache": rope_into(dtype) for name, dtype in CODES.items()},
+        **{f"latents, prefill in {name}": attend_latents(dtype, 64, 2, 0, 128) for name, dtype in CODES.items()},
+        **{f"latents, decoding in {name}": attend_latents(dtype, 1, 1, 128, 128) for name, dtype in CODES.items()},
+        **{f"latent write in {name}": write_latents(dtype) for name, dtype in CODES.items()},
+        "short convolution": lambda: recurrent.short_conv(
+            empty(64, 8192), states, 0, runs, empty(8192, 1, 4), None, True, empty(64, 8192)
         ),
+        "delta rule": delta(16, False),
+        "delta rule of channels": delta(32, True),
         "attention, decoding in fp32": attend(torch.float32, 1, 1, 128),
         "attention, prefill in fp32": attend(torch.float32, 64, 16, 0),
         **{f"experts {name}": mixture(name, 1, V3) for name in EXPERT_FORMATS},
@@ -157,6 +184,8 @@ def launches() -> dict[str, Callable[[], None]]:
         "experts mxfp4 of gpt-oss, grouped": mixture("mxfp4", 4096, GPT_OSS, gate=Gate("clamped", 7.0, 1.702, True)),
         "experts int4, down": mixture("int4", 1, V3, gated=False),
         "experts int4, down, grouped": mixture("int4", 4096, V3, gated=False),
+        "experts int3": mixture("int3", 1, V3),
+        "experts int3, grouped": mixture("int3", 4096, V3),
         "experts int4 of V2-Lite, grouped": mixture("int4", 64, V2_LITE),
         "routes": lambda: routing.route(empty(64, V3.experts), empty(V3.experts), None, routed, **routing_of_v3),
         "routes without groups": lambda: routing.route(empty(64, 512), None, None, routed, **plain),

@@ -44,7 +44,7 @@ class Capabilities:
         device_type: torch's device type for weights, cache and logits: "cpu", "cuda", ...
         phases: a subset of PHASES.
         weight_formats: names from `quant.FORMATS`.
-        kv_dtypes: storage types of the KV cache: "fp32", "bf16", "int8", "int4".
+        kv_dtypes: storage types of the KV cache: "fp32", "bf16", "int8", "fp8", "int4".
         attention_modes: values of `DeepSeekConfig.attention_optimization`.
         activations: values of `CompileOptions.activation` that have an effect.
         isas: instruction sets that run on this machine, the best last; empty if there is no choice.

@@ -11,6 +11,7 @@ import torch
 from deepseek_optimizer.backends.base import DECODE, PREFILL
 from deepseek_optimizer.backends.cpu import native
 from deepseek_optimizer.backends.reference import ReferenceBackend
+from deepseek_optimizer.errors import BackendError
 from deepseek_optimizer.graph import rules
 from deepseek_optimizer.graph.attention_mode import AttentionMode, apply_mode
 from deepseek_optimizer.graph.ir import CacheSpec, Graph
@@ -33,6 +34,13 @@ def model_of(**fields: Any) -> Any:
 
 def graph_of(model: Any, mode: AttentionMode, names: list[str] | None = None) -> Graph:
     return apply_mode(rules.apply(build_graph(model.config), names)[0], mode)[0]
+
+
+def test_caches_in_fp8_are_refused(backend):
+    graph = build_graph(llama())
+    for call in (lambda: backend.block_bytes(graph, "fp8"), lambda: backend.new_store(graph, "fp8", 4)):
+        with pytest.raises(BackendError, match="cpu backend does not support KV cache dtype 'fp8'; choose kv_cache among"):
+            call()
 
 
 @PHASES

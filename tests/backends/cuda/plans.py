@@ -31,12 +31,13 @@ def graph_of(model: Any, fused: bool = True) -> Graph:
 def pair(
     backend: CudaBackend, model: Any, format_name: str = "fp32", kv: str = "fp32", graph: Graph | None = None
 ) -> list[Runner]:
-    """A runner of this backend, and one of the reference with the same values."""
+    """A runner of this backend, and one of the reference with the same values, and an fp32 cache unless this one is fp8, which
+    costs more than other roundings."""
     graph, weights = graph or graph_of(model), packed_weights(weights_of(model), format_name)
     made, exact = backend.compile(graph, weights), ReferenceBackend().compile(graph, dequantized(weights))
     return [
-        Runner(plan, owner.new_store(graph, dtype, 24), (None,) * graph.cache.groups)
-        for plan, owner, dtype in ((made, backend, kv), (exact, ReferenceBackend(), "fp32"))
+        Runner(plan, owner.new_store(graph, dtype, 24, 16 if graph.states else 0), (None,) * graph.cache.groups)
+        for plan, owner, dtype in ((made, backend, kv), (exact, ReferenceBackend(), kv if kv == "fp8" else "fp32"))
     ]
 
 

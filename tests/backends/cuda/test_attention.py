@@ -23,7 +23,7 @@ from .values import ints, random
 CPU = torch.device("cpu")
 SCALE = 0.3
 # With a bf16 cache, q and weights are rounded to bf16 as well.
-BOUND = {"fp32": 3e-6, "bf16": 2**-7, "int8": 2**-7}
+BOUND = {"fp32": 3e-6, "bf16": 2**-7, "int8": 2**-7, "fp8": 2**-7}
 
 
 def on_device(batch: StepBatch, block_q: int, scratch: int | None = None) -> DeviceStep:
@@ -95,7 +95,7 @@ class Case:
 MIXED = [(DECODE, 70, 1), (DECODE, 0, 2), (PREFILL, 0, 40), (PREFILL, 33, 5)]
 
 
-@pytest.mark.parametrize("kv_dtype", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["fp32", "bf16", "int8", "fp8"])
 @pytest.mark.parametrize(("heads", "kv_heads", "head"), [(6, 2, 20), (2, 2, 16), (5, 1, 8)])
 def test_mixed_steps(heads, kv_heads, head, kv_dtype):
     Case(MIXED, heads, kv_heads, head, kv_dtype).check()

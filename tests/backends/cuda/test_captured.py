@@ -45,6 +45,9 @@ FAMILIES = {
         **{name: value for name, value in TINY.items() if name != "head_dim"} | {"num_key_value_heads": 2}, n_routed_experts=6,
         num_experts_per_tok=2, moe_intermediate_size=20, first_k_dense_replace=0,
     ),
+    "qwen3_5_text-states": lambda: configs.qwen3_5_text(
+        num_hidden_layers=2, layer_types=["linear_attention", "full_attention"], vocab_size=31
+    ),
 }  # fmt: skip
 
 
@@ -52,7 +55,9 @@ def runner_of(model, seam=None, captured=True, **options):
     backend = CudaBackend(CPU, captured, seam)
     graph = group_layers(rules.apply(build_graph(model.config))[0])
     plan = backend.compile(graph, packed_weights(weights_of(model), options.get("format_name", "fp32")))
-    return Runner(plan, backend.new_store(graph, options.get("kv", "fp32"), 24), (None,) * graph.cache.groups)
+    return Runner(
+        plan, backend.new_store(graph, options.get("kv", "fp32"), 24, 16 if graph.states else 0), (None,) * graph.cache.groups
+    )
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +94,12 @@ def mixed(run, model):
     [
         ("llama-dynamic", decoding, {}),
         ("llama-dynamic", mixed, {"format_name": "int8", "kv": "bf16"}),
-        ("qwen3-groups", decoding, {"kv": "bf16"}),
+        ("qwen3-groups", decoding, {"kv": "fp8"}),
         ("qwen3-groups", mixed, {}),
         ("deepseek_v3-experts", decoding, {}),
-        ("deepseek_v3-experts", mixed, {"kv": "bf16"}),
+        ("deepseek_v3-experts", mixed, {"kv": "int8"}),
+        ("qwen3_5_text-states", decoding, {}),
+        ("qwen3_5_text-states", mixed, {}),
     ],
 )
 def test_captured_steps_have_the_bits_of_plain_steps(family, steps, formats):

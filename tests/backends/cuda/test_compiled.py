@@ -14,8 +14,9 @@ import pytest
 TESTS = Path(__file__).parents[2]
 CARDS = {80: "A100", 90: "H100", 100: "B200"}
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # of a program, at most
-OTHERS = ("q4_1", "fp8", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "iq4_nl", "q5_0", "q5_1", "mxfp4")  # formats
-EXPERTS = ("fp32", "bf16", "int8", "int4", "fp8", "mxfp4")
+OTHERS = ("q4_1", "fp8", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "iq4_nl", "q5_0", "q5_1", "mxfp4", "int3")  # formats
+EXPERTS = ("fp32", "bf16", "int8", "int4", "fp8", "mxfp4", "int3")
+CODES = ("int8", "fp8")  # of caches
 # By launch and kernel: registers of a thread and bytes of shared memory, at most, on every card. Kernels that are not listed
 # are small. Products of large tiles and attention of prompts take all 255 registers.
 LIMITS = {
@@ -37,9 +38,9 @@ LIMITS = {
     "experts int4: pair_vector_product": (168, 4096),
     "experts int4, down: pair_vector_product": (168, 4096),
     **{f"vector {name}: vector_product": (200, 8192) for name in OTHERS},
-    **{f"vector {name}: vector_product": (144, 4096) for name in ("q2_k", "q3_k")},
+    **{f"vector {name}: vector_product": (144, 4096) for name in ("q2_k", "q3_k", "int3")},
     **{f"tile {name}: tile_product": (255, 112 << 10) for name in OTHERS},
-    **{f"experts {name}: pair_vector_product": (200, 8192) for name in ("fp8", "mxfp4", "mxfp4 of gpt-oss")},
+    **{f"experts {name}: pair_vector_product": (200, 8192) for name in ("fp8", "mxfp4", "mxfp4 of gpt-oss", "int3")},
     **{f"experts {name}, grouped: pair_tile_product": (255, 112 << 10) for name in (*EXPERTS, "mxfp4 of gpt-oss")},
     "experts int4, down, grouped: pair_tile_product": (255, 112 << 10),
     "experts int4 of V2-Lite, grouped: pair_tile_product": (192, 48 << 10),
@@ -58,8 +59,14 @@ LIMITS = {
     "attention, prefill: attend_tile": (255, 96 << 10),
     "attention, prefill in fp32: attend_tile": (255, 128 << 10),
     "attention, prefill with a softcap: attend_tile": (255, 96 << 10),
-    "attention, prefill in int8: attend_tile": (255, 96 << 10),
-    "attention, decoding in int8: attend_tile": (232, 48 << 10),
+    **{f"attention, prefill in {name}: attend_tile": (255, 96 << 10) for name in CODES},
+    **{f"attention, decoding in {name}: attend_tile": (232, 48 << 10) for name in CODES},
+    **{f"latents, prefill in {name}: attend_latents": (255, 96 << 10) for name in CODES},
+    **{f"latents, prefill in {name}: head_tile_product": (168, 48 << 10) for name in CODES},
+    **{f"latents, decoding in {name}: attend_latents": (255, 64 << 10) for name in CODES},
+    "delta rule: delta_rows": (128, 4096),
+    "delta rule of channels: delta_rows": (128, 4096),
+    "short convolution: convolve": (128, 8192),
     "attention, decoding: attend_tile": (168, 48 << 10),
     "attention, decoding with a sink: attend_tile": (168, 48 << 10),
     "attention, decoding in fp32: attend_tile": (255, 96 << 10),
@@ -71,6 +78,7 @@ STACK = {
     "rope table: rope_angles": 64,
     "attention, prefill in fp32: attend_tile": 128,
     "experts mxfp4 of gpt-oss, grouped: pair_tile_product": 64,
+    "latents, decoding in fp8: attend_latents": 32,
 }
 SMALL_STACK = 16
 

@@ -12,7 +12,8 @@ DEVICE = triton_interpreter.require_device()
 from deepseek_optimizer.backends.base import CompileOptions
 from deepseek_optimizer.backends.cuda.backend import CudaBackend
 from deepseek_optimizer.backends.cuda.latent_store import CudaLatentStore
-from deepseek_optimizer.backends.cuda.supported import LATENT_DTYPES
+from deepseek_optimizer.backends.cuda.layouts import LAYOUTS
+from deepseek_optimizer.backends.cuda.store import KV_DTYPES
 from deepseek_optimizer.backends.reference import ReferenceBackend
 from deepseek_optimizer.errors import BackendError
 from deepseek_optimizer.graph import rules
@@ -85,7 +86,7 @@ def decisive(model):
     return model
 
 
-@pytest.mark.parametrize(("format_name", "kv"), [("bf16", "bf16"), ("int8", "fp32"), ("int4", "bf16")])
+@pytest.mark.parametrize(("format_name", "kv"), [("bf16", "bf16"), ("int8", "fp32"), ("int4", "bf16"), ("bf16", "fp8")])
 def test_formats_and_caches(backend, format_name, kv):
     model = decisive(random_model(FAMILIES["deepseek_v3-groups"]()))
     made, exact = pair(backend, model, format_name, kv)
@@ -131,12 +132,12 @@ def test_layers_that_draft(backend, deepseek):
 def test_sizes_equal_the_buffers(backend, deepseek):
     graph, weights = graph_of(deepseek), packed_weights(weights_of(deepseek), "int8")
     formats = {name: w.format for name, w in weights.items() if isinstance(w, (PackedMatrix, PackedStack))}
-    for kv in LATENT_DTYPES:
+    for kv in KV_DTYPES:
         store = backend.new_store(graph, kv, 3)
         store.ensure(1)
         assert backend.block_bytes(graph, kv) == store.block_bytes == store.data[0].nbytes == store.saved_bytes
-    with pytest.raises(BackendError, match="KV cache dtype 'int8' of family 'deepseek_v3'; choose kv_cache among fp32, bf16"):
-        backend.new_store(graph, "int8", 3)
+    with pytest.raises(BackendError, match="KV cache dtype 'int4' of family 'deepseek_v3'; choose kv_cache among fp32, bf16"):
+        backend.new_store(graph, "int4", 3)
     plan = backend.compile(graph, weights)
     plan.reserve(64, 4)
     assert sum(b.nbytes for b in plan._buffers) < plan.buffer_bytes(64, 4)
@@ -163,13 +164,14 @@ def test_routers_may_be_packed(backend, deepseek):
     assert torch.equal(*results)
 
 
-def test_weights_that_do_not_fit_are_named(backend, deepseek):
+def test_weights_that_do_not_fit_are_named(backend, deepseek, monkeypatch):
+    monkeypatch.delitem(LAYOUTS, "q5_1")  # as if this format had no kernels
     graph, weights = graph_of(deepseek), packed_weights(weights_of(deepseek), "fp32")
     name = "model.layers.1.mlp.experts.down_proj"
     stack = weights[name]
     for wrong, said in (
         (stack.matrix(0), "must be a packed stack for the cuda backend, got a PackedMatrix"),
-        (PackedStack("int3", *stack.shape, stack.data), "weight format 'int3' of .*choose precision among"),
+        (PackedStack("q5_1", *stack.shape, stack.data), "weight format 'q5_1' of .*choose precision among"),
         (PackedStack("q4_1", *stack.shape, stack.data), "has tiles of 2048 bytes, but those of q4_1 have 320"),
         (PackedStack("fp32", 4, 40, 20, stack.data[:4]), r"has shape \(4, 40, 20\), but the graph needs \(6, 40, 20\)"),
     ):

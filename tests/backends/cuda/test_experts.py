@@ -112,7 +112,7 @@ def test_tiles_suffice_for_the_worst_routes():
 
 
 @pytest.mark.parametrize("tokens", [2, 23])
-@pytest.mark.parametrize("format_name", ["fp32", "bf16", "int8", "int4", "fp8", "mxfp4", "q4_k"])
+@pytest.mark.parametrize("format_name", ["fp32", "bf16", "int8", "int4", "fp8", "mxfp4", "q4_k", "int3"])
 def test_products_of_experts(format_name, tokens):
     count, top_k, width, inner = (5, 2, 40, 35) if format_name != "q4_k" else (3, 2, 256, 256)
     routes, x = some_routes(tokens, count, top_k, seed=3), random(tokens, width, seed=5)

@@ -16,9 +16,11 @@ from deepseek_optimizer.backends.cuda.kernels import heads, latent, latent_atten
 from deepseek_optimizer.backends.cuda.kv_b import absorbed_stacks
 from deepseek_optimizer.backends.cuda.latent_store import CudaLatentStore
 from deepseek_optimizer.backends.cuda.matrices import DeviceStack
+from deepseek_optimizer.backends.cuda.store import CODES
 from deepseek_optimizer.backends.reference import ops
 from deepseek_optimizer.backends.reference.latent import attend_expanded
 from deepseek_optimizer.backends.reference.latent import latent as reference_latent
+from deepseek_optimizer.backends.reference.store import LatentStore
 from deepseek_optimizer.graph.ir import LatentSpec
 from deepseek_optimizer.graph.rope_rotation import KeyRotation, Pairs
 from deepseek_optimizer.quant import pack, unpack
@@ -29,7 +31,7 @@ from .values import ints, random
 CPU = torch.device("cpu")
 SCALE = 0.3
 # Of the largest output. With a bf16 cache or bf16 weights, products of many rows round both operands to bf16.
-BOUND = {"fp32": 5e-6, "bf16": 2**-6}
+BOUND = {"fp32": 5e-6, "bf16": 2**-6, "int8": 2**-6, "fp8": 2**-6}
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -53,6 +55,29 @@ def test_rows_reach_their_slots(kv_dtype):
     assert nothing is None and torch.equal(made, rows if kv_dtype == "fp32" else rows.bfloat16().float())
     assert (store.read(0, tables, tokens)[0] == 0).all()
     assert (store.data[[0, 2]] == 0).all() and int((store.data != 0).sum()) == tokens * 26
+
+
+@pytest.mark.parametrize("kv_dtype", CODES)
+def test_codes_of_latents_equal_those_of_the_reference(kv_dtype):
+    """With a last group that is shorter and one of zeros, before and after a rotation of the keys."""
+    spec, tables = LatentSpec(2, 200, 6, 8), np.array([3, 1], np.int32)
+    made, exact = CudaLatentStore(spec, kv_dtype, 4, CPU), LatentStore(spec, kv_dtype, 4, CPU)
+    made.ensure(4)
+    rows, keys, at = random(41, 206), random(41, 8, seed=1), torch.arange(41)
+    rows[4, :128] = 0
+    slots = (torch.from_numpy(tables)[at // 32] * 32 + at % 32).int()
+    latent.store_latents(rows, made.data, slots, made.offsets[1], 200)
+    latent.store(keys, made.floats, slots, made.index_offset(1))
+    exact.write(1, torch.from_numpy(tables).long(), 0, rows)
+    exact.write_index(1, torch.from_numpy(tables).long(), 0, keys)
+    for part in range(2):
+        for own, wanted in zip(made.read(1, tables, 41), exact.read(1, tables, 41), strict=True):
+            assert torch.equal(own, wanted)
+        assert (made.data[[0, 2]] == 0).all() and (made.read(0, tables, 41)[0] == 0).all()
+        if part == 0:
+            rotation = KeyRotation(np.array([1.0, 0.3, 0.1], np.float32), Pairs(6, 0, True), Pairs(8, 0, False))
+            for store in (made, exact):
+                store.rotate(rotation, tables, 41, 5, 7)
 
 
 def test_keys_are_rotated_in_place():
@@ -113,7 +138,7 @@ class Case:
         counts = -(-total // 32)
         self.store = CudaLatentStore(LatentSpec(1, rank, rope), kv_dtype, int(counts.sum()) + 2, CPU)
         self.store.ensure(self.store.num_blocks)
-        self.store.data.fill_(torch.nan)  # what no row may see must not matter, whatever it is
+        self.store.data.view(torch.uint8).fill_(255)  # NaN: what no row may see must not matter, whatever it is
         blocks = iter(np.random.default_rng(0).permutation(self.store.num_blocks))
         table = np.full((len(sequences), counts.max()), -1, np.int32)
         for row, count in zip(table, counts, strict=True):
@@ -123,9 +148,11 @@ class Case:
         for i, tokens in enumerate(total):
             token = np.arange(tokens)
             slots = torch.from_numpy(ints(table[i][token // 32] * 32 + token % 32))
-            latent.store(random(tokens, rank + rope, seed=10 * i + 1), self.store.data, slots, 0)
+            latent.store_latents(random(tokens, rank + rope, seed=10 * i + 1), self.store.data, slots, 0, rank)
         self.q = random(len(at), head_count, nope + rope)
-        self.kv_b = pack(random(head_count * (nope + v_dim), rank, seed=3) * rank**-0.5, kv_dtype)
+        self.kv_b = pack(
+            random(head_count * (nope + v_dim), rank, seed=3) * rank**-0.5, "fp32" if kv_dtype == "fp32" else "bf16"
+        )
         self.keys, self.values = (DeviceStack(s, CPU) for s in absorbed_stacks(self.kv_b, head_count, nope, v_dim))
 
     def made(self, window=0, sinks=0):
@@ -162,10 +189,17 @@ class Case:
 MIXED = [(DECODE, 70, 1), (DECODE, 0, 2), (PREFILL, 0, 11), (PREFILL, 33, 5)]
 
 
-@pytest.mark.parametrize("kv_dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("kv_dtype", ["fp32", "bf16", "int8", "fp8"])
 @pytest.mark.parametrize("head_count", [3, 18, 1])
 def test_mixed_steps(head_count, kv_dtype):
     Case(MIXED, head_count, kv_dtype).check()
+
+
+@pytest.mark.parametrize("kv_dtype", CODES)
+def test_codes_of_several_groups(kv_dtype):
+    case = Case(MIXED, 3, kv_dtype, rank=200)
+    case.check()
+    case.check(window=20)
 
 
 @pytest.mark.parametrize(("window", "sinks"), [(37, 0), (37, 4)])

@@ -62,7 +62,7 @@ def test_no_rows():
     linear.linear(torch.empty(0, 32), DeviceMatrix(pack(random(16, 32), "fp32"), CPU), None, torch.empty(0, 16))
 
 
-GATED = [("fp32", "fp32"), ("int4", "int4"), ("bf16", "int8"), ("q5_k", "q5_k"), ("mxfp4", "mxfp4")]
+GATED = [("fp32", "fp32"), ("int4", "int4"), ("bf16", "int8"), ("q5_k", "q5_k"), ("mxfp4", "mxfp4"), ("int3", "int3")]
 
 
 @pytest.mark.parametrize("count", [2, 6])
@@ -118,13 +118,17 @@ def test_embeddings_are_exact(format_name):
     torch.testing.assert_close(out, unpack(packed)[ids.long()] * 2.5, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("format_name", ["fp8", "mxfp4", "iq4_nl"])
+@pytest.mark.parametrize("format_name", ["fp8", "mxfp4", "iq4_nl", "int3"])
 def test_all_codes_and_the_smallest_and_largest_scales(format_name):
     """Every value of E4M3 but NaN, which is not stored, with its subnormals; E2M1 with powers of two, subnormal ones too;
-    all values of IQ4."""
+    all values of IQ4; all bytes of int3, which any path consists of."""
     made = pack(torch.ones(16, 256), format_name).data
     if format_name == "fp8":
         made[..., :512] = torch.arange(256).where(torch.arange(256) % 128 != 127, 0).to(torch.uint8).repeat(2)
+    elif format_name == "int3":
+        generator = torch.Generator().manual_seed(0)
+        made[..., :192] = torch.randint(0, 256, made[..., :192].shape, generator=generator, dtype=torch.uint8)
+        made[..., 192:] = torch.linspace(0, 247, 128).to(torch.uint8).view(8, 16)
     else:
         made[..., :256] = torch.arange(256).to(torch.uint8)
     if format_name == "mxfp4":
@@ -132,7 +136,7 @@ def test_all_codes_and_the_smallest_and_largest_scales(format_name):
         made[..., 256:] = powers.to(torch.uint8).view(8, 16)
     packed, out = PackedMatrix(format_name, 16, 256, made), torch.empty(16, 256)
     exact = unpack(packed)
-    assert len(exact.unique()) >= {"fp8": 253, "mxfp4": 200, "iq4_nl": len(IQ4_VALUES)}[format_name]
+    assert len(exact.unique()) >= {"fp8": 253, "mxfp4": 200, "iq4_nl": len(IQ4_VALUES), "int3": 1000}[format_name]
     rows.embedding(torch.arange(16, dtype=torch.int32), DeviceMatrix(packed, CPU), 1.0, out)
     assert torch.equal(out, exact)
 
@@ -140,7 +144,7 @@ def test_all_codes_and_the_smallest_and_largest_scales(format_name):
 def test_layouts_fill_the_tiles():
     """What a layout describes of a tile are its bytes; only fp8's are padded."""
     for name, layout in LAYOUTS.items():
-        scale = {"": 0, "fp32": 32, "fp16": 32, "power": 16, "int8": 16, "nibbles": 16}[layout.scale]
+        scale = {"": 0, "fp32": 32, "fp16": 32, "power": 16, "upper": 16, "int8": 16, "nibbles": 16}[layout.scale]
         numbers = scale * (32 // layout.group) * (1 + (layout.minimum and layout.scale != "nibbles"))
         assert layout.code_words * 4 + numbers + layout.head_words * 4 / 8 == FORMATS[name].tile_bytes, name
 

@@ -12,9 +12,9 @@ triton_interpreter.require()
 
 from deepseek_optimizer.backends.cuda import gates
 from deepseek_optimizer.backends.cuda.kernels import elementwise, norm, rope, rows
-from deepseek_optimizer.backends.cuda.store import CudaStore
+from deepseek_optimizer.backends.cuda.store import CODES, CudaStore
 from deepseek_optimizer.backends.reference import ops
-from deepseek_optimizer.backends.reference.scaled_rows import quantized
+from deepseek_optimizer.backends.reference.scaled_rows import dequantized, quantized
 from deepseek_optimizer.backends.reference.store import TorchStore
 from deepseek_optimizer.graph.ir import CacheSpec
 from deepseek_optimizer.graph.rope_rotation import KeyRotation, Pairs
@@ -64,6 +64,13 @@ def test_angles_of_large_positions_are_exact(scaling):
     close(out, ops.rope_table(positions.long(), frequencies[which.long()], scaling))
 
 
+def test_angles_of_positions_on_axes():
+    positions, axes = torch.tensor([[0, 5, 7], [1, 2, 3], [9, 8, 70000]], dtype=torch.int32), [0, 1, 2, 1, 0]
+    frequencies, which, out = random(1, 5, seed=3).abs(), torch.zeros(3, dtype=torch.int32), torch.empty(3, 10)
+    rope.rope_table(positions, which, frequencies, 1.5, out, torch.tensor(axes, dtype=torch.int32))
+    close(out, ops.rope_table(positions.T[:, axes].long(), frequencies, 1.5))
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(("rot", "offset"), [(12, 0), (8, 0), (6, 5)])
 def test_rope_in_place(rot, offset, interleaved):
@@ -73,7 +80,13 @@ def test_rope_in_place(rot, offset, interleaved):
     close(x, exact)
 
 
-@pytest.mark.parametrize("kv_dtype", ["fp32", "bf16", "int8"])
+def test_columns():
+    x, out = random(11, 3 * 50), torch.full((11, 3 * 20), torch.nan)
+    rows.columns(x, out, groups=3, begin=7, end=27)
+    assert torch.equal(out, x.unflatten(1, (3, 50))[..., 7:27].flatten(1))
+
+
+@pytest.mark.parametrize("kv_dtype", ["fp32", "bf16", "int8", "fp8"])
 @pytest.mark.parametrize("rotated", [False, True])
 def test_keys_and_values_reach_their_slots(rotated, kv_dtype):
     """Of two layers of different sizes; everything else in the cache stays as it is."""
@@ -93,21 +106,23 @@ def test_keys_and_values_reach_their_slots(rotated, kv_dtype):
         rows_of_heads = exact.unflatten(-1, (2, 12)).transpose(0, 1)
         if kv_dtype == "fp32":
             close(made, rows_of_heads)
-        elif kv_dtype == "int8":  # as the reference rounds them; the last bits of the rotation may move a code by one
-            codes, scales = quantized(rows_of_heads)
-            step = scales[..., None].expand_as(made) if rotated else torch.zeros(())
-            assert ((made - codes * scales[..., None]).abs() <= step * 1.001 + 1e-6).all()
+        elif kv_dtype in CODES:  # as the reference rounds them; the last bits of the rotation may move a code by one
+            codes, scales = quantized(rows_of_heads, kv_dtype)
+            rounded = dequantized(codes, scales, kv_dtype)
+            step = scales[..., None].expand_as(made) if kv_dtype == "int8" else rounded.abs() / 8 + scales[..., None] / 512
+            assert ((made - rounded).abs() <= step * rotated * 1.001 + 1e-6).all()
         else:  # rounded to nearest, up to the last bits of the rotation
             torch.testing.assert_close(made, rows_of_heads.bfloat16().float(), rtol=2**-8 if rotated else 0, atol=1e-6)
     assert all((part == 0).all() for part in store.read(0, tables, tokens))
     assert (store.data[[0, 2]] == 0).all()
-    assert kv_dtype == "int8" or int((store.data != 0).sum()) == tokens * 48
+    assert kv_dtype in CODES or int((store.data != 0).sum()) == tokens * 48
 
 
-def test_int8_keys_are_rotated_and_rounded_as_in_the_reference():
+@pytest.mark.parametrize("kv_dtype", CODES)
+def test_codes_of_keys_are_rotated_and_rounded_as_in_the_reference(kv_dtype):
     """And rows of zeros have codes of zero."""
     spec, table = CacheSpec(1, 2, 12), np.array([2, 0], np.int32)
-    made, exact = CudaStore(spec, "int8", 4, CPU), TorchStore(spec, "int8", 4, CPU)
+    made, exact = CudaStore(spec, kv_dtype, 4, CPU), TorchStore(spec, kv_dtype, 4, CPU)
     made.ensure(4)
     k, v = random(41, 2, 12), random(41, 2, 12, seed=1)
     k[3] = 0

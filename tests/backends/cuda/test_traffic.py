@@ -56,6 +56,14 @@ def test_the_floor_is_what_has_to_be_read():
     assert 0 < moved.floor - matrices - cache < 2e6  # norms and a row of the embedding
 
 
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+def test_codes_have_scales(kv_dtype):
+    """A float32 of each key and value of a head; of each 128 elements of a latent, whose rotated key is bf16."""
+    for name, token in (("Llama-3.1-8B", 32 * 2 * 8 * (128 + 4)), ("DeepSeek-V2-Lite", 27 * (512 + 4 * 4 + 2 * 64))):
+        (_, short), (_, long) = (traffic(name, "bf16", [context], kv_dtype) for context in (100, 101))
+        assert long.floor - short.floor == token and short.cache == 102 * token  # and the new token's, which is written
+
+
 def test_sequences_share_weights_and_experts_are_read_where_they_are_chosen():
     _, one = traffic("gpt-oss-20b", "mxfp4", [100])
     _, two = traffic("gpt-oss-20b", "mxfp4", [100, 100])

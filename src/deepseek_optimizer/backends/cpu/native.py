@@ -447,20 +447,29 @@ def machine_cpus() -> list[Cpu]:
     return [Cpu(*(getattr(cpu, field) for field in Cpu._fields)) for cpu in cpus[:count]]
 
 
+def _kv_type(kv_dtype: str) -> int:
+    if kv_dtype not in KV_TYPES:
+        raise BackendError(
+            f"the cpu backend does not support KV cache dtype {kv_dtype!r}; choose kv_cache among {', '.join(KV_TYPES)}, or "
+            "another backend"
+        )
+    return KV_TYPES[kv_dtype]
+
+
 def cache_shape(spec: CacheSpec | LatentSpec | RowsSpec, kv_dtype: str) -> CacheShape:
     """The library's description of a cache with this spec."""
     if isinstance(spec, LatentSpec):
-        return CacheShape(KV_TYPES[kv_dtype], spec.layers, 0, 0, spec.rank, spec.rope, spec.index, spec.summaries)
+        return CacheShape(_kv_type(kv_dtype), spec.layers, 0, 0, spec.rank, spec.rope, spec.index, spec.summaries)
     groups = (I32 * spec.layers)(*map(spec.group_of, range(spec.layers)))
     if isinstance(spec, RowsSpec):
         rows = (I32 * (3 * spec.layers))(*(n for kind in spec.rows for n in (kind.width, kind.every, kind.rounded)))
-        return CacheShape(KV_TYPES[kv_dtype], spec.layers, 0, 0, 0, 0, 0, 0, None, groups, 0, None, rows)
+        return CacheShape(_kv_type(kv_dtype), spec.layers, 0, 0, 0, 0, 0, 0, None, groups, 0, None, rows)
     if isinstance(spec.kv_heads, int) and isinstance(spec.head_dim, int):
         sizes, heads = (spec.kv_heads, spec.head_dim), None
     else:
         sizes, heads = (0, 0), (I32 * (2 * spec.layers))(*(size for layer in spec.heads for size in layer))
     copies = (I32 * spec.layers)(*spec.newest_groups) if spec.newest else None
-    kind = KV_TYPES[kv_dtype]
+    kind = _kv_type(kv_dtype)
     return CacheShape(kind, spec.layers, *sizes, 0, 0, 0, spec.summaries, heads, groups, spec.newest, copies)
 
 

@@ -25,6 +25,7 @@ from .layouts import LAYOUTS
 from .matrices import DeviceMatrix
 from .plan import CudaPlan
 from .sizes import CudaSizes
+from .states import DeviceStates
 from .store import KV_DTYPES, CudaStore
 from .supported import check_cache, check_matrix
 
@@ -87,10 +88,15 @@ class CudaBackend(CudaSizes):
     def new_store(self, graph: Graph, kv_dtype: str, num_blocks: int, num_states: int = 0) -> CudaStore | CudaLatentStore:
         check_cache(graph, kv_dtype)
         spec = graph.cache
+        store: CudaStore | CudaLatentStore
         if isinstance(spec, LatentSpec):
-            return CudaLatentStore(spec, kv_dtype, num_blocks, self.device)
-        assert isinstance(spec, CacheSpec)
-        return CudaStore(spec, kv_dtype, num_blocks, self.device)
+            store = CudaLatentStore(spec, kv_dtype, num_blocks, self.device)
+        else:
+            assert isinstance(spec, CacheSpec)
+            store = CudaStore(spec, kv_dtype, num_blocks, self.device)
+        if graph.states:
+            store.states = DeviceStates(graph.states, num_states, self.device)
+        return store
 
     def new_adapters(self, graph: Graph, slots: int, rank: int, dtype: str) -> AdapterStore:
         raise self._missing("adapters")

@@ -60,6 +60,8 @@ def weights_on_device(graph: Graph, weights: Mapping[str, PackedWeight | torch.T
         if not spec.is_dynamic:
             frequencies = torch.tensor(spec.inv_freq, dtype=torch.float32, device=device)
             bound.vectors[frequencies_name(spec)] = frequencies[None].contiguous()
+        if spec.axes:
+            bound.axes[frequencies_name(spec)] = torch.tensor(spec.axes, dtype=torch.int32, device=device)
     return bound
 
 

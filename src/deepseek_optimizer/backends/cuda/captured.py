@@ -53,7 +53,7 @@ class _Step:
 class _OfStore:
     """The steps of a cache while it is at one address."""
 
-    address: int
+    address: tuple[int, ...]
     steps: OrderedDict[Bucket, _Step] = field(default_factory=OrderedDict)
 
 
@@ -101,7 +101,7 @@ class CapturedSteps:
         return tuple(bucket for bucket, step in held.steps.items() if step.replay is not None) if held else ()
 
     def _step(self, integers: StepIntegers, store: DeviceBlocks) -> _Step:
-        address = store.data.data_ptr()
+        address = store.address
         held = self._stores.get(store)
         if held is None or held.address != address:
             held = self._stores[store] = _OfStore(address)

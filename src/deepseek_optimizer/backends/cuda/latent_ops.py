@@ -17,19 +17,19 @@ def _latent(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
 
 
 def _latent_write(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
-    store = run.cache
-    latent.store(inputs[0], store.data, run.at.slots[0], store.offsets[node.attrs["layer"]])
+    store, layer = _latents(run), node.attrs["layer"]
+    latent.store_latents(inputs[0], store.data, run.at.slots[0], store.offsets[layer], store.spec.rank)
 
 
 def _index_write(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
     store = _latents(run)
-    latent.store(inputs[0], store.data, run.at.slots[0], store.index_offset(node.attrs["layer"]))
+    latent.store(inputs[0], store.floats, run.at.slots[0], store.index_offset(node.attrs["layer"]))
 
 
 def _index_choose(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
     (q, weights), a, at, store = inputs, node.attrs, run.at, _latents(run)
     offset = store.index_offset(a["layer"])
-    indexer.choose(q, weights, store.data, offset, at.tables[0], at.sequence, at.ends, outputs[0], a["scale"])
+    indexer.choose(q, weights, store.floats, offset, at.tables[0], at.sequence, at.ends, outputs[0], a["scale"])
 
 
 def _mla_attention(run: Run, node: Node, inputs: Values, outputs: Values) -> None:

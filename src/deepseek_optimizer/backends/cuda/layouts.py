@@ -18,15 +18,16 @@ class TileLayout:
     Attributes:
         words: words of a row in a tile, of the plane with the lowest bits of its codes.
         codes: what a code stands for: "fp32", "bf16", "e4m3" (its bytes in the order of `quant.fp8`), "e2m1" (twice its
-            value), "iq4" (a value of `quant.blocks.IQ4_VALUES`), or "integer".
+            value), "iq4" (a value of `quant.blocks.IQ4_VALUES`), "trellis" (two bits and the path around them choose among
+            `quant.trellis.VALUES`), or "integer".
         tile_words: words of a whole tile, of a superblock an eighth.
         bits: of an integer code in the first plane.
-        high: of an integer code in the second plane, which follows the first; 0: there is none.
+        high: of an integer code in the second plane, which follows the first, or of the path; 0: there is none.
         offset: subtracted from integer codes.
         group: columns that share a scale, 16 or 32.
-        scale: how scales are stored, after the codes: "" (none), "fp32" (one for all rows), "fp16", "power" (a byte e for
-            2^(e - 128)), "int8" or "nibbles" (4 bits, and 4 of the minimum). For the last two, the fp16 factors of a superblock
-            of 8 tiles come before its first tile.
+        scale: how scales are stored, after the codes: "" (none), "fp32" (one for all rows), "fp16", "upper" (a byte b for the
+            fp16 number with bits b << 7), "power" (a byte e for 2^(e - 128)), "int8" or "nibbles" (4 bits, and 4 of the
+            minimum). For the last two, the fp16 factors of a superblock of 8 tiles come before its first tile.
         minimum: whether a minimum is added to the scaled code, stored like the scale, behind it.
         narrow: whether products on tensor cores read rows and weights as bf16; otherwise everything is fp32.
     """
@@ -82,5 +83,6 @@ LAYOUTS = {
     "iq4_nl": TileLayout(4, "iq4", _tile_words("iq4_nl"), 4, scale="fp16"),
     "q5_0": _integer("q5_0", 4, high=1, offset=16, scale="fp16"),
     "q5_1": _integer("q5_1", 4, high=1, scale="fp16", minimum=True),
+    "int3": TileLayout(2, "trellis", _tile_words("int3"), 2, high=1, scale="upper"),
     "mxfp4": TileLayout(4, "e2m1", _tile_words("mxfp4"), 4, scale="power"),
 }

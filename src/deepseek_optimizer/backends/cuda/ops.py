@@ -32,11 +32,13 @@ class Weights:
         stacks: by name; of latent attention's kv_b those of `kv_b.key_stack` and `value_stack`.
         vectors: float32, by name; also the frequencies of RoPE tables whose frequencies are the same for all sequences,
             [1, rot/2], by `frequencies_name`.
+        axes: int32 [rot/2], the axis of each frequency, of RoPE with axes by the same name.
     """
 
     matrices: dict[str, DeviceMatrix]
     stacks: dict[str, DeviceStack]
     vectors: dict[str, torch.Tensor]
+    axes: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def vector(self, name: str | None) -> torch.Tensor | None:
         return None if name is None else self.vectors[name]
@@ -163,7 +165,11 @@ def _rope_table(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
         frequencies, which = at.frequencies[frequencies_name(spec)], at.sequence
     else:
         frequencies, which = run.weights.vectors[frequencies_name(spec)], torch.zeros_like(at.sequence)
-    rope.rope_table(at.positions, which, frequencies, spec.scaling, outputs[0])
+    positions, axes = at.positions, None
+    if spec.axes:
+        assert at.axes is not None  # of graphs with such a table
+        positions, axes = at.axes, run.weights.axes[frequencies_name(spec)]
+    rope.rope_table(positions, which, frequencies, spec.scaling, outputs[0], axes)
 
 
 def _rope(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
@@ -203,6 +209,10 @@ def _concat(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
     rows.concat(a, b, outputs[0])
 
 
+def _columns(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
+    rows.columns(inputs[0], outputs[0], **node.attrs)
+
+
 def _state_in(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
     assert run.batch is not None and run.batch.states is not None  # checked by `check_batch`; not captured
     outputs[0].copy_(run.batch.states.detach())
@@ -218,6 +228,7 @@ DENSE_OPS: Mapping[str, Op] = {
     "add_rms_norm": _add_rms_norm,
     "attention": _attention,
     "cache_write": _cache_write,
+    "columns": _columns,
     "concat": _concat,
     "embedding": _embedding,
     "gate_up": _gate_up,

@@ -31,13 +31,15 @@ from .kernels.rows import select_rows
 from .latent_ops import LATENT_OPS
 from .memory import memory_errors
 from .ops import DENSE_OPS, Op, Run, frequencies_name, ropes
+from .recurrent_ops import RECURRENT_OPS
 from .sizes import plan_bytes, reserved_rows
+from .states import DeviceStates
 from .step import DeviceStep, StepIntegers
 from .store import DeviceBlocks
 from .stores import store_class
 from .supported import check_graph_ops
 
-OPS: Mapping[str, Op] = {**DENSE_OPS, **EXPERT_OPS, **LATENT_OPS}
+OPS: Mapping[str, Op] = {**DENSE_OPS, **EXPERT_OPS, **LATENT_OPS, **RECURRENT_OPS}
 
 _STEP_REMEDY = (
     "set a smaller kv_cache_memory, which leaves more for steps, or a smaller prefill_chunk or batch_size_range, or load the "
@@ -74,6 +76,7 @@ class CudaPlan:
         self._head = next((node.outputs[0] for node in graph.nodes if node.op == "lm_head"), None)
         self._block_q = _query_rows(graph)
         self._dynamic = {frequencies_name(spec): spec for spec in ropes(graph) if spec.is_dynamic}
+        self._axes = any(spec.axes for spec in ropes(graph))
         self._staging = device.staging(0)
         self.captured = CapturedSteps(device) if captured and device.captures else None
         self._captured_logits = self._empty(0, graph.logits_width)
@@ -84,7 +87,8 @@ class CudaPlan:
     @torch.no_grad()
     def run(self, batch: StepBatch, store: KvStore | None) -> StepOutput:
         """Runs one step over a store of this backend."""
-        check_batch(batch, self.graph, 0 if store is None else store.num_blocks, self._spans)
+        blocks, slots = (0, 0) if store is None else (store.num_blocks, store.num_states)
+        check_batch(batch, self.graph, blocks, self._spans, slots)
         wanted = store_class(self.graph.cache)
         if store is not None and not isinstance(store, wanted):
             raise BackendError(f"store: the plan needs a {wanted.__name__} of its backend, got a {type(store).__name__}")
@@ -93,6 +97,8 @@ class CudaPlan:
             self._chosen, self._chosen_from = None, None
             if store is not None:
                 store.ensure(int(batch.block_table.max()) + 1)
+                if isinstance(store.states, DeviceStates):
+                    store.states.ensure()
             if self.captured is not None and store is not None and may_be_captured(batch):
                 output = self._replayed(batch, store, self.captured, logits)
             else:
@@ -103,7 +109,7 @@ class CudaPlan:
         return output
 
     def _launched(self, batch: StepBatch, store: DeviceBlocks | None, given: torch.Tensor | None) -> StepOutput:
-        integers = StepIntegers.of(batch, len(self._spans), self._block_q, self._dynamic)
+        integers = self._integers(batch, None)
         memory = torch.empty(integers.size, dtype=torch.int32, device=self.device)
         self._upload(integers, memory)
         logits = self._empty(len(batch.logit_rows), self.graph.logits_width) if given is None else given
@@ -119,7 +125,7 @@ class CudaPlan:
         self, batch: StepBatch, store: DeviceBlocks, captured: CapturedSteps, given: torch.Tensor | None
     ) -> StepOutput:
         """A step with padding rows, whose results are copied: the next step overwrites them."""
-        integers = StepIntegers.of(batch, len(self._spans), self._block_q, self._dynamic, store.scratch)
+        integers = self._integers(batch, store.scratch)
         bucket = integers.bucket
         if bucket.logit_rows > len(self._captured_logits):
             self._captured_logits = self._empty(bucket.logit_rows, self.graph.logits_width)  # more than `reserve` was told
@@ -139,6 +145,10 @@ class CudaPlan:
             self._chosen_from = None if logits.is_inference() else (weakref.ref(logits), logits._version)
         last = results.hidden[self.graph.hidden_states - 1][:tokens].clone() if bucket.states else None
         return _output(batch, logits, last, None)
+
+    def _integers(self, batch: StepBatch, scratch: int | None) -> StepIntegers:
+        states = bool(self.graph.states)
+        return StepIntegers.of(batch, len(self._spans), self._block_q, self._dynamic, scratch, states, self._axes)
 
     def _upload(self, integers: StepIntegers, memory: torch.Tensor) -> None:
         if integers.size > len(self._staging):

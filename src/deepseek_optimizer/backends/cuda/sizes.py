@@ -9,6 +9,7 @@ from ...graph.ir import Graph
 from ...graph.planner import Slot, assign_slots
 from ...quant.tiles import tile_counts
 from ..base import CompileOptions
+from ..reference.states import state_bytes
 from .buckets import MOST_ROWS, rows_bucket
 from .division import (
     attention_scratch_bytes,
@@ -98,8 +99,7 @@ class CudaSizes:
         return block_elements(graph.cache, kv_dtype) * KV_DTYPES[kv_dtype].itemsize
 
     def state_bytes(self, graph: Graph) -> int:
-        """Zero: graphs with states are refused."""
-        return 0
+        return state_bytes(graph.states)
 
     def buffer_bytes(
         self, graph: Graph, formats: Mapping[str, str], options: CompileOptions, tokens: int, logit_rows: int

@@ -15,7 +15,25 @@ from .buckets import Bucket
 from .division import TILE_FIELDS, Tiles
 
 Integers = npt.NDArray[np.signedinteger[Any]]
+RUN_FIELDS = 5  # of a run, see `Runs`
 _ALIGNED = 32  # integers: Triton compiles another kernel for a pointer that is not aligned to 16 bytes
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The rows of each sequence of a step, for ops with recurrent states. Each padding row is a run of its own, so that no
+    program passes over several; further runs have no rows.
+
+    Attributes:
+        fields: int32 [runs, RUN_FIELDS]: first row, number of rows, slot of the state before them or -1, first of `saves`, and
+            their number.
+        of_rows: int32 [T], the run of each row.
+        saves: int32 [n, 2], rows, ascending, and the slot that the state after each is stored in.
+    """
+
+    fields: torch.Tensor
+    of_rows: torch.Tensor
+    saves: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -31,6 +49,8 @@ class DeviceStep:
         tables: [G, S, blocks].
         logit_rows: [R].
         frequencies: float32 [S, rot/2] of each RoPE whose frequencies depend on the sequence, by name.
+        axes: [3, T], the position on each axis, of graphs whose RoPE has axes.
+        runs: of graphs with recurrent states.
     """
 
     phases: tuple[Tiles, ...]
@@ -42,6 +62,8 @@ class DeviceStep:
     tables: torch.Tensor
     logit_rows: torch.Tensor
     frequencies: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    axes: torch.Tensor | None = None
+    runs: Runs | None = None
 
 
 @dataclass(frozen=True)
@@ -53,14 +75,16 @@ class StepIntegers:
     no real sequence has. Further tiles have no rows.
 
     Attributes:
-        arrays: tiles of one row, tiles of prompts, and then as in `DeviceStep`.
-        names: of the frequencies, which are the last arrays.
+        arrays: tiles of one row, tiles of prompts, and then as in `DeviceStep`; of `Runs` its three attributes.
+        names: of the frequencies.
+        axes: whether there are positions on axes.
     """
 
     arrays: tuple[npt.NDArray[Any], ...]
     names: tuple[str, ...]
     bucket: Bucket
     block_q: int
+    axes: bool = False
 
     @classmethod
     def of(
@@ -70,6 +94,8 @@ class StepIntegers:
         block_q: int,
         dynamic: Mapping[str, Any] | None = None,
         scratch: int | None = None,
+        states: bool = False,
+        axes: bool = False,
     ) -> StepIntegers:
         """The integers of a batch.
 
@@ -78,6 +104,7 @@ class StepIntegers:
             block_q: rows of a tile in prefill.
             dynamic: by name each `RopeSpec` whose frequencies depend on the sequence.
             scratch: the block of padding rows; None: the step is not padded.
+            states, axes: whether there are recurrent states, and RoPE with axes.
         """
         bucket, sequences = Bucket.of(batch, block_q), len(batch.query_len)
         sequence = np.repeat(np.arange(sequences), batch.query_len)
@@ -96,7 +123,12 @@ class StepIntegers:
             arrays.append(np.stack([spec.inv_freq_at(length) for length in reach_of(batch)]).astype(np.float32).view(np.int32))
         if scratch is not None:
             arrays = _padded(arrays, bucket, sequences, scratch)
-        return cls(tuple(arrays), tuple(dynamic or ()), bucket, block_q)
+        if axes:
+            own = np.broadcast_to(batch.positions, (3, len(ids))) if batch.axes is None else batch.axes.T
+            arrays.append(own if scratch is None else _filled((3, bucket.rows), 0, own))
+        if states:
+            arrays += _runs(batch, sequence, starts, None if scratch is None else bucket.rows)
+        return cls(tuple(arrays), tuple(dynamic or ()), bucket, block_q, axes)
 
     @property
     def size(self) -> int:
@@ -118,9 +150,12 @@ class StepIntegers:
             begin += _aligned(array.size)
         one_row, many, ids, positions, sequence, ends, slots, tables, logit_rows, *rest = views
         tiles = Tiles(one_row, 1, self.bucket.blocks, self.bucket.one_row), Tiles(many, self.block_q, 0)
-        frequencies = {name: view.view(torch.float32) for name, view in zip(self.names, rest, strict=True)}
+        named, others = rest[: len(self.names)], rest[len(self.names) :]
+        frequencies = {name: view.view(torch.float32) for name, view in zip(self.names, named, strict=True)}
+        axes, of_runs = (others[0], others[1:]) if self.axes else (None, others)
+        runs = Runs(*of_runs) if of_runs else None
         phases = tuple(each for each in tiles if len(each.fields))
-        return DeviceStep(phases, ids, positions, sequence, ends, slots, tables, logit_rows, frequencies)
+        return DeviceStep(phases, ids, positions, sequence, ends, slots, tables, logit_rows, frequencies, axes, runs)
 
 
 def _aligned(size: int) -> int:
@@ -165,6 +200,28 @@ def _padded(arrays: list[Any], bucket: Bucket, sequences: int, scratch: int) -> 
         _filled((bucket.logit_rows,), 0, logit_rows),
         *(_filled((rows, part.shape[1]), 0, part) for part in frequencies),
     ]
+
+
+def _runs(batch: StepBatch, sequence: Integers, starts: Integers, padded: int | None) -> list[Integers]:
+    """The arrays of `Runs`.
+
+    Args:
+        sequence: of each row. starts: the first row of each sequence.
+        padded: rows of the padded step; None: it is not padded.
+    """
+    assert batch.state_from is not None and batch.state_to is not None  # checked by `check_batch`
+    saves, sequences = batch.state_to.reshape(-1, 2), len(starts)
+    first_save = np.searchsorted(saves[:, 0], starts)
+    counts = np.diff(np.append(first_save, len(saves)))
+    fields = np.stack((starts, batch.query_len, batch.state_from, first_save, counts), 1)
+    if padded is None:
+        return [fields.astype(np.int32), sequence.astype(np.int32), saves.astype(np.int32)]
+    more = padded - len(sequence)
+    alone = np.zeros((more, RUN_FIELDS), np.int32)
+    alone[:, 0], alone[:, 1], alone[:, 2] = np.arange(len(sequence), padded), 1, -1
+    of_rows = np.concatenate((sequence, np.arange(sequences, sequences + more)))
+    runs = np.concatenate((fields, alone))
+    return [_filled((padded, RUN_FIELDS), 0, runs), _filled((padded,), 0, of_rows), _filled((padded, 2), 0, saves)]
 
 
 def _filled(shape: tuple[int, ...], value: int, part: Integers) -> Integers:

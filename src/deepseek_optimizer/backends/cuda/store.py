@@ -12,19 +12,21 @@ from ...graph.rope_rotation import KeyRotation
 from ..base import BLOCK_TOKENS, Int32
 from ..reference.block_tensors import BlockTensors
 from ..reference.ops import rope
-from ..reference.scaled_rows import quantized
+from ..reference.scaled_rows import dequantized, quantized
 from .memory import memory_errors
+from .states import DeviceStates
 
-KV_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+KV_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.uint8}
+CODES = ("int8", "fp8")  # with scales, see `reference/scaled_rows.py`
 _SCALE_BYTES = 4
 
 
 def layer_offsets(spec: CacheSpec, kv_dtype: str) -> tuple[list[int], int]:
     """Where each layer begins in the blocks of its group, and the length of a block, in elements: that of the largest group.
-    The scales of int8 elements, which follow a layer's, count as bytes."""
+    The scales of codes, which follow a layer's, count as bytes."""
     ends, offsets = [0] * spec.groups, []
     for layer in range(spec.layers):
-        group, scales = spec.group_of(layer), 2 * spec.heads_of(layer)[0] if kv_dtype == "int8" else 0
+        group, scales = spec.group_of(layer), 2 * spec.heads_of(layer)[0] if kv_dtype in CODES else 0
         offsets.append(ends[group])
         ends[group] += BLOCK_TOKENS * (spec.elements_of(layer) + _SCALE_BYTES * scales)
     return offsets, max(ends)
@@ -61,6 +63,12 @@ class DeviceBlocks(BlockTensors):
         return self._data[0]
 
     @property
+    def address(self) -> tuple[int, ...]:
+        """Of the memory of blocks and of recurrent states."""
+        states = (self.states.data.data_ptr(),) if isinstance(self.states, DeviceStates) else ()
+        return (self.data.data_ptr(), *states)
+
+    @property
     def held_blocks(self) -> int:
         return min(len(self.data), self.num_blocks)  # without the scratch block
 
@@ -86,8 +94,8 @@ class CudaStore(DeviceBlocks):
     """Implements `KvStore` for keys and values.
 
     In a block, the layers of a group follow each other: the keys [kv_heads, 32, head_dim], then the values likewise. So the 32
-    keys of a head are consecutive, which is what one load of attention reads. In int8, the scales follow them, float32
-    [2, kv_heads, 32]: max|x| / 127 of each key and value, as in the reference's store.
+    keys of a head are consecutive, which is what one load of attention reads. In int8 and fp8, their scales follow,
+    float32 [2, kv_heads, 32], of each key and value as in the reference's store.
 
     Args:
         spec: the model's cache, without summaries and copies.
@@ -95,7 +103,7 @@ class CudaStore(DeviceBlocks):
 
     def __init__(self, spec: CacheSpec, kv_dtype: str, num_blocks: int, device: torch.device) -> None:
         super().__init__(*layer_offsets(spec, kv_dtype), kv_dtype, num_blocks, device)
-        self.spec = spec
+        self.spec, self._codes = spec, kv_dtype in CODES
 
     def group_of(self, layer: int) -> int:
         return self.spec.group_of(layer)
@@ -108,7 +116,7 @@ class CudaStore(DeviceBlocks):
         return self.data[:, begin : begin + size].view(-1, kv_heads, BLOCK_TOKENS, head_dim)
 
     def _scales_of(self, layer: int, value: bool) -> torch.Tensor:
-        """A view of their scales in an int8 cache, float32 [blocks, kv_heads, 32]."""
+        """A view of their scales in a cache of codes, float32 [blocks, kv_heads, 32]."""
         kv_heads, head_dim = self.spec.heads_of(layer)
         count = kv_heads * BLOCK_TOKENS
         begin = self.offsets[layer] + count * (2 * head_dim + value * _SCALE_BYTES)
@@ -116,8 +124,8 @@ class CudaStore(DeviceBlocks):
 
     def _values(self, layer: int, value: bool, blocks: torch.Tensor) -> torch.Tensor:
         """The keys or values of a layer in these blocks, float32 [blocks, kv_heads, 32, head_dim]."""
-        rows = self._part(layer, value)[blocks].float()
-        return rows * self._scales_of(layer, value)[blocks][..., None] if self.kv_dtype == "int8" else rows
+        rows = self._part(layer, value)[blocks]
+        return dequantized(rows, self._scales_of(layer, value)[blocks], self.kv_dtype) if self._codes else rows.float()
 
     def _rotated(
         self, rotation: KeyRotation, blocks: torch.Tensor, angles: torch.Tensor, group: int
@@ -130,8 +138,8 @@ class CudaStore(DeviceBlocks):
                     rows.flatten(0, 1).flatten(1), angles, rows.shape[2], rotation.key.interleaved, rotation.key.offset
                 )
                 new = turned.view(rows.shape).transpose(1, 2)
-                if self.kv_dtype == "int8":
-                    new, scales = quantized(new)
+                if self._codes:
+                    new, scales = quantized(new, self.kv_dtype)
                     yield self._scales_of(layer, False), scales
                 yield self._part(layer, False), new
 

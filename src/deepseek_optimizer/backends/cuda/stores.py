@@ -13,8 +13,8 @@ def store_class(spec: CacheSpec | LatentSpec | RowsSpec) -> type[CudaStore] | ty
 
 
 def block_elements(spec: CacheSpec | LatentSpec | RowsSpec, kv_dtype: str) -> int:
-    """Elements of a block of the cache; of int8, bytes with its scales."""
+    """Elements of a block of the cache; of codes, bytes with their scales."""
     if isinstance(spec, LatentSpec):
-        return latent_offsets(spec)[1]
+        return latent_offsets(spec, kv_dtype)[1]
     assert isinstance(spec, CacheSpec)
     return layer_offsets(spec, kv_dtype)[1]

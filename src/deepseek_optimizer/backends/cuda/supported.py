@@ -1,4 +1,5 @@
-"""What the backend runs so far: graphs of decoders with dense layers or experts, and keys and values or latents in the cache.
+"""What the backend runs so far: graphs of decoders with dense layers or experts, keys and values or latents in the cache, and
+recurrent states.
 Anything else is refused by name before anything is compiled.
 """
 
@@ -15,8 +16,6 @@ from ...quant.packed import PackedMatrix, PackedStack, PackedWeight
 from .layouts import LAYOUTS
 from .store import KV_DTYPES
 
-LATENT_DTYPES = ("fp32", "bf16")  # of a cache of latents
-
 # Values of attributes that the kernels do not have, by op; an op has all other values of its attributes.
 _MISSING: Mapping[str, Mapping[str, Callable[[Any], object]]] = {
     "attention": {"chunked": bool, "causal": bool},
@@ -24,13 +23,13 @@ _MISSING: Mapping[str, Mapping[str, Callable[[Any], object]]] = {
     "experts_gate_up": {"activation": lambda value: value not in ("silu", "gelu"), "weigh_input": bool},
     "gate_up": {"activation": lambda value: value not in ("silu", "gelu")},
     "router": {"scoring": lambda value: value not in ("softmax", "sigmoid")},
-    "rope_table": {"rope": lambda value: bool(value.axes)},
 }  # fmt: skip
 OPS = (
-    "add", "add_rms_norm", "attention", "cache_write", "concat", "embedding", "experts_down", "experts_gate_up", "gate_up",
-    "geglu", "gelu", "head_norm", "hidden_out", "index_choose", "index_write", "latent", "latent_write", "layer_norm", "linear",
-    "lm_head", "mla_attention", "multiply", "position_scale", "rms_norm", "rope", "rope_cache", "rope_table", "router", "scale",
-    "scale_by", "select_rows", "sigmoid_gate", "state_in", "swiglu",
+    "add", "add_rms_norm", "attention", "cache_write", "columns", "concat", "delta_rule", "embedding", "experts_down",
+    "experts_gate_up", "gate_up", "geglu", "gelu", "head_norm", "hidden_out", "index_choose", "index_write", "latent",
+    "latent_write", "layer_norm", "linear", "lm_head", "mla_attention", "multiply", "position_scale", "rms_norm", "rope",
+    "rope_cache", "rope_table", "router", "scale", "scale_by", "select_rows", "short_conv", "sigmoid_gate", "state_in",
+    "swiglu",
 )  # fmt: skip
 
 
@@ -53,8 +52,8 @@ def check_graph_ops(graph: Graph, kv_dtype: str | None = None) -> None:
     for node in graph.nodes:
         if (missing := _missing(node)) is not None:
             raise refuse(missing, graph.family)
-    if graph.states or graph.adapter_sites:
-        raise refuse("recurrent states" if graph.states else "adapters", graph.family)
+    if graph.adapter_sites:
+        raise refuse("adapters", graph.family)
     check_cache(graph, kv_dtype)
 
 
@@ -65,11 +64,10 @@ def check_cache(graph: Graph, kv_dtype: str | None = None) -> None:
         raise refuse("the cache of compressed attention", graph.family)
     if cache.summaries or cache.newest:
         raise refuse("a cache with summaries of blocks or copies of the newest tokens", graph.family)
-    known = LATENT_DTYPES if isinstance(cache, LatentSpec) else tuple(KV_DTYPES)
-    if kv_dtype is not None and kv_dtype not in known:
+    if kv_dtype is not None and kv_dtype not in KV_DTYPES:
         raise BackendError(
             f"the cuda backend does not support KV cache dtype {kv_dtype!r} of family {graph.family!r}; choose kv_cache among "
-            f"{', '.join(known)}"
+            f"{', '.join(KV_DTYPES)}"
         )
 
 

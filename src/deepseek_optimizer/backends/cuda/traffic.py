@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ...graph.analysis import stack_shapes, weight_shapes
-from ...graph.ir import Graph, Node
+from ...graph.ir import Graph, LatentSpec, Node
 from ...graph.ops.products import rows_of
 from ...quant.tiles import tile_counts
 from ..base import BLOCK_TOKENS
+from ..reference.scaled_rows import groups_of
 from .buckets import blocks_bucket, rows_bucket
 from .division import HEAD_ROWS, MOST_ROWS, PROGRAMS, chunks_of, splits_of
 from .layouts import LAYOUTS
@@ -64,10 +65,12 @@ class _Counted:
 
     def __init__(self, graph: Graph, formats: Mapping[str, str], item: int, contexts: Sequence[int]) -> None:
         self.weights = self.cache = self.values = self.scratch = self.floor = 0
-        self._scaled = item == 1  # a float32 scale for each key and value of a head
+        self._coded = item == 1  # with float32 scales
         self._formats, self._item, self._contexts = formats, item, contexts
         self._shapes, self._stacks = weight_shapes(graph), stack_shapes(graph)
         self._rows = rows_bucket(len(contexts))
+        self._key_item = 2 if self._coded else item  # of keys beside latents
+        self._rope = graph.cache.rope if isinstance(graph.cache, LatentSpec) else 0
 
     def add(self, node: Node) -> None:
         """Counts a node's launches."""
@@ -75,7 +78,8 @@ class _Counted:
         {
             "embedding": self._embedding, "experts_gate_up": self._experts, "experts_down": self._experts,
             "attention": self._attention, "mla_attention": self._latent_attention, "cache_write": self._write,
-            "rope_cache": self._write, "latent_write": self._write, "index_write": self._write, "index_choose": self._choose,
+            "rope_cache": self._write, "latent_write": self._latent_write, "index_write": self._index_write,
+            "index_choose": self._choose,
         }.get(node.op, self._products)(node)  # fmt: skip
 
     def _tiles(self, name: str, rows: int, cols: int, count: int = 1) -> int:
@@ -133,13 +137,23 @@ class _Counted:
 
     def _write(self, node: Node) -> None:
         keys = node.inputs[1:3] if node.op == "rope_cache" else node.inputs
-        scales = 2 * node.attrs["kv_heads"] * _FLOAT if self._scaled else 0
+        scales = 2 * node.attrs["kv_heads"] * _FLOAT if self._coded else 0
         self.cache += self._rows * (sum(value.width for value in keys) * self._item + scales)
+
+    def _latent_write(self, node: Node) -> None:
+        self.cache += self._rows * self._latent_bytes(self._rope, node.inputs[0].width - self._rope)
+
+    def _index_write(self, node: Node) -> None:
+        self.cache += self._rows * node.inputs[0].width * self._key_item
+
+    def _latent_bytes(self, rope: int, rank: int) -> int:
+        """Of a token: its latent and rotated key."""
+        return rope * self._key_item + rank * self._item + (_FLOAT * groups_of(rank) if self._coded else 0)
 
     def _attention(self, node: Node) -> None:
         a = node.attrs
         heads, width = a["heads"], a["head_dim"]
-        scales = 2 * a["kv_heads"] * _FLOAT if self._scaled else 0
+        scales = 2 * a["kv_heads"] * _FLOAT if self._coded else 0
         self._attend(node, 2 * a["kv_heads"] * width * self._item + scales, heads, a["kv_heads"], width)
         self._read(sum(_FLOAT * math.prod(self._shapes[name]) for name in node.weights))
 
@@ -152,14 +166,14 @@ class _Counted:
         self.weights += heads * math.prod(tile_counts(rank, a["nope"])) * LAYOUTS[keys].tile_words * 4
         self.weights += self._tiles(name, heads * a["v_dim"], rank)
         self.scratch += 4 * _FLOAT * self._rows * heads * rank  # written, read as queries, replaced, and read again
-        self._attend(node, (rank + a["rope"]) * self._item, heads, -(-heads // HEAD_ROWS), rank)
+        self._attend(node, self._latent_bytes(a["rope"], rank), heads, -(-heads // HEAD_ROWS), rank)
 
     def _choose(self, node: Node) -> None:
         """The indexer reads a key of each token. Its scores are written, and read for each of 32 bits and three times more."""
         width = node.inputs[0].width // node.attrs["heads"]
         tokens = sum(context + 1 for context in self._contexts)
-        self.cache += tokens * width * self._item
-        self.floor += tokens * width * self._item
+        self.cache += tokens * width * self._key_item
+        self.floor += tokens * width * self._key_item
         self.scratch += 36 * _FLOAT * tokens
 
     def _attend(self, node: Node, token_bytes: int, heads: int, programs: int, width: int) -> None:

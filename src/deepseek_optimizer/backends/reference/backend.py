@@ -110,7 +110,7 @@ class ReferenceBackend(ReferenceSizes):
         return ReferencePlan(graph, weights, self.device, self.dtype, self.rounding)
 
     def new_store(self, graph: Graph, kv_dtype: str, num_blocks: int, num_states: int = 0) -> Store:
-        """An empty cache of `num_blocks` blocks and `num_states` slots; kv_dtype is "fp32", "bf16", "int8" or "int4"."""
+        """An empty cache of `num_blocks` blocks and `num_states` slots; kv_dtype is "fp32", "bf16", "int8", "fp8" or "int4"."""
         return make_store(graph.cache, kv_dtype, num_blocks, self.device, graph.states, num_states)
 
     def new_adapters(self, graph: Graph, slots: int, rank: int, dtype: str) -> ReferenceAdapters:

@@ -21,7 +21,7 @@ class BlockTensors:
         self.block_bytes, self.kv_dtype, self.num_blocks = block_bytes, kv_dtype, num_blocks
         self.states = StateSlots((), 0, torch.device("cpu"))  # `make_store` sets those of a graph
         self._data: list[torch.Tensor] = []
-        self._scales: list[torch.Tensor] = []  # of int8 and int4 elements
+        self._scales: list[torch.Tensor] = []  # of codes
 
     @property
     def held_blocks(self) -> int:

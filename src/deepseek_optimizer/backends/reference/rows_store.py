@@ -8,7 +8,17 @@ import torch
 
 from ...graph.ir import CachedRows, RowsSpec
 from . import int4_rows
-from .scaled_rows import LATENT_GROUP, dequantized_groups, dtype_of, groups_of, packed_elements, quantized_groups, unquantized
+from .scaled_rows import (
+    LARGEST,
+    LATENT_GROUP,
+    SCALED,
+    dequantized_groups,
+    dtype_of,
+    groups_of,
+    packed_elements,
+    quantized_groups,
+    unquantized,
+)
 
 _ALIGNED = 64  # bytes between the beginnings of kinds in a block
 
@@ -54,7 +64,7 @@ def places_of(spec: RowsSpec, kv_dtype: str) -> list[Place]:
     for kind, rows in enumerate(spec.rows):
         group, dtype = spec.group_of(kind), dtype_of(kv_dtype)
         packed = packed_elements(kv_dtype) if rows.rounded else 1
-        groups = groups_of(rows.width) if rows.rounded and kv_dtype in ("int8", "int4") else 0
+        groups = groups_of(rows.width) if rows.rounded and kv_dtype in SCALED else 0
         dtype = dtype if rows.rounded else unquantized(dtype)
         size = rows.places * rows.width * dtype.itemsize // packed
         place = Place(rows, dtype, packed, ends[group], ends[group] + -(-size // _ALIGNED) * _ALIGNED, groups)
@@ -78,8 +88,8 @@ class RowsOfBlocks:
     def write(self, blocks: torch.Tensor, kind: int, at: tuple[torch.Tensor, torch.Tensor], rows: torch.Tensor) -> None:
         """Stores rows, float [n, width], at (blocks, places within them)."""
         place = self.places[kind]
-        if place.groups and self.kv_dtype == "int8":
-            rows, place.scales(blocks)[at] = quantized_groups(rows.float())
+        if place.groups and self.kv_dtype in LARGEST:
+            rows, place.scales(blocks)[at] = quantized_groups(rows.float(), self.kv_dtype)
         elif place.groups:
             codes = [int4_rows.quantized(group) for group in rows.float().split(LATENT_GROUP, -1)]
             rows = torch.cat([c for c, _ in codes], -1)
@@ -93,7 +103,7 @@ class RowsOfBlocks:
         if not place.groups:
             return rows.float()
         scales = place.scales(blocks)[at]
-        if self.kv_dtype == "int8":
-            return dequantized_groups(rows.float(), scales)
+        if self.kv_dtype in LARGEST:
+            return dequantized_groups(rows, scales, self.kv_dtype)
         groups = zip(rows.split(LATENT_GROUP // 2, -1), scales.unbind(-1), strict=True)
         return torch.cat([int4_rows.dequantized(codes, scale) for codes, scale in groups], -1)

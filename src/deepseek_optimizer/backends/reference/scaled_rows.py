@@ -1,4 +1,10 @@
-"""Storage types of caches, and rows that are stored as integers with scales."""
+"""Storage types of caches, and rows that are stored as codes with scales.
+
+An int8 code is an integer from -127 to 127, an fp8 code the bits of a number in E4M3 (OCP 8-bit Floating Point Specification,
+table 1: 4 bits of exponent with bias 7, 3 of the mantissa, no infinities, at most 448). A row's scale makes its largest element
+the largest code. So an element x of a row with scale s has an error of at most s / 2 in int8; in fp8 of at most |x| / 16, or
+s / 1024 if that is larger, since numbers below s / 64 are subnormal, in steps of s / 512.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +13,16 @@ import torch.nn.functional as F
 
 from ...errors import BackendError
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "int4": torch.uint8}  # int4: two in a byte
-SCALED = ("int8", "int4")  # with a float32 scale per row
-LATENT_GROUP = 128  # elements of an int8 or int4 latent that share a scale
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "int8": torch.int8,
+    "fp8": torch.uint8,
+    "int4": torch.uint8,  # two in a byte
+}
+SCALED = ("int8", "fp8", "int4")  # with a float32 scale per row
+LARGEST = {"int8": 127, "fp8": 448}  # what a code may stand for, before scaling
+LATENT_GROUP = 128  # elements of a latent that share a scale
 
 
 def dtype_of(kv_dtype: str) -> torch.dtype:
@@ -35,19 +48,38 @@ def groups_of(elements: int) -> int:
     return -(-elements // LATENT_GROUP)
 
 
-def quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x quantized along its last axis to integers from -127 to 127, and their scales."""
-    scale = x.abs().amax(-1) / 127
-    return torch.round(x / torch.where(scale == 0, 1.0, scale)[..., None]), scale
+def quantized(x: torch.Tensor, kv_dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The codes of the numbers nearest to x, half to even, and the scales of rows along its last axis.
+
+    Args:
+        x: float32 [..., n].
+        kv_dtype: "int8" or "fp8".
+
+    Returns: int8 or uint8 [..., n], float32 [...].
+    """
+    scale = x.abs().amax(-1) / LARGEST[kv_dtype]
+    numbers = x / torch.where(scale == 0, 1.0, scale)[..., None]
+    if kv_dtype == "int8":
+        return torch.round(numbers).to(torch.int8), scale
+    return numbers.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8), scale  # a subnormal scale may be too small
 
 
-def quantized_groups(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def dequantized(codes: torch.Tensor, scales: torch.Tensor, kv_dtype: str) -> torch.Tensor:
+    """The rows of `quantized`, float32 [..., n]."""
+    return _numbers(codes, kv_dtype) * scales[..., None]
+
+
+def quantized_groups(x: torch.Tensor, kv_dtype: str = "int8") -> tuple[torch.Tensor, torch.Tensor]:
     """As `quantized`, with a scale for each group of LATENT_GROUP elements: [..., n], [..., groups]."""
     padded = F.pad(x, (0, groups_of(x.shape[-1]) * LATENT_GROUP - x.shape[-1]))
-    rows, scales = quantized(padded.unflatten(-1, (-1, LATENT_GROUP)))
+    rows, scales = quantized(padded.unflatten(-1, (-1, LATENT_GROUP)), kv_dtype)
     return rows.flatten(-2)[..., : x.shape[-1]], scales
 
 
-def dequantized_groups(rows: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """The numbers that rows of `quantized_groups` stand for."""
-    return rows * scales.repeat_interleave(LATENT_GROUP, -1)[..., : rows.shape[-1]]
+def dequantized_groups(codes: torch.Tensor, scales: torch.Tensor, kv_dtype: str = "int8") -> torch.Tensor:
+    """The rows of `quantized_groups`, float32 [..., n]."""
+    return _numbers(codes, kv_dtype) * scales.repeat_interleave(LATENT_GROUP, -1)[..., : codes.shape[-1]]
+
+
+def _numbers(codes: torch.Tensor, kv_dtype: str) -> torch.Tensor:
+    return codes.float() if kv_dtype == "int8" else codes.view(torch.float8_e4m3fn).float()

@@ -15,8 +15,10 @@ from .block_tensors import BlockTensors
 from .ops import rope
 from .rows_store import RowsOfBlocks, rows_block_bytes
 from .scaled_rows import (
+    LARGEST,
     LATENT_GROUP,
     SCALED,
+    dequantized,
     dequantized_groups,
     dtype_of,
     groups_of,
@@ -29,9 +31,9 @@ from .states import StateSlots
 
 
 def store_block_bytes(spec: CacheSpec | LatentSpec | RowsSpec, kv_dtype: str) -> int:
-    """Bytes of one block of the largest group of layers. int8 and int4 have a float32 scale per token and head, or per group of
-    a token's latent; the rotated keys of an int8 latent cache are bf16, those of an int4 latent cache int8, and the indexer's
-    keys are bf16 in both."""
+    """Bytes of one block of the largest group of layers. int8, fp8 and int4 have a float32 scale per token and head, or per
+    group of a token's latent; the rotated keys of an int8 or fp8 latent cache are bf16, those of an int4 latent cache int8, and
+    the indexer's keys are bf16 in all three."""
     if isinstance(spec, RowsSpec):
         return rows_block_bytes(spec, kv_dtype)
     dtype, packed = dtype_of(kv_dtype), packed_elements(kv_dtype)
@@ -84,8 +86,8 @@ class TorchStore(BlockTensors):
     """Implements `KvStore`: a row of K and V of all layers per token, and one of their scales. Layers of different groups share
     the elements: a block holds either the one's or the other's.
 
-    int8: scale = max|x| / 127 per token and head, q = rint(x / scale). int4: see `int4_rows`, a row per token and head. Copies
-    of the newest tokens are int8, in the bytes of int4 elements.
+    int8 and fp8: see `scaled_rows`, int4: see `int4_rows`, a row per token and head. Copies of the newest tokens are int8, in
+    the bytes of int4 elements.
     """
 
     def __init__(self, spec: CacheSpec, kv_dtype: str, num_blocks: int, device: torch.device) -> None:
@@ -94,6 +96,7 @@ class TorchStore(BlockTensors):
         self._layers = spec.layers
         self._parts, elements, scales = _parts_of(spec)
         self._packed = packed_elements(kv_dtype)
+        self._codes = "fp8" if kv_dtype == "fp8" else "int8"  # of layers, and of copies, that are not int4
         self._data = [torch.zeros((0, BLOCK_TOKENS, elements // self._packed), dtype=dtype_of(kv_dtype), device=device)]
         if kv_dtype in SCALED:
             self._scales = [torch.zeros((0, BLOCK_TOKENS, scales), dtype=torch.float32, device=device)]
@@ -131,10 +134,10 @@ class TorchStore(BlockTensors):
         if self.kv_dtype not in SCALED:
             return rows.float()
         scales = part.scales(self._scales[0])[blocks]
-        return int4_rows.dequantized(rows, scales) if self._is_int4(layer) else rows.float() * scales[..., None]
+        return int4_rows.dequantized(rows, scales) if self._is_int4(layer) else dequantized(rows, scales, self._codes)
 
     def _quantized(self, layer: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return int4_rows.quantized(rows) if self._is_int4(layer) else quantized(rows)
+        return int4_rows.quantized(rows) if self._is_int4(layer) else quantized(rows, self._codes)
 
     def _rotated(
         self, rotation: KeyRotation, blocks: torch.Tensor, angles: torch.Tensor, group: int
@@ -156,8 +159,8 @@ class TorchStore(BlockTensors):
 class LatentStore(BlockTensors):
     """Implements `KvStore`: per token a latent of `rank` elements, a rotated key of `rope`, and an indexer's key of `index`.
 
-    int8: latents only, scale = max|x| / 127 per group of 128 elements (the last may be shorter), q = rint(x / scale). int4: a
-    row of `int4_rows` per group of 128 elements of a latent, and the rotated key as int8 latents.
+    int8 and fp8: latents only, a row of `scaled_rows` per group of 128 elements (the last may be shorter). int4: a row of
+    `int4_rows` per group of 128 elements of a latent, and the rotated key as int8 latents.
     """
 
     def __init__(self, spec: LatentSpec, kv_dtype: str, num_blocks: int, device: torch.device) -> None:
@@ -166,7 +169,9 @@ class LatentStore(BlockTensors):
         rotated = torch.int8 if kv_dtype == "int4" else others
         for width, kind in ((spec.rank // packed_elements(kv_dtype), dtype), (spec.rope, rotated), (spec.index, others)):
             self._data += [torch.zeros((0, BLOCK_TOKENS, width), dtype=kind, device=device) for _ in range(spec.layers)]
-        scaled = {"int8": (spec.rank,), "int4": (spec.rank, spec.rope)}.get(kv_dtype, ())  # the latents', then the keys'
+        scaled = {"int8": (spec.rank,), "fp8": (spec.rank,), "int4": (spec.rank, spec.rope)}.get(
+            kv_dtype, ()
+        )  # the latents', then the keys'
         self._scales = [
             torch.zeros((0, BLOCK_TOKENS, groups_of(elements)), device=device, dtype=torch.float32)
             for elements in scaled
@@ -177,8 +182,8 @@ class LatentStore(BlockTensors):
         """Writes latents and rotated keys, float [n, rank + rope], to tokens [start, start + n) of a sequence."""
         at, spec = self._places(table, start, len(rows)), self.spec
         latent, rotated = rows.split((spec.rank, spec.rope), -1)
-        if self.kv_dtype == "int8":
-            latent, self._scales[layer][at] = quantized_groups(latent.float())
+        if self.kv_dtype in LARGEST:
+            latent, self._scales[layer][at] = quantized_groups(latent.float(), self.kv_dtype)
         elif self.kv_dtype == "int4":
             codes = [int4_rows.quantized(group) for group in latent.float().split(LATENT_GROUP, -1)]
             latent, self._scales[layer][at] = torch.cat([c for c, _ in codes], -1), torch.stack([s for _, s in codes], -1)
@@ -189,13 +194,13 @@ class LatentStore(BlockTensors):
     def gather(self, layer: int, table: torch.Tensor, tokens: int) -> torch.Tensor:
         """Latents and rotated keys of a sequence's first `tokens` tokens, float32 [tokens, rank + rope]."""
         latent, rotated = (self._rows(self._data[i], table, tokens) for i in (layer, layer + self.spec.layers))
-        if self.kv_dtype == "int8":
-            latent = dequantized_groups(latent.float(), self._rows(self._scales[layer], table, tokens))
+        if self.kv_dtype in LARGEST:
+            latent = dequantized_groups(latent, self._rows(self._scales[layer], table, tokens), self.kv_dtype)
         elif self.kv_dtype == "int4":
             scales, of_keys = (self._rows(self._scales[i], table, tokens) for i in (layer, layer + self.spec.layers))
             groups = zip(latent.split(LATENT_GROUP // 2, -1), scales.unbind(-1), strict=True)
             latent = torch.cat([int4_rows.dequantized(codes, scale) for codes, scale in groups], -1)
-            rotated = dequantized_groups(rotated.float(), of_keys)
+            rotated = dequantized_groups(rotated, of_keys)
         return torch.cat((latent.float(), rotated.float()), -1)
 
     def write_index(self, layer: int, table: torch.Tensor, start: int, keys: torch.Tensor) -> None:
@@ -217,7 +222,7 @@ class LatentStore(BlockTensors):
         parts = [(self._data[layers : 2 * layers], rotation.key)]
         if self.kv_dtype == "int4":
             for data, scales in zip(parts.pop()[0], self._scales[layers:], strict=True):
-                keys = dequantized_groups(data[blocks].float(), scales[blocks])
+                keys = dequantized_groups(data[blocks], scales[blocks])
                 rows, new = quantized_groups(_rotate(keys[..., None, :], angles, rotation.key)[..., 0, :])
                 yield scales, new
                 yield data, rows

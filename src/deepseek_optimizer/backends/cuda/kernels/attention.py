@@ -5,9 +5,9 @@ one tile for the query heads that share a key head, so that keys and values are 
 of a product, of which tensor cores need at least 16. It goes through the visible blocks of 32 tokens, TOKENS / 32 at a time
 (`paged.py`).
 
-Scores and sums are fp32. With a bf16 or int8 cache, q and the softmax's weights are rounded to bf16 for products on tensor
+Scores and sums are fp32. With caches other than fp32, q and the softmax's weights are rounded to bf16 for products on tensor
 cores; with an fp32 cache nothing is rounded, and half as many tokens are read at a time, as operands are in registers. Scales
-of an int8 cache multiply scores and weights.
+of codes multiply scores and weights.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from ..division import TILE_FIELDS, Tiles, chunks_of
+from .codes import kind_of, numbers_of
 from .gates import capped
 from .paged import (
     blocks_to_read,
@@ -39,13 +40,13 @@ def attend_tile(
     q, cache, block_tables, tiles, ends, learned, out, partial, stats, block_elements, layer_offset, most_blocks, chunk_blocks,
     scale, softcap, window, sinks, CHUNKS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr,
     HEAD: tl.constexpr, HEAD_BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr, TOKENS: tl.constexpr, NARROW: tl.constexpr,
-    SINKS: tl.constexpr, SCALED: tl.constexpr,
+    SINKS: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(scale q K^T) V of a tile and a key head. Grid (tiles, KV_HEADS, CHUNKS).
 
     Args:
         q, out: float32 [T, KV_HEADS * GROUP * HEAD].
-        cache: float32, bf16 or int8 [blocks, block_elements], see `store.CudaStore`.
+        cache: float32, bf16, or codes of a KIND [blocks, block_elements], see `store.CudaStore`.
         block_tables: int32 [S, most_blocks].
         tiles: see `division.Tiles`. ends: int32 [T], in tokens of the sequence.
         partial, stats: float32 [tiles, KV_HEADS, GROUP, CHUNKS, HEAD] and [.., 2], written instead of `out` if CHUNKS > 1, for
@@ -53,7 +54,7 @@ def attend_tile(
         learned: float32 [KV_HEADS * GROUP], the score of one more key of each head, whose value is 0; read if SINKS.
         chunk_blocks: blocks of a chunk.
         softcap: scores s become softcap * tanh(s / softcap), unless it is 0.
-        SCALED: whether keys and values are integers with scales.
+        KIND: of codes, see `codes.kind_of`; "": keys and values are floats.
         GROUP_ROWS: a power of two >= GROUP; HEAD_BLOCK: one >= HEAD; BLOCK_Q * GROUP_ROWS >= 16.
     """
     tile, kv_head, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -84,10 +85,8 @@ def attend_tile(
         place = page * block_elements + layer_offset + (kv_head * 32 + t % 32) * HEAD
         k = tl.load(cache + place[None, :] + d[:, None], mask=stored[None, :] & (d < HEAD)[:, None], other=0)
         scores = tl.zeros([BLOCK_Q * GROUP_ROWS, TOKENS], tl.float32)
-        if SCALED:
-            k = k.to(tl.float32)  # integers, which bf16 holds exactly
-        scores = add_product(scores, rows, k, NARROW) * scale
-        if SCALED:
+        scores = add_product(scores, rows, numbers_of(k, KIND), NARROW) * scale  # bf16 holds what codes stand for exactly
+        if KIND != "":
             scales = scales_of(cache, page * block_elements + layer_offset, KV_HEADS, HEAD) + kv_head * 32 + t % 32
             scores *= tl.load(scales, mask=stored, other=0.0)[None, :]
         scores = capped(scores, softcap)
@@ -95,10 +94,9 @@ def attend_tile(
         weight, fade, maximum, weights = next_weights(scores, seen, maximum, weights)
         value_place = place + KV_HEADS * 32 * HEAD
         v = tl.load(cache + value_place[:, None] + d[None, :], mask=stored[:, None] & (d < HEAD)[None, :], other=0)
-        if SCALED:
+        if KIND != "":
             weight *= tl.load(scales + KV_HEADS * 32, mask=stored, other=0.0)[None, :]
-            v = v.to(tl.float32)
-        sums = add_product(sums * fade[:, None], weight, v, NARROW)
+        sums = add_product(sums * fade[:, None], weight, numbers_of(v, KIND), NARROW)
     if SINKS and CHUNKS == 1:
         sink = tl.load(learned + kv_head * GROUP + member, mask=real, other=0.0)
         maximum, weights, sums = with_sink(maximum, weights, sums, sink)
@@ -135,7 +133,7 @@ def attention(
         q, cache, block_tables, tiles.fields, ends, q if learned is None else learned, out, partial, stats, cache.stride(0),
         layer_offset, blocks, triton.cdiv(tiles.blocks, chunks) if chunks > 1 else blocks, scale, float(softcap), window, sinks,
         CHUNKS=chunks, KV_HEADS=kv_heads, GROUP=group, GROUP_ROWS=group_rows, HEAD=head, HEAD_BLOCK=head_block, BLOCK_Q=block_q,
-        TOKENS=64 if narrow else 32, NARROW=narrow, SINKS=learned is not None, SCALED=cache.dtype == torch.int8,
+        TOKENS=64 if narrow else 32, NARROW=narrow, SINKS=learned is not None, KIND=kind_of(cache),
         num_warps=4 if narrow else 8, num_stages=2,
     )  # fmt: skip
     if chunks > 1:

@@ -5,9 +5,10 @@ a tile of BLOCK_Q rows for HEAD_ROWS heads: BLOCK_Q * HEAD_ROWS rows of a produc
 read once for scores and sums. Queries are mapped to the space of latents before (K_h^T q_h), and sums of latents to values
 after it (V_h s_h): `latent_attention` does both, for as many heads at a time as a bounded memory holds.
 
-Decoding divides the blocks of a tile into chunks, as `attention.py` does. Scores and sums are fp32. With a bf16 cache, queries
-and the softmax's weights are rounded to bf16 for products on tensor cores. With an fp32 cache nothing is rounded; operands are
-in registers, so programs have 16 rows, and multiply PART elements of 16 latents at a time.
+Decoding divides the blocks of a tile into chunks, as `attention.py` does. Scores and sums are fp32. Unless the cache is fp32,
+queries, the softmax's weights, and codes of latents times their scales are rounded to bf16 for products on tensor cores. With
+an fp32 cache nothing is rounded; operands are in registers, so programs have 16 rows, and multiply PART elements of 16 latents
+at a time.
 
 Source: DeepSeek-V2, section 2.1.
 """
@@ -22,6 +23,7 @@ import triton.language as tl
 
 from ..division import HEAD_ROWS, TILE_FIELDS, Tiles, chunks_of, heads_at_once
 from ..matrices import DeviceStack
+from .codes import kind_of, latent_keys, latent_scales, numbers_of
 from .heads import HeadInputs
 from .paged import blocks_to_read, chunk_memory, finish_tile, launch_merge, next_weights, seen_by_rows, tokens_to_read
 from .precision import add_product, nearest_bf16
@@ -30,11 +32,28 @@ _FIELDS = tl.constexpr(TILE_FIELDS)
 
 
 @triton.jit
+def scaled_latents(codes, cache, layer, key, stored, RANK: tl.constexpr, ROPE: tl.constexpr, KIND: tl.constexpr):
+    """What codes [tokens, RANK_BLOCK] stand for, float32.
+
+    Args:
+        layer: where the layer begins in each token's block, in bytes, [tokens].
+    """
+    TOKENS: tl.constexpr = codes.shape[0]
+    BLOCKS: tl.constexpr = max(1, codes.shape[1] // 128)  # a power of two >= the groups that there are
+    GROUPS: tl.constexpr = (RANK + 127) // 128
+    group = tl.arange(0, BLOCKS)[None, :]
+    place = latent_scales(cache, layer, RANK, ROPE) + key % 32 * GROUPS
+    scales = tl.load(place[:, None] + group, mask=stored[:, None] & (group < GROUPS), other=0.0)
+    grouped = tl.reshape(numbers_of(codes, KIND), [TOKENS, BLOCKS, codes.shape[1] // BLOCKS])
+    return tl.reshape(grouped * scales[:, :, None], [TOKENS, codes.shape[1]])
+
+
+@triton.jit
 def attend_latents(
     absorbed, q, q_stride, cache, block_tables, tiles, ends, out, partial, stats, block_elements, layer_offset, most_blocks,
     chunk_blocks, scale, window, sinks, heads, chosen, CHUNKS: tl.constexpr, HEAD_ROWS: tl.constexpr, NOPE: tl.constexpr,
     ROPE: tl.constexpr, ROPE_BLOCK: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr,
-    TOKENS: tl.constexpr, PART: tl.constexpr, NARROW: tl.constexpr, TOP_K: tl.constexpr,
+    TOKENS: tl.constexpr, PART: tl.constexpr, NARROW: tl.constexpr, KIND: tl.constexpr, TOP_K: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(scale (absorbed C^T + q^rope R^T)) C for the visible latents C and rotated keys R. Grid (tiles, blocks of
     heads, CHUNKS).
@@ -42,7 +61,7 @@ def attend_latents(
     Args:
         absorbed, out: float32 [T, heads, RANK]; out may be `absorbed`.
         q: float32, heads of NOPE + ROPE elements, rows `q_stride` apart; only the last ROPE are read.
-        cache: float32 or bf16 [blocks, block_elements], see `latent_store.CudaLatentStore`.
+        cache: float32, bf16, or codes of a KIND [blocks, block_elements], see `latent_store.CudaLatentStore`.
         block_tables: int32 [S, most_blocks].
         tiles: see `division.Tiles`. ends: int32 [T], in tokens of the sequence.
         partial, stats: float32 [tiles, heads, CHUNKS, RANK] and [.., 2], written instead of `out` if CHUNKS > 1, for
@@ -50,9 +69,11 @@ def attend_latents(
         chunk_blocks: blocks of a chunk.
         ROPE_BLOCK, RANK_BLOCK: powers of two >= ROPE and RANK; BLOCK_Q * HEAD_ROWS >= 16.
         PART: elements of latents that are multiplied at a time without NARROW.
+        KIND: of codes, see `codes.kind_of`; "": latents are floats.
         chosen: float32 [T, TOP_K], the tokens that each row attends to, ascending, -1 after the last; tiles then have one row
             and no window. TOP_K is 0: all visible tokens.
     """
+    WIDTH: tl.constexpr = RANK + ROPE if KIND == "" else RANK
     tile, chunk = tl.program_id(0), tl.program_id(2)
     fields = tiles + tile * _FIELDS
     sequence, first_row, count = tl.load(fields), tl.load(fields + 1), tl.load(fields + 2)
@@ -89,9 +110,14 @@ def attend_latents(
             page = tl.load(pages + key // 32, mask=stored, other=0).to(tl.int64)
         else:
             key, page, stored = tokens_to_read(t, stop, sink_blocks, first_block, last_end, pages)
-        place = page * block_elements + layer_offset + key % 32 * (RANK + ROPE)
-        latents = tl.load(cache + place[:, None] + c[None, :], mask=stored[:, None] & (c < RANK)[None, :], other=0.0)
-        keys = tl.load(cache + place[None, :] + RANK + r[:, None], mask=stored[None, :] & (r < ROPE)[:, None], other=0.0)
+        place = page * block_elements + layer_offset + key % 32 * WIDTH
+        latents = tl.load(cache + place[:, None] + c[None, :], mask=stored[:, None] & (c < RANK)[None, :], other=0)
+        if KIND == "":
+            key_place = cache + place + RANK
+        else:
+            latents = scaled_latents(latents, cache, page * block_elements + layer_offset, key, stored, RANK, ROPE, KIND)
+            key_place = latent_keys(cache, page * block_elements + layer_offset, RANK) + key % 32 * ROPE
+        keys = tl.load(key_place[None, :] + r[:, None], mask=stored[None, :] & (r < ROPE)[:, None], other=0.0)
         scores = tl.zeros([BLOCK_Q * HEAD_ROWS, TOKENS], tl.float32)
         if NARROW:
             scores = add_product(scores, rows, tl.trans(latents), NARROW)
@@ -132,7 +158,7 @@ def attend(
         q: float32 [T, heads, nope + rope].
     """
     (_, heads, rank), count = absorbed.shape, len(tiles.fields)
-    narrow = cache.dtype == torch.bfloat16
+    narrow = cache.dtype != torch.float32
     head_rows = min(HEAD_ROWS if narrow else max(1, 16 // tiles.block_q), triton.next_power_of_2(heads))
     head_blocks, top_k = triton.cdiv(heads, head_rows), 0 if chosen is None else chosen.shape[1]
     blocks = tiles.blocks if chosen is None else min(tiles.blocks, triton.cdiv(top_k, 32))
@@ -145,8 +171,8 @@ def attend(
         layer_offset, table_blocks, triton.cdiv(blocks, chunks) if chunks > 1 else table_blocks, scale, window, sinks, heads,
         absorbed if chosen is None else chosen, CHUNKS=chunks, HEAD_ROWS=head_rows, NOPE=q.shape[2] - rope, ROPE=rope,
         ROPE_BLOCK=max(16, triton.next_power_of_2(rope)), RANK=rank, RANK_BLOCK=max(16, triton.next_power_of_2(rank)),
-        BLOCK_Q=block_q, TOKENS=32 if narrow else 16, PART=32, NARROW=narrow, TOP_K=top_k,
-        num_warps=4 if narrow and block_q * head_rows <= 16 else 8, num_stages=2,
+        BLOCK_Q=block_q, TOKENS=32 if narrow else 16, PART=32, NARROW=narrow, KIND=kind_of(cache), TOP_K=top_k,
+        num_warps=4 if cache.dtype == torch.bfloat16 and block_q * head_rows <= 16 else 8, num_stages=2,
     )  # fmt: skip
     if chunks > 1:
         launch_merge(partial, stats, tiles, absorbed)

@@ -20,7 +20,10 @@ from .precision import add_product, nearest_bf16
 from .tiles import decode, load_codes, load_scales
 
 BLOCK_N, BLOCK_J = 64, 32
-_MOST_COLUMNS = 256  # that the words of a block have: more values in registers would not fit
+# Columns that the words of a block have: more values in registers would not fit. Half as many if decoding takes more registers
+# than a shift and a scale.
+_MOST_COLUMNS = 256
+_FEWEST_WORDS = 16  # of a block: columns of a product on tensor cores
 _EXACT = 32  # BLOCK_M and BLOCK_N of fp32 products, whose operands do not fit into registers otherwise
 _ORDERED_ROWS, _ORDERED = 16, 64  # rows and words of a program of `order_rows`
 
@@ -146,11 +149,12 @@ def tile_sizes(rows: int, tiles: DeviceTiles, gated: bool) -> dict[str, int]:
     """BLOCK_M, BLOCK_N and BLOCK_J of products of this number of rows. With gate and up, programs have half as many outputs:
     both sums must fit into registers."""
     limit = BLOCK_N if tiles.layout.narrow else _EXACT
-    outputs = limit // 2 if gated and tiles.layout.narrow else limit
+    layout, outputs = tiles.layout, limit // 2 if gated and tiles.layout.narrow else limit
+    columns = _MOST_COLUMNS // 2 if layout.minimum or layout.high or layout.codes == "iq4" else _MOST_COLUMNS
     return {
         "BLOCK_M": min(limit, block_rows(rows)),
         "BLOCK_N": outputs,
-        "BLOCK_J": min(BLOCK_J, _MOST_COLUMNS // tiles.layout.per_word),
+        "BLOCK_J": max(_FEWEST_WORDS, min(BLOCK_J, columns // layout.per_word)),
     }
 
 

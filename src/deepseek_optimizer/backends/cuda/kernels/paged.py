@@ -42,7 +42,7 @@ def tokens_to_read(t, stop, sink_blocks, first_block, last_end, block_tables):
 
 @triton.jit
 def scales_of(cache, layer, KV_HEADS: tl.constexpr, HEAD: tl.constexpr):
-    """Pointers to the scales of a layer in blocks of an int8 cache, float32 [2, KV_HEADS, 32].
+    """Pointers to the scales of a layer in blocks of a cache of codes, float32 [2, KV_HEADS, 32].
 
     Args:
         layer: where the layer begins, in bytes.

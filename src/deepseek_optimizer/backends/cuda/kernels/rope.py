@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .codes import codes_of, kind_of, scale_of
 from .paged import scales_of
 from .precision import nearest_bf16
 
@@ -18,7 +19,8 @@ _ROWS = 16  # tokens of a program
 
 @triton.jit
 def rope_angles(
-    positions, which, frequencies, out, tokens, scaling, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    positions, which, axes, frequencies, out, tokens, scaling, HALF: tl.constexpr, AXES: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """cos and sin of position * frequency, times `scaling`. Grid (blocks of tokens).
 
@@ -26,7 +28,8 @@ def rope_angles(
     runs once a step, not once a layer.
 
     Args:
-        positions: int32 [tokens].
+        positions: int32 [tokens], with AXES [3, tokens].
+        axes: int32 [HALF], with AXES that of each frequency.
         which: int32 [tokens], the row of `frequencies` of each token.
         frequencies: float32 [F, HALF].
         out: float32 [tokens, 2 * HALF], cos first.
@@ -35,7 +38,10 @@ def rope_angles(
     token, i = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None], tl.arange(0, BLOCK)[None, :]
     inside = (token < tokens) & (i < HALF)
     row = tl.load(which + token, mask=token < tokens, other=0)
-    position = tl.load(positions + token, mask=token < tokens, other=0).to(tl.float32)
+    source = positions + token
+    if AXES:
+        source += tl.load(axes + i, mask=i < HALF, other=0) * tokens
+    position = tl.load(source, mask=inside if AXES else token < tokens, other=0).to(tl.float32)
     angle = (position * tl.load(frequencies + row * HALF + i, mask=inside, other=0.0)).to(tl.float64)
     place = out + token * (2 * HALF) + i
     tl.store(place, (tl.cos(angle) * scaling).to(tl.float32), mask=inside)
@@ -43,13 +49,18 @@ def rope_angles(
 
 
 def rope_table(
-    positions: torch.Tensor, which: torch.Tensor, frequencies: torch.Tensor, scaling: float, out: torch.Tensor
+    positions: torch.Tensor,
+    which: torch.Tensor,
+    frequencies: torch.Tensor,
+    scaling: float,
+    out: torch.Tensor,
+    axes: torch.Tensor | None = None,
 ) -> None:
-    """See `rope_angles`."""
-    tokens, half = len(positions), frequencies.shape[1]
+    """See `rope_angles`; without `axes`, tokens have one position each."""
+    tokens, half = len(which), frequencies.shape[1]
     rope_angles[(triton.cdiv(tokens, _ROWS),)](
-        positions, which, frequencies, out, tokens, scaling, HALF=half, ROWS=_ROWS, BLOCK=triton.next_power_of_2(half),
-        num_warps=4,
+        positions, which, positions if axes is None else axes, frequencies, out, tokens, scaling, HALF=half,
+        AXES=axes is not None, ROWS=_ROWS, BLOCK=triton.next_power_of_2(half), num_warps=4,
     )  # fmt: skip
 
 
@@ -62,32 +73,26 @@ def store_as(out, value, mask):
 
 
 @triton.jit
-def quantized(x, largest):
-    """rint(x / scale), float32, with the scale largest / 127; 0 if that is 0."""
-    scale = tl.div_rn(largest, 127.0)
-    quotient = tl.div_rn(x, tl.where(scale == 0, 1.0, scale))
-    return (quotient + 12582912.0) - 12582912.0  # 1.5 * 2^23: sums are rounded to integers, half to even
-
-
-@triton.jit
 def move_heads(
     x, out, scale, angles, real, HEAD: tl.constexpr, ROT: tl.constexpr, OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr,
-    QUANTIZED: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out = x with ROT of HEAD elements rotated, from OFFSET on, for a block of rows.
 
     Args:
-        x: pointers to float32 [HEAD] of each row, [ROWS, 1]; out: likewise, of any float type, possibly to the same elements.
-        scale: pointers to the scale of each row, [ROWS, 1], which is written if QUANTIZED.
+        x: pointers to float32 [HEAD] of each row, [ROWS, 1]; out: likewise, of any float
+            type, possibly to the same elements, or of codes.
+        scale: pointers to the scale of each row, [ROWS, 1], written with codes.
         angles: pointers to [ROT] of each row, cos first.
         real: bool [ROWS, 1], False where there is no row.
+        KIND: of codes, see `codes.kind_of`; "": `out` has floats.
         BLOCK: a power of two >= HEAD.
     """
     i = tl.arange(0, BLOCK)[None, :]
     largest = tl.zeros([1, 1], tl.float32)
     rest = real & ((i < OFFSET) | (i >= OFFSET + ROT)) & (i < HEAD)
     others = tl.load(x + i, mask=rest, other=0.0)
-    if QUANTIZED:
+    if KIND != "":
         largest = tl.max(tl.abs(others), 1, keep_dims=True)
     if ROT > 0:
         pair = real & (i < ROT // 2)
@@ -96,22 +101,22 @@ def move_heads(
         a, b = tl.load(x + first, mask=pair, other=0.0), tl.load(x + second, mask=pair, other=0.0)
         cos, sin = tl.load(angles + i, mask=pair, other=0.0), tl.load(angles + ROT // 2 + i, mask=pair, other=0.0)
         turned, other = a * cos - b * sin, b * cos + a * sin
-        if QUANTIZED:
+        if KIND != "":
             largest = tl.maximum(largest, tl.max(tl.maximum(tl.abs(turned), tl.abs(other)), 1, keep_dims=True))
-            turned, other = quantized(turned, largest), quantized(other, largest)
+            turned, other = codes_of(turned, scale_of(largest, KIND), KIND), codes_of(other, scale_of(largest, KIND), KIND)
         store_as(out + first, turned, pair)
         store_as(out + second, other, pair)
-    if QUANTIZED:
-        others = quantized(others, largest)
-        tl.store(scale, tl.div_rn(largest, 127.0), mask=real)
+    if KIND != "":
+        others = codes_of(others, scale_of(largest, KIND), KIND)
+        tl.store(scale, scale_of(largest, KIND), mask=real)
     store_as(out + i, others, rest)
 
 
 @triton.jit
 def rotate_and_store(
     q, k, v, table, y, cache, slots, tokens, block_elements, layer_offset, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
-    HEAD: tl.constexpr, ROT: tl.constexpr, OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HEAD: tl.constexpr, ROT: tl.constexpr, OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr, KIND: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """y = rope(q); the cache's keys = rope(k), its values = v. Grid (blocks of tokens, HEADS + 2 * KV_HEADS).
 
@@ -119,7 +124,7 @@ def rotate_and_store(
         q, y: float32 [tokens, HEADS * HEAD]; y may be q. HEADS is 0: there is no q.
         k, v: float32 [tokens, KV_HEADS * HEAD]. KV_HEADS is 0: nothing is written to the cache.
         table: float32 [tokens, ROT] of `rope_angles`; ROT is 0: nothing is rotated.
-        cache: float32, bf16 or int8 [blocks, block_elements], see `store.CudaStore`.
+        cache: float32, bf16, or codes of a KIND [blocks, block_elements], see `store.CudaStore`.
         slots: int32 [tokens], 32 * block + place of each token.
         layer_offset: where the layer begins in a block, in elements.
     """
@@ -127,22 +132,21 @@ def rotate_and_store(
     angles, real = table + token * ROT, token < tokens
     if head < HEADS:
         at = (token * HEADS + head) * HEAD
-        move_heads(q + at, y + at, y + token, angles, real, HEAD, ROT, OFFSET, INTERLEAVED, False, BLOCK)
+        move_heads(q + at, y + at, y + token, angles, real, HEAD, ROT, OFFSET, INTERLEAVED, "", BLOCK)
     else:
         row = head - HEADS  # keys' heads, then values'
         slot = tl.load(slots + token, mask=real, other=0)
         layer = (slot // 32).to(tl.int64) * block_elements + layer_offset
         place = cache + layer + (row * 32 + slot % 32) * HEAD
-        QUANTIZED: tl.constexpr = cache.dtype.element_ty == tl.int8
         scale = y + token
-        if QUANTIZED:
+        if KIND != "":
             scale = scales_of(cache, layer, KV_HEADS, HEAD) + row * 32 + slot % 32
         if row < KV_HEADS:
             x = k + (token * KV_HEADS + row) * HEAD
-            move_heads(x, place, scale, angles, real, HEAD, ROT, OFFSET, INTERLEAVED, QUANTIZED, BLOCK)
+            move_heads(x, place, scale, angles, real, HEAD, ROT, OFFSET, INTERLEAVED, KIND, BLOCK)
         else:
             x = v + (token * KV_HEADS + row - KV_HEADS) * HEAD
-            move_heads(x, place, scale, angles, real, HEAD, 0, 0, INTERLEAVED, QUANTIZED, BLOCK)
+            move_heads(x, place, scale, angles, real, HEAD, 0, 0, INTERLEAVED, KIND, BLOCK)
 
 
 def rope(x: torch.Tensor, table: torch.Tensor, heads: int, interleaved: bool, y: torch.Tensor, offset: int = 0) -> None:
@@ -150,7 +154,7 @@ def rope(x: torch.Tensor, table: torch.Tensor, heads: int, interleaved: bool, y:
     head = x.shape[1] // heads
     rotate_and_store[(triton.cdiv(len(x), _ROWS), heads)](
         x, x, x, table, y, x, x, len(x), 0, 0, HEADS=heads, KV_HEADS=0, HEAD=head, ROT=table.shape[1], OFFSET=offset,
-        INTERLEAVED=interleaved, ROWS=_ROWS, BLOCK=triton.next_power_of_2(head), num_warps=4,
+        INTERLEAVED=interleaved, KIND="", ROWS=_ROWS, BLOCK=triton.next_power_of_2(head), num_warps=4,
     )  # fmt: skip
 
 
@@ -174,5 +178,5 @@ def rope_cache(
     rotate_and_store[(triton.cdiv(tokens, _ROWS), heads + 2 * kv_heads)](
         k if q is None else q, k, v, k if table is None else table, k if y is None else y, cache, slots, tokens,
         cache.stride(0), layer_offset, HEADS=heads, KV_HEADS=kv_heads, HEAD=head, ROT=0 if table is None else table.shape[1],
-        OFFSET=0, INTERLEAVED=interleaved, ROWS=_ROWS, BLOCK=triton.next_power_of_2(head), num_warps=4,
+        OFFSET=0, INTERLEAVED=interleaved, KIND=kind_of(cache), ROWS=_ROWS, BLOCK=triton.next_power_of_2(head), num_warps=4,
     )  # fmt: skip
