@@ -132,6 +132,23 @@ def test_products_of_experts(format_name, tokens):
     assert (out - total).abs().max() <= bound * total.abs().max()
 
 
+@pytest.mark.parametrize("tokens", [2, 23])
+def test_experts_that_weigh_their_inputs(tokens):
+    count, top_k, width, inner = 3, 2, 40, 35
+    routes, x = some_routes(tokens, count, top_k, seed=3), random(tokens, width, seed=5)
+    first, second = stack(2 * count, inner, width, "fp32", 6), stack(count, width, inner, "fp32", 7)
+    gate_up, down = DeviceStack(first, CPU), DeviceStack(second, CPU)
+    tiles = experts.group_for(routes, count, gate_up)
+    hidden, out = torch.full((tokens * top_k, inner), torch.nan), torch.full((tokens, width), torch.nan)
+    experts.gate_up(x, routes, tiles, gate_up, hidden, weighed=True)
+    experts.down(hidden, routes, tiles, down, out, weighed=True)
+    dense, wide = values(first).double().unflatten(0, (count, 2)).flatten(1, 2), routes.double()
+    exact = moe.gate_up(x.double(), wide, dense, False, weigh_input=True)
+    assert (hidden - exact).abs().max() <= VECTOR_BOUND * exact.abs().max()
+    total = moe.down(hidden.double(), wide, values(second).double(), False, weigh_input=True)
+    assert (out - total).abs().max() <= VECTOR_BOUND * total.abs().max()
+
+
 def test_grouped_sums_do_not_depend_on_other_tokens():
     """Experts without tokens, one with many tiles, and tiles of several sizes."""
     count, top_k = 6, 2

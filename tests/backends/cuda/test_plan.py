@@ -189,7 +189,6 @@ def test_tokens_are_chosen_as_defined(backend, llama):
     [
         ("deepseek_v4-mixed", "op '[a-z_]+'"),
         ("kimi_linear-experts", "op 'short_conv'"),
-        ("llama4_text-chunks", "op 'attention' with chunked=True"),
         ("lfm2-mixed", "op 'short_conv'"),
     ],
 )

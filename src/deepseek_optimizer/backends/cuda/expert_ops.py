@@ -28,13 +28,15 @@ def _gate_up(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
     """Groups the step's pairs for `experts_down` as well, which reads the same routes."""
     (x, routes), stack = inputs, run.weights.stacks[node.weights[0]]
     tiles = run.pairs[node.inputs[1]] = experts.group_for(routes, node.attrs["experts"], stack)
-    experts.gate_up(x, routes, tiles, stack, outputs[0], _biases(run, node), gate_of(node.attrs))
+    weighed = node.attrs.get("weigh_input", False)
+    experts.gate_up(x, routes, tiles, stack, outputs[0], _biases(run, node), gate_of(node.attrs), weighed)
 
 
 def _down(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
     hidden, routes = inputs
     stack = run.weights.stacks[node.weights[0]]
-    experts.down(hidden, routes, run.pairs.pop(node.inputs[1]), stack, outputs[0], _biases(run, node))
+    weighed = node.attrs.get("weigh_input", False)
+    experts.down(hidden, routes, run.pairs.pop(node.inputs[1]), stack, outputs[0], _biases(run, node), weighed)
 
 
 def _biases(run: Run, node: Node) -> torch.Tensor | None:

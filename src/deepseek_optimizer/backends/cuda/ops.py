@@ -12,6 +12,7 @@ import torch
 
 from ...graph.ir import Graph, Node, Value
 from ...graph.ops.products import rows_of
+from ...quant.base import TILE_ROWS
 from ..base import StepBatch
 from ..kv_b import key_stack, value_stack
 from .gates import NO_GATE, OF_OPS, gate_of
@@ -21,6 +22,28 @@ from .kernels.expert_groups import PairTiles
 from .matrices import DeviceMatrix, DeviceStack, DeviceTiles
 from .step import DeviceStep
 from .store import DeviceBlocks
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix and a bias that are multiplied with rows.
+
+    Attributes:
+        skipped: their first rows, whose results are left out: the rows that a node uses may begin within a tile.
+    """
+
+    matrix: DeviceMatrix
+    bias: torch.Tensor | None
+    skipped: int
+
+    def write(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Writes the results of rows x to `out`."""
+        if not self.skipped:
+            linear.linear(x, self.matrix, self.bias, out)
+            return
+        all_rows = out.new_empty(len(x), self.matrix.rows)
+        linear.linear(x, self.matrix, self.bias, all_rows)
+        rows.columns(all_rows, out, 1, self.skipped, self.matrix.rows)
 
 
 @dataclass(frozen=True)
@@ -47,15 +70,17 @@ class Weights:
             return [self.matrices[name]]
         return [self.stacks[stack] for stack in (name, key_stack(name), value_stack(name)) if stack in self.stacks]
 
-    def products(self, node: Node) -> list[tuple[DeviceMatrix, torch.Tensor | None]]:
-        """Matrix and bias of each product of a node, of the rows that it uses."""
+    def products(self, node: Node) -> list[Product]:
+        """Each product of a node."""
         biases = node.attrs["biases"] if "biases" in node.attrs else (node.attrs.get("bias"),)
         made = []
         for name, bias_name, part in zip(node.weights, biases, rows_of(node), strict=True):
-            matrix, bias = self.matrices[name], self.vector(bias_name)
+            matrix, bias, skipped = self.matrices[name], self.vector(bias_name), 0
             if part is not None:
-                matrix, bias = matrix.part(*part[:2]), None if bias is None else bias[part[0] : part[1]]
-            made.append((matrix, bias))
+                skipped = part[0] % TILE_ROWS
+                begin, end = part[0] - skipped, part[1]
+                matrix, bias = matrix.part(begin, end), None if bias is None else bias[begin:end]
+            made.append(Product(matrix, bias, skipped))
         return made
 
 
@@ -103,7 +128,11 @@ def _embedding(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
     if run.batch is not None and run.batch.inputs_embeds is not None:
         outputs[0].copy_(run.batch.inputs_embeds.detach())
     else:
-        rows.embedding(run.at.ids, run.weights.matrices[node.weights[0]], node.attrs["scale"], outputs[0])
+        _lookup(run, node, inputs, outputs)
+
+
+def _lookup(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
+    rows.embedding(run.at.ids, run.weights.matrices[node.weights[0]], node.attrs["scale"], outputs[0])
 
 
 def _rms_norm(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
@@ -125,13 +154,19 @@ def _add_rms_norm(run: Run, node: Node, inputs: Values, outputs: Values) -> None
 
 
 def _linear(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
-    for (matrix, bias), out in zip(run.weights.products(node), outputs, strict=True):
-        linear.linear(inputs[0], matrix, bias, out)
+    for product, out in zip(run.weights.products(node), outputs, strict=True):
+        product.write(inputs[0], out)
 
 
 def _gate_up(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
-    (gate, gate_bias), (up, up_bias) = run.weights.products(node)
-    linear.gate_up(inputs[0], gate, up, (gate_bias, up_bias), outputs[0], gate_of(node.attrs))
+    (x,), (out,), (gate, up) = inputs, outputs, run.weights.products(node)
+    if not gate.skipped and not up.skipped:
+        linear.gate_up(x, gate.matrix, up.matrix, (gate.bias, up.bias), out, gate_of(node.attrs))
+        return
+    raised = torch.empty_like(out)
+    gate.write(x, out)
+    up.write(x, raised)
+    elementwise.apply("gate", out, raised, out, gate_of(node.attrs))
 
 
 def _pairwise(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
@@ -141,8 +176,12 @@ def _pairwise(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
 
 
 def _each(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
-    factor = run.weights.vectors[node.weights[0]] if node.weights else None
-    elementwise.each(node.op, inputs[0], outputs[0], node.attrs.get("scale", 1.0), factor=factor)
+    factor, limit = (*(run.weights.vectors[name] for name in node.weights), None, None)[:2]
+    elementwise.each(node.op, inputs[0], outputs[0], node.attrs.get("scale", 1.0), factor=factor, limit=limit)
+
+
+def _columns(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
+    rows.columns(inputs[0], outputs[0], **node.attrs)
 
 
 def _position_scale(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
@@ -190,7 +229,8 @@ def _attention(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
         attention_kernels.attention(
             inputs[0], store.data, store.offsets[a["layer"]], run.at.tables[store.group_of(a["layer"])], tiles,
             run.at.ends, outputs[0], heads=a["heads"], kv_heads=a["kv_heads"], scale=a["scale"], window=a.get("window", 0),
-            sinks=a.get("sinks", 0), softcap=a.get("softcap", 0.0), learned=learned,
+            sinks=a.get("sinks", 0), softcap=a.get("softcap", 0.0), learned=learned, chunked=a.get("chunked", False),
+            causal=a.get("causal", False),
         )  # fmt: skip
 
 
@@ -218,18 +258,23 @@ DENSE_OPS: Mapping[str, Op] = {
     "add_rms_norm": _add_rms_norm,
     "attention": _attention,
     "cache_write": _cache_write,
+    "clamp": _each,
+    "columns": _columns,
     "concat": _concat,
     "embedding": _embedding,
     "gate_up": _gate_up,
     "geglu": _pairwise,
     "gelu": _each,
+    "gelu_erf": _each,
     "head_norm": _rms_norm,
     "hidden_out": _hidden_out,
     "layer_norm": _layer_norm,
     "linear": _linear,
     "lm_head": _lm_head,
+    "lookup": _lookup,
     "multiply": _pairwise,
     "position_scale": _position_scale,
+    "relu": _each,
     "rms_norm": _rms_norm,
     "rope": _rope,
     "rope_cache": _cache_write,

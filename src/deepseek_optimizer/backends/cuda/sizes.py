@@ -6,7 +6,9 @@ from collections.abc import Mapping
 
 from ...graph.analysis import stack_shapes, weight_shapes
 from ...graph.ir import Graph
+from ...graph.ops.products import rows_of
 from ...graph.planner import Slot, assign_slots
+from ...quant.base import TILE_ROWS
 from ...quant.tiles import tile_counts
 from ..base import CompileOptions
 from .buckets import MOST_ROWS, rows_bucket
@@ -78,13 +80,15 @@ def _scratch_bytes(graph: Graph, formats: Mapping[str, str], tokens: int) -> int
             sizes.append(_VALUE_BYTES * tokens * (node.attrs["experts"] + 32 + node.inputs[0].width))
         if node.op in ("linear", "gate_up", "lm_head"):
             products = 2 if node.op == "gate_up" else 1
-            apart = products == 2 and len({formats.get(name) for name in node.weights}) == 2  # `up` has its own buffer
+            parts = [part for part in rows_of(node) if part is not None and part[0] % TILE_ROWS]  # first results are left out
+            apart = products == 2 and (bool(parts) or len({formats.get(name) for name in node.weights}) == 2)  # `up`
             for name in node.weights:
                 rows, cols = shapes[name]
                 tile_rows, groups = tile_counts(rows, cols)
                 words = LAYOUTS[formats.get(name, "fp32")].words
                 taken = product_scratch_bytes(tokens, rows, cols, tile_rows, groups * words, products)
-                sizes.append(taken + (_VALUE_BYTES * tokens * rows if apart else 0))
+                more = (rows if apart else 0) + max((end - begin + TILE_ROWS for begin, end, _ in parts), default=0)
+                sizes.append(taken + _VALUE_BYTES * tokens * more)
     return max(sizes)
 
 

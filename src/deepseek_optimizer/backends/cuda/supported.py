@@ -9,8 +9,6 @@ from typing import Any
 
 from ...errors import BackendError
 from ...graph.ir import CacheSpec, Graph, LatentSpec, Node
-from ...graph.ops.products import rows_of
-from ...quant.base import TILE_ROWS
 from ...quant.packed import PackedMatrix, PackedStack, PackedWeight
 from .layouts import LAYOUTS
 from .store import KV_DTYPES
@@ -19,18 +17,17 @@ LATENT_DTYPES = ("fp32", "bf16")  # of a cache of latents
 
 # Values of attributes that the kernels do not have, by op; an op has all other values of its attributes.
 _MISSING: Mapping[str, Mapping[str, Callable[[Any], object]]] = {
-    "attention": {"chunked": bool, "causal": bool},
-    "experts_down": {"weigh_input": bool},
-    "experts_gate_up": {"activation": lambda value: value not in ("silu", "gelu"), "weigh_input": bool},
+    "experts_gate_up": {"activation": lambda value: value not in ("silu", "gelu")},
     "gate_up": {"activation": lambda value: value not in ("silu", "gelu")},
     "router": {"scoring": lambda value: value not in ("softmax", "sigmoid")},
     "rope_table": {"rope": lambda value: bool(value.axes)},
 }  # fmt: skip
 OPS = (
-    "add", "add_rms_norm", "attention", "cache_write", "concat", "embedding", "experts_down", "experts_gate_up", "gate_up",
-    "geglu", "gelu", "head_norm", "hidden_out", "index_choose", "index_write", "latent", "latent_write", "layer_norm", "linear",
-    "lm_head", "mla_attention", "multiply", "position_scale", "rms_norm", "rope", "rope_cache", "rope_table", "router", "scale",
-    "scale_by", "select_rows", "sigmoid_gate", "state_in", "swiglu",
+    "add", "add_rms_norm", "attention", "cache_write", "clamp", "columns", "concat", "embedding", "experts_down",
+    "experts_gate_up", "gate_up", "geglu", "gelu", "gelu_erf", "head_norm", "hidden_out", "index_choose", "index_write",
+    "latent", "latent_write", "layer_norm", "linear", "lm_head", "lookup", "mla_attention", "multiply", "position_scale",
+    "relu", "rms_norm", "rope", "rope_cache", "rope_table", "router", "scale", "scale_by", "select_rows", "sigmoid_gate",
+    "state_in", "swiglu",
 )  # fmt: skip
 
 
@@ -82,8 +79,6 @@ def _missing(node: Node) -> str | None:
     for name, missing in _MISSING.get(node.op, {}).items():
         if name in node.attrs and missing(node.attrs[name]):
             return f"op {node.op!r} with {name}={node.attrs[name]!r}"
-    if any(part is not None and part[0] % TILE_ROWS for part in rows_of(node)):
-        return f"op {node.op!r} with rows of {node.weights} that begin between tiles of {TILE_ROWS}"
     return None
 
 

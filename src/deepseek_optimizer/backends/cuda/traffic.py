@@ -73,9 +73,10 @@ class _Counted:
         """Counts a node's launches."""
         self.values += sum(_FLOAT * v.width * v.repeat * self._rows for v in (*node.inputs, *node.outputs))
         {
-            "embedding": self._embedding, "experts_gate_up": self._experts, "experts_down": self._experts,
-            "attention": self._attention, "mla_attention": self._latent_attention, "cache_write": self._write,
-            "rope_cache": self._write, "latent_write": self._write, "index_write": self._write, "index_choose": self._choose,
+            "embedding": self._embedding, "lookup": self._embedding, "experts_gate_up": self._experts,
+            "experts_down": self._experts, "attention": self._attention, "mla_attention": self._latent_attention,
+            "cache_write": self._write, "rope_cache": self._write, "latent_write": self._write, "index_write": self._write,
+            "index_choose": self._choose,
         }.get(node.op, self._products)(node)  # fmt: skip
 
     def _tiles(self, name: str, rows: int, cols: int, count: int = 1) -> int:
@@ -168,9 +169,10 @@ class _Counted:
         for context in self._contexts:
             read = seen = context + 1
             if window:
-                first = max(context + 1 - window, 0) // BLOCK_TOKENS * BLOCK_TOKENS
+                own = context % window + 1 if node.attrs.get("chunked", False) else window
+                first = max(context + 1 - own, 0) // BLOCK_TOKENS * BLOCK_TOKENS
                 read = min(read, read - first + min(-(-sinks // BLOCK_TOKENS) * BLOCK_TOKENS, first))
-                seen = min(seen, window + sinks)
+                seen = min(seen, own + sinks)
             self.cache += read * token_bytes
             self.floor += seen * token_bytes
         blocks = blocks_bucket(-(-(max(self._contexts) + 1) // BLOCK_TOKENS))
