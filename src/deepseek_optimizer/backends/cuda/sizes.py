@@ -14,6 +14,7 @@ from ..base import CompileOptions
 from .buckets import MOST_ROWS, rows_bucket
 from .division import (
     attention_scratch_bytes,
+    expanded_scratch_bytes,
     expert_scratch_bytes,
     index_scratch_bytes,
     latent_scratch_bytes,
@@ -70,6 +71,9 @@ def _scratch_bytes(graph: Graph, formats: Mapping[str, str], tokens: int) -> int
         if node.op == "mla_attention":
             a = node.attrs
             sizes.append(latent_scratch_bytes(tokens, a["heads"], a["rank"], a["nope"]))
+            if tokens > MOST_ROWS:
+                width = a["nope"] + a["v_dim"]
+                sizes.append(expanded_scratch_bytes(tokens, graph.max_positions, a["heads"], width, a["rank"]))
         if node.op == "index_choose":
             sizes.append(index_scratch_bytes(tokens, graph.max_positions))
         if node.op in ("experts_gate_up", "experts_down"):
