@@ -62,6 +62,25 @@ ROUTINGS = {
 }
 
 
+ROUTINGS["square roots"] = ROUTINGS["normalized"] | {"scoring": "sqrtsoftplus"}
+
+
+def test_experts_by_table():
+    """Whatever their scores are: also so small that 1 + e^x is 1 in fp32."""
+    scores, ids = random(5, 9) * 3, torch.tensor([3, 0, 3, 1, 2], dtype=torch.int32)
+    scores[0] -= 30
+    table = torch.stack([torch.randperm(9, generator=torch.Generator().manual_seed(i))[:4] for i in range(4)])
+    for scoring in ("sqrtsoftplus", "sigmoid"):
+        made, options = torch.full((5, 8), torch.nan), {"scoring": scoring, "normalize": True, "scale": 1.5}
+        routing.route(
+            scores, None, None, made, top_k=4, groups=1, top_groups=1, group_score="max", **options,
+            by_table=(ids, table.int()),
+        )  # fmt: skip
+        exact = moe.route_to(scores, table[ids.long()], **options)
+        assert torch.equal(made[:, :4], exact[:, :4])
+        torch.testing.assert_close(made, exact, rtol=5e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("name", ROUTINGS)
 @pytest.mark.parametrize("experts_count", [18, 9])
 def test_routing(name, experts_count):

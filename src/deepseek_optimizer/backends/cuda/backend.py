@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ...errors import BackendError
-from ...graph.ir import CacheSpec, Graph, LatentSpec
+from ...graph.ir import Graph, LatentSpec, RowsSpec
 from ...graph.validate import check_graph
 from ...quant import products, reference_packer
 from ...quant.packed import PackedMatrix, PackedWeight
@@ -24,6 +24,7 @@ from .latent_store import CudaLatentStore
 from .layouts import LAYOUTS
 from .matrices import DeviceMatrix
 from .plan import CudaPlan
+from .rows_store import CudaRowsStore
 from .sizes import CudaSizes
 from .store import KV_DTYPES, CudaStore
 from .supported import check_cache, check_matrix
@@ -84,12 +85,15 @@ class CudaBackend(CudaSizes):
         check_graph(graph)
         return CudaPlan(graph, weights, self._seam, self.captures)
 
-    def new_store(self, graph: Graph, kv_dtype: str, num_blocks: int, num_states: int = 0) -> CudaStore | CudaLatentStore:
+    def new_store(
+        self, graph: Graph, kv_dtype: str, num_blocks: int, num_states: int = 0
+    ) -> CudaStore | CudaLatentStore | CudaRowsStore:
         check_cache(graph, kv_dtype)
         spec = graph.cache
         if isinstance(spec, LatentSpec):
             return CudaLatentStore(spec, kv_dtype, num_blocks, self.device)
-        assert isinstance(spec, CacheSpec)
+        if isinstance(spec, RowsSpec):
+            return CudaRowsStore(spec, kv_dtype, num_blocks, self.device)
         return CudaStore(spec, kv_dtype, num_blocks, self.device)
 
     def new_adapters(self, graph: Graph, slots: int, rank: int, dtype: str) -> AdapterStore:

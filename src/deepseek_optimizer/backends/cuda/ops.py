@@ -15,7 +15,7 @@ from ...graph.ops.products import rows_of
 from ...quant.base import TILE_ROWS
 from ..base import StepBatch
 from ..kv_b import key_stack, value_stack
-from .gates import NO_GATE, OF_OPS, gate_of
+from .gates import NO_GATE, OF_OPS, gate_of, limited
 from .kernels import attention as attention_kernels
 from .kernels import elementwise, linear, norm, rope, rows
 from .kernels.expert_groups import PairTiles
@@ -53,8 +53,8 @@ class Weights:
     Attributes:
         matrices: by name.
         stacks: by name; of latent attention's kv_b those of `kv_b.key_stack` and `value_stack`.
-        vectors: float32, by name; also the frequencies of RoPE tables whose frequencies are the same for all sequences,
-            [1, rot/2], by `frequencies_name`.
+        vectors: float32, by name; also the frequencies of RoPE that are the same for all sequences, [1, rot/2], by
+            `frequencies_name`, and the tables of op `hash_router`, int32.
     """
 
     matrices: dict[str, DeviceMatrix]
@@ -93,6 +93,7 @@ class Run:
         batch: the step on the host; None in steps that may be captured, which depend on `at` alone.
         wants_hidden: whether hidden states are returned.
         hidden: the hidden states so far, by index.
+        drafts: the draft states, if the graph returns them apart.
         pairs: the pairs of tokens and experts by the routes that they are grouped by, from `experts_gate_up` to `experts_down`.
     """
 
@@ -102,6 +103,7 @@ class Run:
     weights: Weights
     wants_hidden: bool
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
+    drafts: torch.Tensor | None = None
     pairs: dict[Value, PairTiles | None] = field(default_factory=dict)
 
     @property
@@ -120,8 +122,8 @@ def frequencies_name(spec: Any) -> str:
 
 
 def ropes(graph: Graph) -> list[Any]:
-    """The `RopeSpec` of each table of a graph."""
-    return [node.attrs["rope"] for node in graph.nodes if node.op == "rope_table"]
+    """The `RopeSpec` of each table of a graph, and of the entries that are compressed."""
+    return [node.attrs["rope"] for node in graph.nodes if node.op in ("rope_table", "compress")]
 
 
 def _embedding(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
@@ -171,7 +173,7 @@ def _gate_up(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
 
 def _pairwise(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
     a, b = inputs
-    gate = OF_OPS.get(node.op, NO_GATE)
+    gate = limited(node.attrs["limit"]) if node.op == "clamped_swiglu" else OF_OPS.get(node.op, NO_GATE)
     elementwise.apply(node.op if gate is NO_GATE else "gate", a, b, outputs[0], gate)
 
 
@@ -259,6 +261,7 @@ DENSE_OPS: Mapping[str, Op] = {
     "attention": _attention,
     "cache_write": _cache_write,
     "clamp": _each,
+    "clamped_swiglu": _pairwise,
     "columns": _columns,
     "concat": _concat,
     "embedding": _embedding,

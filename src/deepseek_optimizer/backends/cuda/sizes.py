@@ -13,6 +13,8 @@ from ...quant.tiles import tile_counts
 from ..base import CompileOptions
 from .buckets import MOST_ROWS, rows_bucket
 from .division import (
+    HEAD_ROWS,
+    PROGRAMS,
     attention_scratch_bytes,
     expanded_scratch_bytes,
     expert_scratch_bytes,
@@ -55,7 +57,8 @@ def plan_bytes(graph: Graph, formats: Mapping[str, str], tokens: int, logit_rows
     held = 0
     if captured:
         padded = rows_bucket(min(tokens, MOST_ROWS))
-        hidden = max((node.inputs[0].width for node in graph.nodes if node.op == "hidden_out"), default=0)
+        returned = {node.op: node.inputs[0].width for node in graph.nodes if node.op in ("hidden_out", "draft_out")}
+        hidden = sum(returned.values())  # the last hidden states, and draft states where these are others
         logits = graph.logits_width * rows_bucket(min(logit_rows, MOST_ROWS))
         held = _VALUE_BYTES * (logits + hidden * padded) + _scratch_bytes(graph, formats, padded)
     return slots + held + _scratch_bytes(graph, formats, tokens)
@@ -80,8 +83,15 @@ def _scratch_bytes(graph: Graph, formats: Mapping[str, str], tokens: int) -> int
             rows, cols = stack_shapes(graph)[node.weights[0]][1:]
             a, gated = node.attrs, node.op == "experts_gate_up"
             sizes.append(expert_scratch_bytes(tokens, a["top_k"], a["experts"], rows, cols, gated))
-        if node.op == "router":  # scores beside the product's own
+        if node.op in ("router", "hash_router"):  # scores beside the product's own
             sizes.append(_VALUE_BYTES * tokens * (node.attrs["experts"] + 32 + node.inputs[0].width))
+        if node.op == "compressed_attention":
+            a = node.attrs
+            sizes.append(_VALUE_BYTES * PROGRAMS * min(HEAD_ROWS, a["heads"]) * (a["head_dim"] + 2))
+        if node.op == "entries_choose":
+            sizes.append(index_scratch_bytes(tokens, -(-graph.max_positions // node.attrs["every"])))
+        if node.op == "grouped_linear":  # rows in the order of words
+            sizes.append(_VALUE_BYTES * tokens * (node.inputs[0].width + 31 * node.attrs["groups"]))
         if node.op in ("linear", "gate_up", "lm_head"):
             products = 2 if node.op == "gate_up" else 1
             parts = [part for part in rows_of(node) if part is not None and part[0] % TILE_ROWS]  # first results are left out

@@ -1,5 +1,5 @@
-"""What the backend runs so far: graphs of decoders with dense layers or experts, and keys and values or latents in the cache.
-Anything else is refused by name before anything is compiled.
+"""What the backend runs so far: graphs of decoders with dense layers or experts, and keys and values, latents, or rows and
+entries of compressed attention in the cache. Anything else is refused by name before anything is compiled.
 """
 
 from __future__ import annotations
@@ -8,26 +8,27 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...errors import BackendError
-from ...graph.ir import CacheSpec, Graph, LatentSpec, Node
+from ...graph.ir import CacheSpec, Graph, Node
 from ...quant.packed import PackedMatrix, PackedStack, PackedWeight
 from .layouts import LAYOUTS
 from .store import KV_DTYPES
 
-LATENT_DTYPES = ("fp32", "bf16")  # of a cache of latents
+LATENT_DTYPES = ("fp32", "bf16")  # of a cache of latents, or of compressed attention
 
 # Values of attributes that the kernels do not have, by op; an op has all other values of its attributes.
 _MISSING: Mapping[str, Mapping[str, Callable[[Any], object]]] = {
     "experts_gate_up": {"activation": lambda value: value not in ("silu", "gelu")},
     "gate_up": {"activation": lambda value: value not in ("silu", "gelu")},
-    "router": {"scoring": lambda value: value not in ("softmax", "sigmoid")},
+    "compress": {"offset": lambda value: value % 2 == 1},
     "rope_table": {"rope": lambda value: bool(value.axes)},
 }  # fmt: skip
 OPS = (
-    "add", "add_rms_norm", "attention", "cache_write", "clamp", "columns", "concat", "embedding", "experts_down",
-    "experts_gate_up", "gate_up", "geglu", "gelu", "gelu_erf", "head_norm", "hidden_out", "index_choose", "index_write",
+    "add", "add_rms_norm", "attention", "cache_write", "clamp", "clamped_swiglu", "columns", "compress",
+    "compressed_attention", "concat", "draft_out", "embedding", "entries_choose", "experts_down", "experts_gate_up", "gate_up",
+    "geglu", "gelu", "gelu_erf", "grouped_linear", "hash_router", "head_norm", "hidden_out", "index_choose", "index_write",
     "latent", "latent_write", "layer_norm", "linear", "lm_head", "lookup", "mla_attention", "multiply", "position_scale",
-    "relu", "rms_norm", "rope", "rope_cache", "rope_table", "router", "scale", "scale_by", "select_rows", "sigmoid_gate",
-    "state_in", "swiglu",
+    "relu", "rms_norm", "rope", "rope_cache", "rope_table", "router", "rows_write", "scale", "scale_by", "select_rows",
+    "sigmoid_gate", "state_in", "stream_collapse", "stream_expand", "stream_weights", "swiglu",
 )  # fmt: skip
 
 
@@ -56,13 +57,11 @@ def check_graph_ops(graph: Graph, kv_dtype: str | None = None) -> None:
 
 
 def check_cache(graph: Graph, kv_dtype: str | None = None) -> None:
-    """Raises BackendError if the graph's cache is of another kind than keys and values or latents, or of another type."""
+    """Raises BackendError if the graph's cache is has parts that the kernels do not read, or is of another type."""
     cache = graph.cache
-    if not isinstance(cache, (CacheSpec, LatentSpec)):
-        raise refuse("the cache of compressed attention", graph.family)
     if cache.summaries or cache.newest:
         raise refuse("a cache with summaries of blocks or copies of the newest tokens", graph.family)
-    known = LATENT_DTYPES if isinstance(cache, LatentSpec) else tuple(KV_DTYPES)
+    known = tuple(KV_DTYPES) if isinstance(cache, CacheSpec) else LATENT_DTYPES
     if kv_dtype is not None and kv_dtype not in known:
         raise BackendError(
             f"the cuda backend does not support KV cache dtype {kv_dtype!r} of family {graph.family!r}; choose kv_cache among "
