@@ -187,7 +187,6 @@ def test_tokens_are_chosen_as_defined(backend, llama):
 @pytest.mark.parametrize(
     ("case", "what"),
     [
-        ("deepseek_v4-mixed", "op '[a-z_]+'"),
         ("kimi_linear-experts", "op 'short_conv'"),
         ("lfm2-mixed", "op 'short_conv'"),
     ],

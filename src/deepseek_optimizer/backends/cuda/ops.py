@@ -204,7 +204,10 @@ def _rope_table(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
         frequencies, which = at.frequencies[frequencies_name(spec)], at.sequence
     else:
         frequencies, which = run.weights.vectors[frequencies_name(spec)], torch.zeros_like(at.sequence)
-    rope.rope_table(at.positions, which, frequencies, spec.scaling, outputs[0])
+    positions = at.positions
+    if spec.axes and run.batch is not None and run.batch.axes is not None:
+        positions = torch.from_numpy(run.batch.axes[:, list(spec.axes)]).to(positions.device).contiguous()
+    rope.rope_table(positions, which, frequencies, spec.scaling, outputs[0])
 
 
 def _rope(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
@@ -250,6 +253,15 @@ def _state_in(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
     outputs[0].copy_(run.batch.states.detach())
 
 
+def _add_features(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
+    features = None if run.batch is None else run.batch.features
+    if features is not None:
+        own = features[node.attrs["index"]].detach().to(outputs[0].device, torch.float32).contiguous()
+        elementwise.apply("add", inputs[0], own, outputs[0])
+    elif outputs[0].data_ptr() != inputs[0].data_ptr():
+        outputs[0].copy_(inputs[0])
+
+
 def _hidden_out(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
     if run.wants_hidden:
         run.hidden[node.attrs["index"]] = inputs[0].clone()
@@ -257,6 +269,7 @@ def _hidden_out(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
 
 DENSE_OPS: Mapping[str, Op] = {
     "add": _pairwise,
+    "add_features": _add_features,
     "add_rms_norm": _add_rms_norm,
     "attention": _attention,
     "cache_write": _cache_write,

@@ -20,10 +20,9 @@ _MISSING: Mapping[str, Mapping[str, Callable[[Any], object]]] = {
     "experts_gate_up": {"activation": lambda value: value not in ("silu", "gelu")},
     "gate_up": {"activation": lambda value: value not in ("silu", "gelu")},
     "compress": {"offset": lambda value: value % 2 == 1},
-    "rope_table": {"rope": lambda value: bool(value.axes)},
 }  # fmt: skip
 OPS = (
-    "add", "add_rms_norm", "attention", "cache_write", "clamp", "clamped_swiglu", "columns", "compress",
+    "add", "add_features", "add_rms_norm", "attention", "cache_write", "clamp", "clamped_swiglu", "columns", "compress",
     "compressed_attention", "concat", "draft_out", "embedding", "entries_choose", "experts_down", "experts_gate_up", "gate_up",
     "geglu", "gelu", "gelu_erf", "grouped_linear", "hash_router", "head_norm", "hidden_out", "index_choose", "index_write",
     "latent", "latent_write", "layer_norm", "linear", "lm_head", "lookup", "mla_attention", "multiply", "position_scale",

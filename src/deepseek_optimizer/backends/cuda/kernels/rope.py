@@ -18,7 +18,8 @@ _ROWS = 16  # tokens of a program
 
 @triton.jit
 def rope_angles(
-    positions, which, frequencies, out, tokens, scaling, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    positions, which, frequencies, out, tokens, scaling, HALF: tl.constexpr, AXES: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """cos and sin of position * frequency, times `scaling`. Grid (blocks of tokens).
 
@@ -26,7 +27,7 @@ def rope_angles(
     runs once a step, not once a layer.
 
     Args:
-        positions: int32 [tokens].
+        positions: int32 [tokens], with AXES [tokens, HALF], those for each frequency.
         which: int32 [tokens], the row of `frequencies` of each token.
         frequencies: float32 [F, HALF].
         out: float32 [tokens, 2 * HALF], cos first.
@@ -35,8 +36,11 @@ def rope_angles(
     token, i = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None], tl.arange(0, BLOCK)[None, :]
     inside = (token < tokens) & (i < HALF)
     row = tl.load(which + token, mask=token < tokens, other=0)
-    position = tl.load(positions + token, mask=token < tokens, other=0).to(tl.float32)
-    angle = (position * tl.load(frequencies + row * HALF + i, mask=inside, other=0.0)).to(tl.float64)
+    if AXES:
+        position = tl.load(positions + token * HALF + i, mask=inside, other=0)
+    else:
+        position = tl.load(positions + token, mask=token < tokens, other=0)
+    angle = (position.to(tl.float32) * tl.load(frequencies + row * HALF + i, mask=inside, other=0.0)).to(tl.float64)
     place = out + token * (2 * HALF) + i
     tl.store(place, (tl.cos(angle) * scaling).to(tl.float32), mask=inside)
     tl.store(place + HALF, (tl.sin(angle) * scaling).to(tl.float32), mask=inside)
@@ -48,8 +52,8 @@ def rope_table(
     """See `rope_angles`."""
     tokens, half = len(positions), frequencies.shape[1]
     rope_angles[(triton.cdiv(tokens, _ROWS),)](
-        positions, which, frequencies, out, tokens, scaling, HALF=half, ROWS=_ROWS, BLOCK=triton.next_power_of_2(half),
-        num_warps=4,
+        positions, which, frequencies, out, tokens, scaling, HALF=half, AXES=positions.ndim == 2, ROWS=_ROWS,
+        BLOCK=triton.next_power_of_2(half), num_warps=4,
     )  # fmt: skip
 
 
