@@ -41,6 +41,8 @@ LIMITS = {
     **{f"tile {name}: tile_product": (255, 112 << 10) for name in OTHERS},
     **{f"experts {name}: pair_vector_product": (200, 8192) for name in ("fp8", "mxfp4", "mxfp4 of gpt-oss")},
     **{f"experts {name}, grouped: pair_tile_product": (255, 112 << 10) for name in (*EXPERTS, "mxfp4 of gpt-oss")},
+    "experts bf16, weighed, grouped: pair_tile_product": (255, 112 << 10),
+    "experts bf16, weighed, grouped: place_pairs": (80, 8192),
     "experts int4, down, grouped: pair_tile_product": (255, 112 << 10),
     "experts int4 of V2-Lite, grouped: pair_tile_product": (192, 48 << 10),
     **{f"experts {name}, grouped: place_pairs": (80, 8192) for name in (*EXPERTS, "mxfp4 of gpt-oss")},
@@ -53,11 +55,32 @@ LIMITS = {
     "latents, decoding of V2-Lite: attend_latents": (208, 64 << 10),
     "latents, decoding in fp32: attend_latents": (255, 48 << 10),
     "chosen latents, decoding: attend_latents": (208, 64 << 10),
+    "expanded latents: expand_keys": (208, 32 << 10),
+    "expanded latents: head_tile_product": (168, 48 << 10),
+    "expanded latents: attend_expanded": (255, 112 << 10),
+    "expanded latents in fp32: expand_keys": (255, 32 << 10),
+    "expanded latents in fp32: head_tile_product": (192, 16 << 10),
+    "expanded latents in fp32: attend_expanded": (255, 96 << 10),
+    "compressed attention, prefill: attend_rows": (240, 96 << 10),
+    "compressed attention, prefill in fp32: attend_rows": (255, 48 << 10),
+    "compressed attention, decoding: attend_rows": (240, 64 << 10),
+    "compressed attention, decoding in fp32: attend_rows": (255, 48 << 10),
+    "compressed attention to chosen entries: attend_rows": (255, 64 << 10),
+    "attention to a window of rows: attend_rows": (224, 64 << 10),
+    "entries of 4 tokens: compress_rows": (160, 4096),
+    "entries of 128 tokens: compress_rows": (160, 4096),
+    "indexer of entries: index_scores": (128, 64 << 10),
+    "indexer of entries: choose_best": (64, 8192),
+    "grouped product bf16 of 64 rows: head_tile_product": (168, 48 << 10),
+    "grouped product fp8: head_vector_product": (200, 8192),
+    "grouped product fp8 of 64 rows: head_tile_product": (255, 112 << 10),
     "indexer: index_scores": (128, 64 << 10),
     "indexer: choose_best": (64, 8192),
     "attention, prefill: attend_tile": (255, 96 << 10),
     "attention, prefill in fp32: attend_tile": (255, 128 << 10),
     "attention, prefill with a softcap: attend_tile": (255, 96 << 10),
+    "attention, prefill in chunks: attend_tile": (255, 96 << 10),
+    "attention, decoding in chunks: attend_tile": (192, 48 << 10),
     "attention, prefill in int8: attend_tile": (255, 96 << 10),
     "attention, decoding in int8: attend_tile": (232, 48 << 10),
     "attention, decoding: attend_tile": (168, 48 << 10),
@@ -65,10 +88,13 @@ LIMITS = {
     "attention, decoding in fp32: attend_tile": (255, 96 << 10),
 }
 SMALL = (128, 4096)
-# Bytes of stack of a thread, at most, for what does not fit into registers. The cosine of rope_angles is in fp64; an fp32 cache
-# is for checking results.
+# Bytes of stack of a thread, at most, for what does not fit into registers. The cosines of rope_angles and compress_rows are in
+# fp64; an fp32 cache is for checking results.
 STACK = {
     "rope table: rope_angles": 64,
+    **{f"entries of {what}: compress_rows": 64 for what in ("4 tokens", "128 tokens", "an indexer")},
+    "expanded latents in fp32: attend_expanded": 64,
+    "expanded latents in fp32: expand_keys": 128,
     "attention, prefill in fp32: attend_tile": 128,
     "experts mxfp4 of gpt-oss, grouped: pair_tile_product": 64,
 }
