@@ -29,6 +29,8 @@ from support.recording_device import RecordingDevice
 from support.steps import Part, Runner, run_step
 
 from ..cpu.packing import packed_weights
+from .test_deepseek_v4 import FAMILIES as V4_FAMILIES
+from .test_deepseek_v4 import TINY as V4
 
 CPU = torch.device("cpu")
 TINY = {
@@ -45,6 +47,7 @@ FAMILIES = {
         **{name: value for name, value in TINY.items() if name != "head_dim"} | {"num_key_value_heads": 2}, n_routed_experts=6,
         num_experts_per_tok=2, moe_intermediate_size=20, first_k_dense_replace=0,
     ),
+    "deepseek_v4-entries": lambda: configs.deepseek_v4(**V4 | {"num_hidden_layers": 1} | V4_FAMILIES["sparse-by-table"]),
 }  # fmt: skip
 
 
@@ -66,10 +69,18 @@ def texts(run, model, *counts):
 
 def decoding(run, model):
     """Three steps of three sequences, which are padded to four rows, after a step of their prompts."""
-    parts = texts(run, model, 36, 5, 9)
+    yield from decoding_of(run, texts(run, model, 36, 5, 9))
+
+
+def decoding_of(run, parts):
     yield run_step(run.plan, run.store, [Part(s, ids[:-3], rows=[]) for s, ids in parts])
     for place in (-3, -2, -1):
         yield run_step(run.plan, run.store, [Part(s, [ids[place]], DECODE) for s, ids in parts], last_hidden=True)
+
+
+def short(run, model):
+    """As `decoding`, after shorter prompts. Each step completes entries of some sequences and not of others."""
+    yield from decoding_of(run, texts(run, model, 8, 4, 6))
 
 
 def mixed(run, model):
@@ -93,6 +104,7 @@ def mixed(run, model):
         ("qwen3-groups", mixed, {}),
         ("deepseek_v3-experts", decoding, {}),
         ("deepseek_v3-experts", mixed, {"kv": "bf16"}),
+        ("deepseek_v4-entries", short, {}),
     ],
 )
 def test_captured_steps_have_the_bits_of_plain_steps(family, steps, formats):
