@@ -125,7 +125,8 @@ test-cuda-interpreter: env
 
 # The kernels of backend `cuda` on this machine's card: whole models beside the reference, and what only a card can show.
 GPU_TESTS := tests/backends/cuda/test_on_card.py tests/backends/cuda/test_families.py tests/backends/cuda/test_plan.py \
-  tests/backends/cuda/test_deepseek.py tests/backends/cuda/test_compiled.py
+  tests/backends/cuda/test_deepseek.py tests/backends/cuda/test_deepseek_v4.py tests/backends/cuda/test_pictures.py \
+  tests/backends/cuda/test_compiled.py
 test-gpu: env
 	$(BIN)/python -m pip install --quiet "$$(ls $(WHEELS)/*.whl)[cuda]"
 	DSO_TEST_GPU=1 $(ONE_THREAD) $(BIN)/python -m pytest -m "" $(GPU_TESTS) $(PYTEST_ARGS)

@@ -36,6 +36,7 @@ class Mixture:
 
 V3, V2_LITE, GPT_OSS = Mixture(7168, 2048, 256, 8), Mixture(2048, 1408, 64, 6), Mixture(2880, 2880, 128, 4)
 NOPE, ROPE, RANK, V_DIM = 128, 64, 512, 128  # of both
+V4_HEADS, V4_HEAD, STREAMS = 128, 512, 4  # of DeepSeek-V4
 EXPERT_FORMATS = ("fp32", "bf16", "int8", "int4", "fp8", "mxfp4")
 CODES = {"int8": torch.int8, "fp8": torch.uint8}  # of caches
 _TYPES = {
@@ -58,8 +59,12 @@ def launches() -> dict[str, Callable[[], None]]:
     from deepseek_optimizer.backends.cuda.gates import SILU, Gate
     from deepseek_optimizer.backends.cuda.kernels import (
         attention,
+        compress,
+        compressed_attention,
         elementwise,
+        expanded_attention,
         experts,
+        heads,
         indexer,
         latent,
         latent_attention,
@@ -69,6 +74,7 @@ def launches() -> dict[str, Callable[[], None]]:
         rope,
         routing,
         rows,
+        streams,
     )
     from deepseek_optimizer.backends.cuda.layouts import LAYOUTS
     from deepseek_optimizer.backends.cuda.matrices import DeviceMatrix, DeviceStack
@@ -100,7 +106,9 @@ def launches() -> dict[str, Callable[[], None]]:
         data = empty(count, -(-outputs // 16), -(-columns // 32), tile, dtype=torch.uint8)
         return DeviceStack(PackedStack(format_name, count, outputs, columns, data), META)
 
-    def mixture(format_name: str, tokens: int, sizes: Mixture, gated: bool = True, gate: Gate = SILU) -> Callable[[], None]:
+    def mixture(
+        format_name: str, tokens: int, sizes: Mixture, gated: bool = True, gate: Gate = SILU, weighed: bool = False
+    ) -> Callable[[], None]:
         """Gate and up of the chosen experts, or their down; with other gates than SwiGLU also with biases."""
         gate_up = stack(format_name, 2 * sizes.experts, sizes.inner, sizes.hidden)
         down = stack(format_name, sizes.experts, sizes.hidden, sizes.inner)
@@ -111,7 +119,7 @@ def launches() -> dict[str, Callable[[], None]]:
         def launch() -> None:
             tiles = experts.group_for(routes, sizes.experts, gate_up)
             if gated:
-                experts.gate_up(x, routes, tiles, gate_up, hidden, biases, gate)
+                experts.gate_up(x, routes, tiles, gate_up, hidden, biases, gate, weighed)
             else:
                 experts.down(hidden, routes, tiles, down, x, biases)
 
@@ -147,12 +155,49 @@ def launches() -> dict[str, Callable[[], None]]:
             heads=32, k_heads=k_heads, k_dim=128, v_dim=128, channels=channels,
         )  # fmt: skip
 
+    def expand(kv_dtype: torch.dtype) -> Callable[[], None]:
+        """A long prompt of V3."""
+        format_name = "fp32" if kv_dtype == torch.float32 else "bf16"
+        keys, values = stack(format_name, 128, RANK, NOPE), stack(format_name, 128, V_DIM, RANK)
+        q, out, pages = empty(512, 128, NOPE + ROPE), empty(512, 128, V_DIM), empty(256, dtype=torch.int32)
+        cache = empty(999, 61 * 32 * (RANK + ROPE), dtype=kv_dtype)
+        return lambda: expanded_attention.expanded_attention(q, keys, values, cache, 0, pages, 512, out, scale=0.1)
+
+    def attend_rows(
+        kv_dtype: torch.dtype, tiles: int, block_q: int, blocks: int, every: int, top_k: int = 0
+    ) -> Callable[[], None]:
+        """V4's attention to a window and entries."""
+        fields, count = Tiles(empty(tiles, 5, dtype=torch.int32), block_q, blocks), tiles * block_q
+        q, cache = empty(count, V4_HEADS, V4_HEAD), empty(999, 64 * V4_HEAD * 32, dtype=kv_dtype)
+        pages, chosen = empty(1, 256, dtype=torch.int32), empty(count, top_k) if top_k else None
+        return lambda: compressed_attention.attention(
+            q, cache, 0, pages, (512, pages, every) if every else None, fields, empty(V4_HEADS), q, scale=0.1, window=128,
+            chosen=chosen,
+        )  # fmt: skip
+
+    def entries(every: int, overlap: bool, width: int) -> Callable[[], None]:
+        bias, cache = empty(every, width * (2 if overlap else 1)), empty(999, 64 * V4_HEAD * 32, dtype=torch.bfloat16)
+        pages = empty(1, 256, dtype=torch.int32)
+        return lambda: compress.compress(
+            cache, bias, empty(width), empty(1, ROPE // 2), ints, ints, pages, pages, 0, 512, overlap=overlap, eps=1e-6,
+            scaling=1.0, first_rotated=width - ROPE,
+        )  # fmt: skip
+
+    def grouped(format_name: str, count: int) -> Callable[[], None]:
+        """V4's output products."""
+        matrices, x = stack(format_name, 16, 1024, 4096), empty(count, 16, 4096)
+        return lambda: heads.HeadInputs(x, matrices).products(matrices, 0, empty(count, 16, 1024))
+
+    def mix(width: int) -> Callable[[], None]:
+        return lambda: streams.weights(empty(64, width), empty(width), empty(3), empty(64, width), STREAMS, 20, 1e-6)
+
     latents, routed = empty(64, RANK + ROPE), empty(64, 2 * V3.top_k)
     routing_of_v3 = {
         "top_k": 8, "groups": 8, "top_groups": 4, "scoring": "sigmoid", "group_score": "top2", "normalize": True, "scale": 2.5,
     }  # fmt: skip
     plain = routing_of_v3 | {"groups": 1, "top_groups": 1, "scoring": "softmax", "group_score": "max"}
-    ints, x, heads = empty(64, dtype=torch.int32), empty(64, HIDDEN), empty(64, KV_HEADS * HEAD)
+    by_table = plain | {"scoring": "sqrtsoftplus", "by_table": (empty(64, dtype=torch.int32), empty(999, 8, dtype=torch.int32))}
+    ints, x, key = empty(64, dtype=torch.int32), empty(64, HIDDEN), empty(64, KV_HEADS * HEAD)
     states, runs = empty(8, 1 << 20), Runs(*(empty(*shape, dtype=torch.int32) for shape in ((8, 5), (64,), (8, 2))))
     cache, table = empty(99, 32 * 2 * KV_HEADS * HEAD, dtype=torch.bfloat16), empty(64, HEAD)
     return {
@@ -165,6 +210,8 @@ def launches() -> dict[str, Callable[[], None]]:
         "attention, decoding": attend(torch.bfloat16, 1, 1, 128),
         "attention, decoding with a sink": attend(torch.bfloat16, 1, 1, 128, learned=empty(HEADS), window=128),
         "attention, prefill with a softcap": attend(torch.bfloat16, 64, 16, 0, softcap=50.0),
+        "attention, prefill in chunks": attend(torch.bfloat16, 64, 16, 0, window=8192, chunked=True),
+        "attention, decoding in chunks": attend(torch.bfloat16, 1, 1, 128, window=8192, chunked=True),
         **{f"attention, prefill in {name}": attend(dtype, 64, 16, 0) for name, dtype in CODES.items()},
         **{f"attention, decoding in {name}": attend(dtype, 1, 1, 128) for name, dtype in CODES.items()},
         **{f"rope and {name} cache": rope_into(dtype) for name, dtype in CODES.items()},
@@ -182,6 +229,8 @@ def launches() -> dict[str, Callable[[], None]]:
         **{f"experts {name}, grouped": mixture(name, 4096, V3) for name in EXPERT_FORMATS},
         "experts mxfp4 of gpt-oss": mixture("mxfp4", 1, GPT_OSS, gate=Gate("clamped", 7.0, 1.702, True)),
         "experts mxfp4 of gpt-oss, grouped": mixture("mxfp4", 4096, GPT_OSS, gate=Gate("clamped", 7.0, 1.702, True)),
+        "experts bf16, weighed": mixture("bf16", 1, V3, weighed=True),
+        "experts bf16, weighed, grouped": mixture("bf16", 4096, V3, weighed=True),
         "experts int4, down": mixture("int4", 1, V3, gated=False),
         "experts int4, down, grouped": mixture("int4", 4096, V3, gated=False),
         "experts int3": mixture("int3", 1, V3),
@@ -200,6 +249,31 @@ def launches() -> dict[str, Callable[[], None]]:
             empty(64, 64 * 128), empty(64, 64), empty(999, 61 * 32 * (RANK + ROPE + 128), dtype=torch.bfloat16), 0,
             empty(1, 4096, dtype=torch.int32), ints, ints, empty(64, 2048), 0.1,
         ),
+        "expanded latents": expand(torch.bfloat16),
+        "expanded latents in fp32": expand(torch.float32),
+        "compressed attention, prefill": attend_rows(torch.bfloat16, 64, 2, 0, 128),
+        "compressed attention, prefill in fp32": attend_rows(torch.float32, 64, 2, 0, 128),
+        "compressed attention, decoding": attend_rows(torch.bfloat16, 1, 1, 256, 128),
+        "compressed attention, decoding in fp32": attend_rows(torch.float32, 1, 1, 256, 128),
+        "compressed attention to chosen entries": attend_rows(torch.bfloat16, 1, 1, 256, 4, 512),
+        "attention to a window of rows": attend_rows(torch.bfloat16, 1, 1, 256, 0),
+        "entries of 4 tokens": entries(4, True, V4_HEAD),
+        "entries of 128 tokens": entries(128, False, V4_HEAD),
+        "entries of an indexer": entries(4, True, 128),
+        "indexer of entries": lambda: indexer.choose(
+            empty(64, 64 * 128), empty(64, 64), empty(999, 64 * V4_HEAD * 32, dtype=torch.bfloat16), 0,
+            empty(1, 4096, dtype=torch.int32), ints, ints, empty(64, 512), 0.1, 4,
+        ),
+        **{f"grouped product {name}": grouped(name, 1) for name in ("bf16", "fp8")},
+        **{f"grouped product {name} of 64 rows": grouped(name, 64) for name in ("bf16", "fp8")},
+        "weights of streams": mix((2 + STREAMS) * STREAMS),
+        "weights of streams, collapsing": mix(STREAMS),
+        "streams collapsed": lambda: streams.collapse(empty(64, STREAMS * HIDDEN), empty(64, 24), x),
+        "streams expanded": lambda: streams.expand(empty(64, STREAMS * HIDDEN), empty(64, 24), x, empty(64, STREAMS * HIDDEN)),
+        "routes by table": lambda: routing.route(empty(64, 256), None, None, routed, **by_table),
+        "columns": lambda: rows.columns(empty(64, 2 * HIDDEN), x, 16, 8, 264),
+        "gelu with erf": lambda: elementwise.each("gelu_erf", x, x),
+        "clamp": lambda: elementwise.each("clamp", x, x, factor=empty(1), limit=empty(1)),
         "layer norm": lambda: norm.layer_norm(x, empty(HIDDEN), empty(HIDDEN), 1e-6, x),
         "latent": lambda: latent.latent(latents, empty(RANK), empty(64, ROPE), 1e-6, True, latents),
         "latent write": lambda: latent.store(latents, empty(99, 32 * (RANK + ROPE), dtype=torch.bfloat16), ints, 0),
@@ -213,7 +287,7 @@ def launches() -> dict[str, Callable[[], None]]:
         "position scale": lambda: elementwise.position_scale(x, ints, x, 0.1, 8192),
         "rope table": lambda: rope.rope_table(ints, ints, empty(1, HEAD // 2), 1.0, table),
         "rope and cache": lambda: rope.rope_cache(
-            x, heads, heads, table, x, cache, ints, 0, heads=HEADS, kv_heads=KV_HEADS
+            x, key, key, table, x, cache, ints, 0, heads=HEADS, kv_heads=KV_HEADS
         ),
     }  # fmt: skip
 

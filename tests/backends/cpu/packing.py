@@ -49,7 +49,7 @@ def _stack(name: str, w: torch.Tensor, format_name: str, layout: StackLayout) ->
 
 
 def dequantized(weights: dict[str, PackedWeight | torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {n: _values(n, w, "interleaved" if f"{n}_bias" in weights else "rows") for n, w in weights.items()}
+    return {n: _values(n, w, _form(n, weights)) for n, w in weights.items()}
 
 
 def _values(name: str, w: PackedWeight | torch.Tensor, layout: StackLayout) -> torch.Tensor:

@@ -73,14 +73,14 @@ class Case:
             )  # fmt: skip
         return out[: len(self.q)]
 
-    def exact(self, window=0, sinks=0, softcap=0.0, learned=None):
+    def exact(self, window=0, sinks=0, softcap=0.0, learned=None, chunked=False, causal=False):
         begin, outputs = 0, []
         for table, context, rows in zip(self.batch.block_table, self.batch.context_len, self.batch.query_len, strict=True):
             k, v = (x.transpose(0, 1).double() for x in self.store.read(0, table[: -(-(context + rows) // 32)], context + rows))
             q = self.q[begin : begin + rows].double().unflatten(-1, (self.kv_heads, -1, self.head))
-            ends = self.batch.visible_to
+            ends = None if causal else self.batch.visible_to
             ends = None if ends is None else torch.from_numpy(ends[begin : begin + rows]).long()
-            mask = ops.visible(int(rows), int(context), torch.arange(len(k)), window, sinks, ends=ends)
+            mask = ops.visible(int(rows), int(context), torch.arange(len(k)), window, sinks, chunked, ends)
             sink = None if learned is None else learned.double().unflatten(0, (self.kv_heads, -1))
             outputs.append(ops.attention(q, k, v, mask, SCALE, softcap, sink).flatten(1))
             begin += rows
@@ -145,6 +145,17 @@ def test_rows_that_see_later_tokens():
     case = Case([(DECODE, 70, 1), (PREFILL, 6, 6), (PREFILL, 6, 6)], 4, 2, 16, visible_to=ends)
     case.check()
     case.check(window=8)
+    case.check(causal=True)
+
+
+@pytest.mark.parametrize("window", [27, 40, 64])
+def test_chunks_at_fixed_places(window):
+    """Of one tile, rows before and after the beginning of a chunk; blocks of earlier chunks may be missing."""
+    case = Case([(DECODE, 200, 1), (PREFILL, 50, 21)], 2, 1, 16)
+    case.check(window, chunked=True)
+    before = case.made(window, chunked=True)
+    case.batch.block_table[0][: 200 // window * window // 32] = -1
+    assert torch.equal(case.made(window, chunked=True), before)
 
 
 def test_chunks_fill_the_card_and_no_more():

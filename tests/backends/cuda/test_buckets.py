@@ -42,3 +42,5 @@ def test_large_steps_and_steps_with_other_inputs_are_not_captured():
     assert not may_be_captured(batch_of((PREFILL, 0, 257)))
     assert not may_be_captured(batch_of((PREFILL, 0, 1), hidden=True))
     assert not may_be_captured(batch_of((PREFILL, 0, 1), inputs_embeds=torch.zeros(1, 4)))
+    assert not may_be_captured(batch_of((PREFILL, 0, 1), features=torch.zeros(1, 1, 4)))
+    assert not may_be_captured(batch_of((PREFILL, 0, 1), axes=np.zeros((1, 3), np.int32)))

@@ -29,6 +29,8 @@ from support.recording_device import RecordingDevice
 from support.steps import Part, Runner, run_step
 
 from ..cpu.packing import packed_weights
+from .test_deepseek_v4 import FAMILIES as V4_FAMILIES
+from .test_deepseek_v4 import TINY as V4
 
 CPU = torch.device("cpu")
 TINY = {
@@ -48,6 +50,7 @@ FAMILIES = {
     "qwen3_5_text-states": lambda: configs.qwen3_5_text(
         num_hidden_layers=2, layer_types=["linear_attention", "full_attention"], vocab_size=31
     ),
+    "deepseek_v4-entries": lambda: configs.deepseek_v4(**V4 | {"num_hidden_layers": 1} | V4_FAMILIES["sparse-by-table"]),
 }  # fmt: skip
 
 
@@ -71,10 +74,18 @@ def texts(run, model, *counts):
 
 def decoding(run, model):
     """Three steps of three sequences, which are padded to four rows, after a step of their prompts."""
-    parts = texts(run, model, 36, 5, 9)
+    yield from decoding_of(run, texts(run, model, 36, 5, 9))
+
+
+def decoding_of(run, parts):
     yield run_step(run.plan, run.store, [Part(s, ids[:-3], rows=[]) for s, ids in parts])
     for place in (-3, -2, -1):
         yield run_step(run.plan, run.store, [Part(s, [ids[place]], DECODE) for s, ids in parts], last_hidden=True)
+
+
+def short(run, model):
+    """As `decoding`, after shorter prompts. Each step completes entries of some sequences and not of others."""
+    yield from decoding_of(run, texts(run, model, 8, 4, 6))
 
 
 def mixed(run, model):
@@ -100,6 +111,7 @@ def mixed(run, model):
         ("deepseek_v3-experts", mixed, {"kv": "int8"}),
         ("qwen3_5_text-states", decoding, {}),
         ("qwen3_5_text-states", mixed, {}),
+        ("deepseek_v4-entries", short, {}),
     ],
 )
 def test_captured_steps_have_the_bits_of_plain_steps(family, steps, formats):

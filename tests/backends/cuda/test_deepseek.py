@@ -9,8 +9,10 @@ from support import triton_interpreter
 
 DEVICE = triton_interpreter.require_device()
 
-from deepseek_optimizer.backends.base import CompileOptions
+from deepseek_optimizer.backends.base import DECODE, CompileOptions
+from deepseek_optimizer.backends.cuda import latent_ops, plan
 from deepseek_optimizer.backends.cuda.backend import CudaBackend
+from deepseek_optimizer.backends.cuda.kernels import expanded_attention
 from deepseek_optimizer.backends.cuda.latent_store import CudaLatentStore
 from deepseek_optimizer.backends.cuda.layouts import LAYOUTS
 from deepseek_optimizer.backends.cuda.store import KV_DTYPES
@@ -99,6 +101,22 @@ def test_mixed_steps(backend, deepseek):
     check_mixed_steps(backend, deepseek)
 
 
+def test_prompts_are_expanded_beside_decoding(backend, deepseek, monkeypatch):
+    """As if steps of two rows were large: a prompt, and one of two sequences beside one that decodes."""
+    monkeypatch.setattr(latent_ops, "MOST_ROWS", 1)
+    monkeypatch.setattr(plan, "may_be_captured", lambda batch: False)
+    called, expanded = [], expanded_attention.expanded_attention
+    monkeypatch.setattr(expanded_attention, "expanded_attention", lambda *a, **b: (called.append(len(a[0])), expanded(*a, **b)))
+    results = []
+    for made in pair(backend, deepseek):
+        first, second, ids = made.sequence(), made.sequence(), random_ids(deepseek.config, 20)
+        one = run_step(made.plan, made.store, [Part(first, ids[:9])]).logits
+        parts = [Part(first, ids[9:10], DECODE), Part(second, ids[10:])]
+        results.append(torch.cat((one, run_step(made.plan, made.store, parts).logits)))
+    assert called == [9, 9, 10, 10]  # of two layers
+    assert_close_rows(*results, FORMAT_TOLERANCE["fp32"])
+
+
 def test_graphs_without_fusion(backend, deepseek):
     graph = graph_of(deepseek, fused=False)
     assert {node.attrs["form"] for node in graph.nodes if node.op == "mla_attention"} == {"expanded"}
@@ -138,16 +156,16 @@ def test_sizes_equal_the_buffers(backend, deepseek):
         assert backend.block_bytes(graph, kv) == store.block_bytes == store.data[0].nbytes == store.saved_bytes
     with pytest.raises(BackendError, match="KV cache dtype 'int4' of family 'deepseek_v3'; choose kv_cache among fp32, bf16"):
         backend.new_store(graph, "int4", 3)
-    plan = backend.compile(graph, weights)
-    plan.reserve(64, 4)
-    assert sum(b.nbytes for b in plan._buffers) < plan.buffer_bytes(64, 4)
-    assert plan.buffer_bytes(64, 4) == backend.buffer_bytes(graph, formats, CompileOptions(), 64, 4) - 4 * 31 * 4
+    made = backend.compile(graph, weights)
+    made.reserve(64, 4)
+    assert sum(b.nbytes for b in made._buffers) < made.buffer_bytes(64, 4)
+    assert made.buffer_bytes(64, 4) == backend.buffer_bytes(graph, formats, CompileOptions(), 64, 4) - 4 * 31 * 4
 
 
 def test_description(backend, deepseek):
-    plan = pair(backend, deepseek, "int8")[0].plan
-    rows = {row["op"]: row for row in plan.describe()}
-    stack = plan._weights.stacks["model.layers.1.mlp.experts.gate_up_proj"]
+    made = pair(backend, deepseek, "int8")[0].plan
+    rows = {row["op"]: row for row in made.describe()}
+    stack = made._weights.stacks["model.layers.1.mlp.experts.gate_up_proj"]
     assert rows["experts_gate_up"]["format"] == "int8" and rows["experts_gate_up"]["bytes"] == stack.words.nbytes
     absorbed = rows["mla_attention"]
     assert absorbed["format"] == "int8" and absorbed["bytes"] > 0
@@ -158,9 +176,9 @@ def test_routers_may_be_packed(backend, deepseek):
     name, ids = "model.layers.1.mlp.gate.weight", random_ids(deepseek.config, 3)
     results = []
     for router in (weights[name], pack(weights[name], "fp32")):
-        plan, store = backend.compile(graph, {**weights, name: router}), backend.new_store(graph, "fp32", 2)
+        own, store = backend.compile(graph, {**weights, name: router}), backend.new_store(graph, "fp32", 2)
         made = pair(backend, deepseek)[0]
-        results.append(run_step(plan, store, [Part(made.sequence(), ids)]).logits)
+        results.append(run_step(own, store, [Part(made.sequence(), ids)]).logits)
     assert torch.equal(*results)
 
 

@@ -62,6 +62,25 @@ ROUTINGS = {
 }
 
 
+ROUTINGS["square roots"] = ROUTINGS["normalized"] | {"scoring": "sqrtsoftplus"}
+
+
+def test_experts_by_table():
+    """Whatever their scores are: also so small that 1 + e^x is 1 in fp32."""
+    scores, ids = random(5, 9) * 3, torch.tensor([3, 0, 3, 1, 2], dtype=torch.int32)
+    scores[0] -= 30
+    table = torch.stack([torch.randperm(9, generator=torch.Generator().manual_seed(i))[:4] for i in range(4)])
+    for scoring in ("sqrtsoftplus", "sigmoid"):
+        made, options = torch.full((5, 8), torch.nan), {"scoring": scoring, "normalize": True, "scale": 1.5}
+        routing.route(
+            scores, None, None, made, top_k=4, groups=1, top_groups=1, group_score="max", **options,
+            by_table=(ids, table.int()),
+        )  # fmt: skip
+        exact = moe.route_to(scores, table[ids.long()], **options)
+        assert torch.equal(made[:, :4], exact[:, :4])
+        torch.testing.assert_close(made, exact, rtol=5e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("name", ROUTINGS)
 @pytest.mark.parametrize("experts_count", [18, 9])
 def test_routing(name, experts_count):
@@ -130,6 +149,23 @@ def test_products_of_experts(format_name, tokens):
     assert (hidden - exact).abs().max() <= bound * exact.abs().max()
     total = moe.down(hidden.double(), wide, values(second).double(), False)
     assert (out - total).abs().max() <= bound * total.abs().max()
+
+
+@pytest.mark.parametrize("tokens", [2, 23])
+def test_experts_that_weigh_their_inputs(tokens):
+    count, top_k, width, inner = 3, 2, 40, 35
+    routes, x = some_routes(tokens, count, top_k, seed=3), random(tokens, width, seed=5)
+    first, second = stack(2 * count, inner, width, "fp32", 6), stack(count, width, inner, "fp32", 7)
+    gate_up, down = DeviceStack(first, CPU), DeviceStack(second, CPU)
+    tiles = experts.group_for(routes, count, gate_up)
+    hidden, out = torch.full((tokens * top_k, inner), torch.nan), torch.full((tokens, width), torch.nan)
+    experts.gate_up(x, routes, tiles, gate_up, hidden, weighed=True)
+    experts.down(hidden, routes, tiles, down, out, weighed=True)
+    dense, wide = values(first).double().unflatten(0, (count, 2)).flatten(1, 2), routes.double()
+    exact = moe.gate_up(x.double(), wide, dense, False, weigh_input=True)
+    assert (hidden - exact).abs().max() <= VECTOR_BOUND * exact.abs().max()
+    total = moe.down(hidden.double(), wide, values(second).double(), False, weigh_input=True)
+    assert (out - total).abs().max() <= VECTOR_BOUND * total.abs().max()
 
 
 def test_grouped_sums_do_not_depend_on_other_tokens():

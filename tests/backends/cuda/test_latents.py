@@ -12,7 +12,7 @@ triton_interpreter.require()
 
 from deepseek_optimizer.backends.base import DECODE, PREFILL, StepBatch
 from deepseek_optimizer.backends.cuda import division
-from deepseek_optimizer.backends.cuda.kernels import heads, latent, latent_attention
+from deepseek_optimizer.backends.cuda.kernels import expanded_attention, heads, latent, latent_attention
 from deepseek_optimizer.backends.cuda.kv_b import absorbed_stacks
 from deepseek_optimizer.backends.cuda.latent_store import CudaLatentStore
 from deepseek_optimizer.backends.cuda.matrices import DeviceStack
@@ -200,6 +200,28 @@ def test_codes_of_several_groups(kv_dtype):
     case = Case(MIXED, 3, kv_dtype, rank=200)
     case.check()
     case.check(window=20)
+
+
+@pytest.mark.parametrize("kv_dtype", ["fp32", "bf16"])
+def test_the_expanded_form(kv_dtype, monkeypatch):
+    """Of a prompt whose keys are expanded in two chunks, the second of which has two of its 66 keys."""
+    case = Case([(PREFILL, 7, 59)], 3, kv_dtype)
+    monkeypatch.setattr(division, "_EXPANDED_BYTES", 0)
+    assert division.expanded_keys(3, 38) == 64
+    exact, out = case.exact(), torch.full((59, 3, 18), torch.nan)
+    table = on_device(case.batch, 1).tables[0][0]
+    expanded_attention.expanded_attention(case.q, case.keys, case.values, case.store.data, 0, table, 7, out, scale=SCALE)
+    assert (out.double() - exact).abs().max() <= BOUND[kv_dtype] * exact.abs().max()
+
+
+def test_the_form_with_fewer_products():
+    """With the sizes of DeepSeek-V3: a prompt without a context expands, few rows after a long one do not."""
+    sizes = {"nope": 128, "rope": 64, "v_dim": 128, "rank": 512}
+    assert division.expands(1, 0, **sizes) and division.expands(4096, 0, **sizes)
+    assert not division.expands(160, 100_000, **sizes) and division.expands(180, 100_000, **sizes)
+    narrow = sizes | {"rank": 96}  # a latent as small as a head's key
+    assert not division.expands(4096, 4096, **narrow)
+    assert division.expanded_keys(128, 256) == 1024 and division.expanded_keys(1 << 20, 256) == 64
 
 
 @pytest.mark.parametrize(("window", "sinks"), [(37, 0), (37, 4)])

@@ -151,6 +151,14 @@ def test_rows_side_by_side():
     assert torch.equal(out, ops.concat(a, b))
 
 
+@pytest.mark.parametrize(("groups", "begin", "end"), [(1, 3, 70), (5, 2, 9), (14, 4, 5)])
+def test_columns_of_rows(groups, begin, end):
+    x = random(19, 70)
+    out = torch.full((19, groups * (end - begin)), torch.nan)
+    rows.columns(x, out, groups, begin, end)
+    assert torch.equal(out, ops.columns(x, groups, begin, end))
+
+
 @pytest.mark.parametrize("op", ["add", "multiply", "swiglu", "geglu"])
 def test_pairs_of_values(op):
     a, b = random(7, 300), random(7, 300, seed=1)
@@ -177,6 +185,12 @@ def test_functions_of_elements():
     assert torch.equal(out, x * 1.7)
     elementwise.each("gelu", x, out)
     torch.testing.assert_close(out, ops.gelu(x), rtol=2e-6, atol=2e-6)
+    elementwise.each("gelu_erf", x, out)
+    torch.testing.assert_close(out, ops.gelu_erf(x), rtol=2e-6, atol=2e-6)
+    elementwise.each("relu", x, out)
+    assert torch.equal(out, ops.relu(x))
+    elementwise.each("clamp", x, out, factor=torch.tensor(-1.5), limit=torch.tensor(0.5))
+    assert torch.equal(out, x.clamp(-1.5, 0.5))
     positions = torch.tensor([0, 7, 8, 100, 4095], dtype=torch.int32)
     elementwise.position_scale(x, positions, out, 0.4, 8, 1)
     close(out, ops.position_scale(x, positions.long(), 0.4, 8, 1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from transformers import DeepseekV2Config, GptOssConfig, LlamaConfig, Qwen2Config
+from transformers import DeepseekV2Config, DeepseekV4Config, GptOssConfig, LlamaConfig, Qwen2Config
 
 from deepseek_optimizer.backends.cuda.traffic import decode_traffic
 from deepseek_optimizer.graph import rules
@@ -25,6 +25,7 @@ CONFIGS = {
         num_attention_heads=16, num_key_value_heads=16, q_lora_rank=None, n_routed_experts=64, n_shared_experts=2,
         num_experts_per_tok=6, first_k_dense_replace=1, topk_method="greedy", n_group=1, topk_group=1,
     ),
+    "DeepSeek-V4": DeepseekV4Config,  # of 43 layers
     "gpt-oss-20b": lambda: GptOssConfig(num_local_experts=32, num_hidden_layers=24),
 }  # fmt: skip
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ...errors import BackendError
-from ...graph.ir import CacheSpec, Graph, LatentSpec
+from ...graph.ir import Graph, LatentSpec, RowsSpec
 from ...graph.validate import check_graph
 from ...quant import products, reference_packer
 from ...quant.packed import PackedMatrix, PackedWeight
@@ -24,6 +24,7 @@ from .latent_store import CudaLatentStore
 from .layouts import LAYOUTS
 from .matrices import DeviceMatrix
 from .plan import CudaPlan
+from .rows_store import CudaRowsStore
 from .sizes import CudaSizes
 from .states import DeviceStates
 from .store import KV_DTYPES, CudaStore
@@ -85,14 +86,17 @@ class CudaBackend(CudaSizes):
         check_graph(graph)
         return CudaPlan(graph, weights, self._seam, self.captures)
 
-    def new_store(self, graph: Graph, kv_dtype: str, num_blocks: int, num_states: int = 0) -> CudaStore | CudaLatentStore:
+    def new_store(
+        self, graph: Graph, kv_dtype: str, num_blocks: int, num_states: int = 0
+    ) -> CudaStore | CudaLatentStore | CudaRowsStore:
         check_cache(graph, kv_dtype)
         spec = graph.cache
-        store: CudaStore | CudaLatentStore
+        store: CudaStore | CudaLatentStore | CudaRowsStore
         if isinstance(spec, LatentSpec):
             store = CudaLatentStore(spec, kv_dtype, num_blocks, self.device)
+        elif isinstance(spec, RowsSpec):
+            store = CudaRowsStore(spec, kv_dtype, num_blocks, self.device)
         else:
-            assert isinstance(spec, CacheSpec)
             store = CudaStore(spec, kv_dtype, num_blocks, self.device)
         if graph.states:
             store.states = DeviceStates(graph.states, num_states, self.device)

@@ -14,7 +14,7 @@ from ...quant import pack
 from ...quant.packed import PackedMatrix, PackedWeight
 from ...quant.transposed_stack import biases_of
 from ..kv_b import key_stack, value_stack
-from .kv_b import absorbed_stacks
+from .kv_b import absorbed_stacks, grouped_stack
 from .matrices import DeviceMatrix, DeviceStack
 from .ops import Weights, frequencies_name, ropes
 from .supported import check_matrix, check_stack
@@ -33,6 +33,13 @@ def weights_on_device(graph: Graph, weights: Mapping[str, PackedWeight | torch.T
     stacks, exact = stack_shapes(graph), exact_weights(graph)
     biases = {name: node for node in graph.nodes if node.op in EXPERT_PRODUCTS for name in node.attrs.get("biases", ()) if name}
     latent = {node.weights[0]: node.attrs for node in graph.nodes if node.op == "mla_attention"}
+    grouped = {
+        node.weights[0]: node.attrs["groups"]
+        for node in graph.nodes
+        if node.op == "grouped_linear" and not node.attrs.get("shared", False)
+    }
+    tables = {node.weights[1] for node in graph.nodes if node.op == "hash_router"}
+    floats = {node.weights[0] for node in graph.nodes if node.op == "compress"}  # biases of several tokens
     copies: dict[int, tuple[torch.Tensor, DeviceMatrix]] = {}  # by id of the tensor, which is kept alive
     for name, shape in weight_shapes(graph).items():
         weight = weights.get(name)
@@ -42,13 +49,17 @@ def weights_on_device(graph: Graph, weights: Mapping[str, PackedWeight | torch.T
             bound.stacks[name] = DeviceStack(stack, device)
         elif name in biases:
             bound.vectors[name] = _ordered_biases(_vector(name, weight, shape), biases[name], device)
-        elif len(shape) == 2:
+        elif name in tables:
+            bound.vectors[name] = _vector(name, weight, shape).to(device, torch.int32).contiguous()
+        elif len(shape) == 2 and name not in floats:
             if name in exact and isinstance(weight, torch.Tensor):
                 weight = pack(weight.detach().float(), "fp32")
             matrix = check_matrix(name, weight, graph.family)
             _check_shape(name, matrix.shape, shape)
             if name in latent:
                 _add_absorbed(bound, name, matrix, latent[name], device)
+            elif name in grouped:
+                bound.stacks[name] = DeviceStack(grouped_stack(matrix, grouped[name]), device)
             else:
                 key = id(matrix.data)
                 if key not in copies:

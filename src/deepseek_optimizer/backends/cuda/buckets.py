@@ -70,4 +70,5 @@ class Bucket:
 
 def may_be_captured(batch: StepBatch) -> bool:
     """Whether a step can be replayed: it is small, and needs nothing besides integers."""
-    return len(batch.positions) <= MOST_ROWS and batch.inputs_embeds is None and batch.states is None and not batch.hidden
+    tensors = batch.inputs_embeds, batch.states, batch.axes, batch.features
+    return len(batch.positions) <= MOST_ROWS and all(given is None for given in tensors) and not batch.hidden

@@ -25,12 +25,14 @@ class Results:
     Attributes:
         logits: [R, V].
         hidden: the hidden states that were asked for, by index.
+        drafts: the draft states, if the graph returns them apart.
         greedy: int32 [R], the likeliest tokens (`reference.plan.greedy_tokens`).
         held: further memory whose address kernels were given.
     """
 
     logits: torch.Tensor
     hidden: dict[int, torch.Tensor]
+    drafts: torch.Tensor | None = None
     greedy: torch.Tensor | None = None
     held: tuple[torch.Tensor, ...] = ()
 

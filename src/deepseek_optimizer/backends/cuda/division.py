@@ -18,6 +18,7 @@ TILE_FIELDS = 5
 PAIR_FIELDS = 3  # of a tile of pairs, see `kernels.expert_groups.PairTiles`
 HEAD_ROWS = 16  # heads of a program of latent attention, which share one key
 LATENT_ROWS = 32  # of a product of latent attention in prefill: sums of 64 rows with 512 elements do not fit into registers
+_EXPANDED_BYTES = 128 << 20  # of the keys and values that latent attention expands at a time, unless 64 tokens take more
 _LATENT_BYTES = 128 << 20  # of the queries in the space of latents, at most, unless HEAD_ROWS heads take more
 _SCORE_BYTES = 64 << 20  # of an indexer's scores, at most, unless one row takes more
 _CHUNK_BLOCKS = 8  # of the cache in a chunk, at least: 256 tokens
@@ -80,6 +81,41 @@ def heads_at_once(rows: int, heads: int, rank: int) -> int:
     """The number of heads whose queries are mapped to the space of latents at a time, for this number of rows."""
     fitting = _LATENT_BYTES // (4 * rows * rank) // HEAD_ROWS * HEAD_ROWS
     return min(heads, max(HEAD_ROWS, fitting))
+
+
+def expands(rows: int, context: int, nope: int, rope: int, v_dim: int, rank: int) -> bool:
+    """Whether latent attention of a prompt's rows expands keys and values: whether that takes fewer multiplications.
+
+    Per head, with k = context + rows keys and p = rows * context + rows * (rows + 1) / 2 pairs of a row and a key that it sees,
+    both forms multiply with `kv_b`, the absorbed one for each row and the expanded one for each key:
+
+        absorbed: rows * (nope + v_dim) * rank + p * (2 * rank + rope)
+        expanded:    k * (nope + v_dim) * rank + p * (nope + rope + v_dim)
+
+    With DeepSeek-V3's sizes, more than 170 rows expand, and any prompt without a context. Decoding never does, and neither do
+    steps that may be captured, as a context's length must not decide what they launch.
+
+    Args:
+        context: tokens of the sequence before the rows.
+    """
+    pairs, mapped = rows * context + rows * (rows + 1) // 2, (nope + v_dim) * rank
+    return (context + rows) * mapped + pairs * (nope + rope + v_dim) < rows * mapped + pairs * (2 * rank + rope)
+
+
+def expanded_keys(heads: int, width: int) -> int:
+    """The number of tokens whose keys and values are expanded at a time: a multiple of 64.
+
+    Args:
+        width: elements of a head's key and value, without the rotated ones.
+    """
+    return max(64, _EXPANDED_BYTES // (4 * heads * width) // 64 * 64)
+
+
+def expanded_scratch_bytes(rows: int, keys: int, heads: int, width: int, rank: int) -> int:
+    """The most bytes that latent attention of up to `rows` rows and `keys` keys takes in the expanded form: keys and values,
+    their latents twice, and the softmax's state. Other arguments as of `expanded_keys`."""
+    at_once = min(keys, expanded_keys(heads, width))
+    return 4 * (at_once * (heads * width + 2 * _padded(rank)) + 2 * rows * heads)
 
 
 def rows_at_once(keys: int) -> int:

@@ -24,17 +24,30 @@ def _router(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
     routing.route(scores, weights.vector(a["bias"]), factor, outputs[0], **{option: a[option] for option in _ROUTING})
 
 
+def _hash_router(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
+    a, (name, table) = node.attrs, node.weights
+    scores = torch.empty((len(inputs[0]), a["experts"]), dtype=torch.float32, device=inputs[0].device)
+    linear.linear(inputs[0], run.weights.matrices[name], None, scores)
+    options = {option: a[option] for option in ("top_k", "scoring", "normalize", "scale")}
+    routing.route(
+        scores, None, None, outputs[0], groups=1, top_groups=1, group_score="max", **options,
+        by_table=(run.at.ids, run.weights.vectors[table]),
+    )  # fmt: skip
+
+
 def _gate_up(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
     """Groups the step's pairs for `experts_down` as well, which reads the same routes."""
     (x, routes), stack = inputs, run.weights.stacks[node.weights[0]]
     tiles = run.pairs[node.inputs[1]] = experts.group_for(routes, node.attrs["experts"], stack)
-    experts.gate_up(x, routes, tiles, stack, outputs[0], _biases(run, node), gate_of(node.attrs))
+    weighed = node.attrs.get("weigh_input", False)
+    experts.gate_up(x, routes, tiles, stack, outputs[0], _biases(run, node), gate_of(node.attrs), weighed)
 
 
 def _down(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
     hidden, routes = inputs
     stack = run.weights.stacks[node.weights[0]]
-    experts.down(hidden, routes, run.pairs.pop(node.inputs[1]), stack, outputs[0], _biases(run, node))
+    weighed = node.attrs.get("weigh_input", False)
+    experts.down(hidden, routes, run.pairs.pop(node.inputs[1]), stack, outputs[0], _biases(run, node), weighed)
 
 
 def _biases(run: Run, node: Node) -> torch.Tensor | None:
@@ -50,6 +63,7 @@ def _sigmoid_gate(run: Run, node: Node, inputs: Values, outputs: Values) -> None
 EXPERT_OPS: Mapping[str, Op] = {
     "experts_down": _down,
     "experts_gate_up": _gate_up,
+    "hash_router": _hash_router,
     "router": _router,
     "sigmoid_gate": _sigmoid_gate,
 }

@@ -26,6 +26,11 @@ NO_GATE, SILU, GELU = Gate(""), Gate("silu"), Gate("gelu")
 OF_OPS = {"swiglu": SILU, "geglu": GELU}
 
 
+def limited(limit: float) -> Gate:
+    """That of op `clamped_swiglu`."""
+    return Gate("clamped", float(limit))
+
+
 def gate_of(attrs: Mapping[str, Any]) -> Gate:
     """That of a node `gate_up` or `experts_gate_up` by its attributes."""
     if attrs.get("limit", 0.0) > 0:

@@ -1,4 +1,6 @@
-"""The stacks of kv_b that absorbed attention reads, see `backends.kv_b`, packed on the host."""
+"""Stacks that are made of matrices, packed on the host: those of kv_b that absorbed attention reads (see `backends.kv_b`), and
+those of grouped products.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +21,16 @@ def absorbed_stacks(kv_b: PackedMatrix, heads: int, nope: int, v_dim: int) -> tu
         tiles = kv_b.data.unflatten(0, (heads, -1))[:, nope // TILE_ROWS :].contiguous()
         return keys, PackedStack(kv_b.format, heads, v_dim, kv_b.cols, tiles)
     return keys, _stack(rows[:, nope:], repacked)
+
+
+def grouped_stack(matrix: PackedMatrix, groups: int) -> PackedStack:
+    """The matrices of op `grouped_linear`, [rows / groups, cols] each: the matrix's own tiles if a group's rows fill whole
+    tiles, else repacked as bf16 (or fp32)."""
+    rows = matrix.rows // groups
+    if rows % TILE_ROWS == 0:
+        return PackedStack(matrix.format, groups, rows, matrix.cols, matrix.data.unflatten(0, (groups, -1)))
+    values = products.unpack_rows(matrix, 0, None).unflatten(0, (groups, rows))
+    return _stack(values, "fp32" if matrix.format == "fp32" else "bf16")
 
 
 def _stack(matrices: torch.Tensor, format_name: str) -> PackedStack:

@@ -12,15 +12,38 @@ import torch
 
 from ...graph.ir import Graph, Node, Value
 from ...graph.ops.products import rows_of
+from ...quant.base import TILE_ROWS
 from ..base import StepBatch
 from ..kv_b import key_stack, value_stack
-from .gates import NO_GATE, OF_OPS, gate_of
+from .gates import NO_GATE, OF_OPS, gate_of, limited
 from .kernels import attention as attention_kernels
 from .kernels import elementwise, linear, norm, rope, rows
 from .kernels.expert_groups import PairTiles
 from .matrices import DeviceMatrix, DeviceStack, DeviceTiles
 from .step import DeviceStep
 from .store import DeviceBlocks
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix and a bias that are multiplied with rows.
+
+    Attributes:
+        skipped: their first rows, whose results are left out: the rows that a node uses may begin within a tile.
+    """
+
+    matrix: DeviceMatrix
+    bias: torch.Tensor | None
+    skipped: int
+
+    def write(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Writes the results of rows x to `out`."""
+        if not self.skipped:
+            linear.linear(x, self.matrix, self.bias, out)
+            return
+        all_rows = out.new_empty(len(x), self.matrix.rows)
+        linear.linear(x, self.matrix, self.bias, all_rows)
+        rows.columns(all_rows, out, 1, self.skipped, self.matrix.rows)
 
 
 @dataclass(frozen=True)
@@ -31,7 +54,7 @@ class Weights:
         matrices: by name.
         stacks: by name; of latent attention's kv_b those of `kv_b.key_stack` and `value_stack`.
         vectors: float32, by name; also the frequencies of RoPE tables whose frequencies are the same for all sequences,
-            [1, rot/2], by `frequencies_name`.
+            [1, rot/2], by `frequencies_name`, and the tables of op `hash_router`, int32.
         axes: int32 [rot/2], the axis of each frequency, of RoPE with axes by the same name.
     """
 
@@ -49,15 +72,17 @@ class Weights:
             return [self.matrices[name]]
         return [self.stacks[stack] for stack in (name, key_stack(name), value_stack(name)) if stack in self.stacks]
 
-    def products(self, node: Node) -> list[tuple[DeviceMatrix, torch.Tensor | None]]:
-        """Matrix and bias of each product of a node, of the rows that it uses."""
+    def products(self, node: Node) -> list[Product]:
+        """Each product of a node."""
         biases = node.attrs["biases"] if "biases" in node.attrs else (node.attrs.get("bias"),)
         made = []
         for name, bias_name, part in zip(node.weights, biases, rows_of(node), strict=True):
-            matrix, bias = self.matrices[name], self.vector(bias_name)
+            matrix, bias, skipped = self.matrices[name], self.vector(bias_name), 0
             if part is not None:
-                matrix, bias = matrix.part(*part[:2]), None if bias is None else bias[part[0] : part[1]]
-            made.append((matrix, bias))
+                skipped = part[0] % TILE_ROWS
+                begin, end = part[0] - skipped, part[1]
+                matrix, bias = matrix.part(begin, end), None if bias is None else bias[begin:end]
+            made.append(Product(matrix, bias, skipped))
         return made
 
 
@@ -70,6 +95,7 @@ class Run:
         batch: the step on the host; None in steps that may be captured, which depend on `at` alone.
         wants_hidden: whether hidden states are returned.
         hidden: the hidden states so far, by index.
+        drafts: the draft states, if the graph returns them apart.
         pairs: the pairs of tokens and experts by the routes that they are grouped by, from `experts_gate_up` to `experts_down`.
     """
 
@@ -79,6 +105,7 @@ class Run:
     weights: Weights
     wants_hidden: bool
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
+    drafts: torch.Tensor | None = None
     pairs: dict[Value, PairTiles | None] = field(default_factory=dict)
 
     @property
@@ -97,15 +124,19 @@ def frequencies_name(spec: Any) -> str:
 
 
 def ropes(graph: Graph) -> list[Any]:
-    """The `RopeSpec` of each table of a graph."""
-    return [node.attrs["rope"] for node in graph.nodes if node.op == "rope_table"]
+    """The `RopeSpec` of each table of a graph, and of the entries that are compressed."""
+    return [node.attrs["rope"] for node in graph.nodes if node.op in ("rope_table", "compress")]
 
 
 def _embedding(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
     if run.batch is not None and run.batch.inputs_embeds is not None:
         outputs[0].copy_(run.batch.inputs_embeds.detach())
     else:
-        rows.embedding(run.at.ids, run.weights.matrices[node.weights[0]], node.attrs["scale"], outputs[0])
+        _lookup(run, node, inputs, outputs)
+
+
+def _lookup(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
+    rows.embedding(run.at.ids, run.weights.matrices[node.weights[0]], node.attrs["scale"], outputs[0])
 
 
 def _rms_norm(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
@@ -127,24 +158,34 @@ def _add_rms_norm(run: Run, node: Node, inputs: Values, outputs: Values) -> None
 
 
 def _linear(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
-    for (matrix, bias), out in zip(run.weights.products(node), outputs, strict=True):
-        linear.linear(inputs[0], matrix, bias, out)
+    for product, out in zip(run.weights.products(node), outputs, strict=True):
+        product.write(inputs[0], out)
 
 
 def _gate_up(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
-    (gate, gate_bias), (up, up_bias) = run.weights.products(node)
-    linear.gate_up(inputs[0], gate, up, (gate_bias, up_bias), outputs[0], gate_of(node.attrs))
+    (x,), (out,), (gate, up) = inputs, outputs, run.weights.products(node)
+    if not gate.skipped and not up.skipped:
+        linear.gate_up(x, gate.matrix, up.matrix, (gate.bias, up.bias), out, gate_of(node.attrs))
+        return
+    raised = torch.empty_like(out)
+    gate.write(x, out)
+    up.write(x, raised)
+    elementwise.apply("gate", out, raised, out, gate_of(node.attrs))
 
 
 def _pairwise(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
     a, b = inputs
-    gate = OF_OPS.get(node.op, NO_GATE)
+    gate = limited(node.attrs["limit"]) if node.op == "clamped_swiglu" else OF_OPS.get(node.op, NO_GATE)
     elementwise.apply(node.op if gate is NO_GATE else "gate", a, b, outputs[0], gate)
 
 
 def _each(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
-    factor = run.weights.vectors[node.weights[0]] if node.weights else None
-    elementwise.each(node.op, inputs[0], outputs[0], node.attrs.get("scale", 1.0), factor=factor)
+    factor, limit = (*(run.weights.vectors[name] for name in node.weights), None, None)[:2]
+    elementwise.each(node.op, inputs[0], outputs[0], node.attrs.get("scale", 1.0), factor=factor, limit=limit)
+
+
+def _columns(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
+    rows.columns(inputs[0], outputs[0], **node.attrs)
 
 
 def _position_scale(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
@@ -196,7 +237,8 @@ def _attention(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
         attention_kernels.attention(
             inputs[0], store.data, store.offsets[a["layer"]], run.at.tables[store.group_of(a["layer"])], tiles,
             run.at.ends, outputs[0], heads=a["heads"], kv_heads=a["kv_heads"], scale=a["scale"], window=a.get("window", 0),
-            sinks=a.get("sinks", 0), softcap=a.get("softcap", 0.0), learned=learned,
+            sinks=a.get("sinks", 0), softcap=a.get("softcap", 0.0), learned=learned, chunked=a.get("chunked", False),
+            causal=a.get("causal", False),
         )  # fmt: skip
 
 
@@ -209,13 +251,18 @@ def _concat(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
     rows.concat(a, b, outputs[0])
 
 
-def _columns(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
-    rows.columns(inputs[0], outputs[0], **node.attrs)
-
-
 def _state_in(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
     assert run.batch is not None and run.batch.states is not None  # checked by `check_batch`; not captured
     outputs[0].copy_(run.batch.states.detach())
+
+
+def _add_features(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
+    features = None if run.batch is None else run.batch.features
+    if features is not None:
+        own = features[node.attrs["index"]].detach().to(outputs[0].device, torch.float32).contiguous()
+        elementwise.apply("add", inputs[0], own, outputs[0])
+    elif outputs[0].data_ptr() != inputs[0].data_ptr():
+        outputs[0].copy_(inputs[0])
 
 
 def _hidden_out(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
@@ -225,22 +272,28 @@ def _hidden_out(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
 
 DENSE_OPS: Mapping[str, Op] = {
     "add": _pairwise,
+    "add_features": _add_features,
     "add_rms_norm": _add_rms_norm,
     "attention": _attention,
     "cache_write": _cache_write,
+    "clamp": _each,
+    "clamped_swiglu": _pairwise,
     "columns": _columns,
     "concat": _concat,
     "embedding": _embedding,
     "gate_up": _gate_up,
     "geglu": _pairwise,
     "gelu": _each,
+    "gelu_erf": _each,
     "head_norm": _rms_norm,
     "hidden_out": _hidden_out,
     "layer_norm": _layer_norm,
     "linear": _linear,
     "lm_head": _lm_head,
+    "lookup": _lookup,
     "multiply": _pairwise,
     "position_scale": _position_scale,
+    "relu": _each,
     "rms_norm": _rms_norm,
     "rope": _rope,
     "rope_cache": _cache_write,

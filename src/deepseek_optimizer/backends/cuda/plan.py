@@ -24,6 +24,7 @@ from ..sampling import TokenChoice, choose_tokens
 from .bind import weights_on_device
 from .buckets import MOST_ROWS, may_be_captured
 from .captured import CapturedSteps, Results
+from .compressed_ops import COMPRESSED_OPS
 from .device import Device
 from .division import HEAD_ROWS, LATENT_ROWS, query_rows
 from .expert_ops import EXPERT_OPS
@@ -39,7 +40,7 @@ from .store import DeviceBlocks
 from .stores import store_class
 from .supported import check_graph_ops
 
-OPS: Mapping[str, Op] = {**DENSE_OPS, **EXPERT_OPS, **LATENT_OPS, **RECURRENT_OPS}
+OPS: Mapping[str, Op] = {**DENSE_OPS, **EXPERT_OPS, **LATENT_OPS, **RECURRENT_OPS, **COMPRESSED_OPS}
 
 _STEP_REMEDY = (
     "set a smaller kv_cache_memory, which leaves more for steps, or a smaller prefill_chunk or batch_size_range, or load the "
@@ -119,7 +120,7 @@ class CudaPlan:
         )
         states = self.graph.hidden_states
         hidden = torch.stack([results.hidden[i] for i in range(states)]) if batch.hidden else None
-        return _output(batch, logits, results.hidden[states - 1] if asks else None, hidden)
+        return _output(batch, logits, results.hidden[states - 1] if asks else None, hidden, results.drafts)
 
     def _replayed(
         self, batch: StepBatch, store: DeviceBlocks, captured: CapturedSteps, given: torch.Tensor | None
@@ -144,7 +145,8 @@ class CudaPlan:
             self._device.download(results.greedy[:rows], self._greedy[:rows])
             self._chosen_from = None if logits.is_inference() else (weakref.ref(logits), logits._version)
         last = results.hidden[self.graph.hidden_states - 1][:tokens].clone() if bucket.states else None
-        return _output(batch, logits, last, None)
+        drafts = results.drafts[:tokens].clone() if bucket.states and results.drafts is not None else None
+        return _output(batch, logits, last, None, drafts)
 
     def _integers(self, batch: StepBatch, scratch: int | None) -> StepIntegers:
         states = bool(self.graph.states)
@@ -170,7 +172,7 @@ class CudaPlan:
                 self._execute(run, node, logits)
         if self._head is not None and not self._head.selected:
             select_rows(run.at.logit_rows, self._rows(self._head, run.at), logits)
-        return Results(logits, run.hidden, held=tuple(self._buffers))
+        return Results(logits, run.hidden, run.drafts, held=tuple(self._buffers))
 
     def _execute(self, run: Run, node: Node, logits: torch.Tensor) -> None:
         inputs = [self._rows(value, run.at) for value in node.inputs]
@@ -252,8 +254,9 @@ class CudaPlan:
 
 def _query_rows(graph: Graph) -> int:
     """Rows of a tile in prefill."""
-    latent = [min(HEAD_ROWS, node.attrs["heads"]) for node in graph.nodes if node.op == "mla_attention"]
-    if any(node.op == "mla_attention" and len(node.inputs) > 1 for node in graph.nodes):
+    shared = [node for node in graph.nodes if node.op in ("mla_attention", "compressed_attention")]  # one key for all heads
+    latent = [min(HEAD_ROWS, node.attrs["heads"]) for node in shared]
+    if any(len(node.inputs) > 1 for node in shared):
         return 1  # each row attends to tokens of its own
     if latent:
         return query_rows(max(latent), LATENT_ROWS)
@@ -261,5 +264,12 @@ def _query_rows(graph: Graph) -> int:
     return query_rows(max(groups, default=1))
 
 
-def _output(batch: StepBatch, logits: torch.Tensor, last: torch.Tensor | None, hidden: torch.Tensor | None) -> StepOutput:
-    return StepOutput(logits, hidden, last if batch.last_hidden else None, last if batch.draft_states else None)
+def _output(
+    batch: StepBatch,
+    logits: torch.Tensor,
+    last: torch.Tensor | None,
+    hidden: torch.Tensor | None,
+    drafts: torch.Tensor | None,
+) -> StepOutput:
+    drafts = last if drafts is None else drafts
+    return StepOutput(logits, hidden, last if batch.last_hidden else None, drafts if batch.draft_states else None)

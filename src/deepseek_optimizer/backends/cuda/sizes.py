@@ -6,13 +6,18 @@ from collections.abc import Mapping
 
 from ...graph.analysis import stack_shapes, weight_shapes
 from ...graph.ir import Graph
+from ...graph.ops.products import rows_of
 from ...graph.planner import Slot, assign_slots
+from ...quant.base import TILE_ROWS
 from ...quant.tiles import tile_counts
 from ..base import CompileOptions
 from ..reference.states import state_bytes
 from .buckets import MOST_ROWS, rows_bucket
 from .division import (
+    HEAD_ROWS,
+    PROGRAMS,
     attention_scratch_bytes,
+    expanded_scratch_bytes,
     expert_scratch_bytes,
     index_scratch_bytes,
     latent_scratch_bytes,
@@ -53,7 +58,8 @@ def plan_bytes(graph: Graph, formats: Mapping[str, str], tokens: int, logit_rows
     held = 0
     if captured:
         padded = rows_bucket(min(tokens, MOST_ROWS))
-        hidden = max((node.inputs[0].width for node in graph.nodes if node.op == "hidden_out"), default=0)
+        returned = {node.op: node.inputs[0].width for node in graph.nodes if node.op in ("hidden_out", "draft_out")}
+        hidden = sum(returned.values())  # the last hidden states, and draft states where these are others
         logits = graph.logits_width * rows_bucket(min(logit_rows, MOST_ROWS))
         held = _VALUE_BYTES * (logits + hidden * padded) + _scratch_bytes(graph, formats, padded)
     return slots + held + _scratch_bytes(graph, formats, tokens)
@@ -69,23 +75,35 @@ def _scratch_bytes(graph: Graph, formats: Mapping[str, str], tokens: int) -> int
         if node.op == "mla_attention":
             a = node.attrs
             sizes.append(latent_scratch_bytes(tokens, a["heads"], a["rank"], a["nope"]))
+            if tokens > MOST_ROWS:
+                width = a["nope"] + a["v_dim"]
+                sizes.append(expanded_scratch_bytes(tokens, graph.max_positions, a["heads"], width, a["rank"]))
         if node.op == "index_choose":
             sizes.append(index_scratch_bytes(tokens, graph.max_positions))
         if node.op in ("experts_gate_up", "experts_down"):
             rows, cols = stack_shapes(graph)[node.weights[0]][1:]
             a, gated = node.attrs, node.op == "experts_gate_up"
             sizes.append(expert_scratch_bytes(tokens, a["top_k"], a["experts"], rows, cols, gated))
-        if node.op == "router":  # scores beside the product's own
+        if node.op in ("router", "hash_router"):  # scores beside the product's own
             sizes.append(_VALUE_BYTES * tokens * (node.attrs["experts"] + 32 + node.inputs[0].width))
+        if node.op == "compressed_attention":
+            a = node.attrs
+            sizes.append(_VALUE_BYTES * PROGRAMS * min(HEAD_ROWS, a["heads"]) * (a["head_dim"] + 2))
+        if node.op == "entries_choose":
+            sizes.append(index_scratch_bytes(tokens, -(-graph.max_positions // node.attrs["every"])))
+        if node.op == "grouped_linear":  # rows in the order of words
+            sizes.append(_VALUE_BYTES * tokens * (node.inputs[0].width + 31 * node.attrs["groups"]))
         if node.op in ("linear", "gate_up", "lm_head"):
             products = 2 if node.op == "gate_up" else 1
-            apart = products == 2 and len({formats.get(name) for name in node.weights}) == 2  # `up` has its own buffer
+            parts = [part for part in rows_of(node) if part is not None and part[0] % TILE_ROWS]  # first results are left out
+            apart = products == 2 and (bool(parts) or len({formats.get(name) for name in node.weights}) == 2)  # `up`
             for name in node.weights:
                 rows, cols = shapes[name]
                 tile_rows, groups = tile_counts(rows, cols)
                 words = LAYOUTS[formats.get(name, "fp32")].words
                 taken = product_scratch_bytes(tokens, rows, cols, tile_rows, groups * words, products)
-                sizes.append(taken + (_VALUE_BYTES * tokens * rows if apart else 0))
+                more = (rows if apart else 0) + max((end - begin + TILE_ROWS for begin, end, _ in parts), default=0)
+                sizes.append(taken + _VALUE_BYTES * tokens * more)
     return max(sizes)
 
 

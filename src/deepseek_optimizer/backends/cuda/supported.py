@@ -1,6 +1,5 @@
-"""What the backend runs so far: graphs of decoders with dense layers or experts, keys and values or latents in the cache, and
-recurrent states.
-Anything else is refused by name before anything is compiled.
+"""What the backend runs so far: graphs of decoders with dense layers or experts; in the cache keys and values, latents, or rows
+and entries of compressed attention, and recurrent states. Anything else is refused by name before anything is compiled.
 """
 
 from __future__ import annotations
@@ -9,26 +8,26 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...errors import BackendError
-from ...graph.ir import CacheSpec, Graph, LatentSpec, Node
-from ...graph.ops.products import rows_of
-from ...quant.base import TILE_ROWS
+from ...graph.ir import Graph, Node, RowsSpec
 from ...quant.packed import PackedMatrix, PackedStack, PackedWeight
 from .layouts import LAYOUTS
 from .store import KV_DTYPES
 
+ROW_DTYPES = ("fp32", "bf16")  # of a cache of compressed attention
+
 # Values of attributes that the kernels do not have, by op; an op has all other values of its attributes.
 _MISSING: Mapping[str, Mapping[str, Callable[[Any], object]]] = {
-    "attention": {"chunked": bool, "causal": bool},
-    "experts_down": {"weigh_input": bool},
-    "experts_gate_up": {"activation": lambda value: value not in ("silu", "gelu"), "weigh_input": bool},
+    "experts_gate_up": {"activation": lambda value: value not in ("silu", "gelu")},
     "gate_up": {"activation": lambda value: value not in ("silu", "gelu")},
-    "router": {"scoring": lambda value: value not in ("softmax", "sigmoid")},
+    "compress": {"offset": lambda value: value % 2 == 1},
 }  # fmt: skip
 OPS = (
-    "add", "add_rms_norm", "attention", "cache_write", "columns", "concat", "delta_rule", "embedding", "experts_down",
-    "experts_gate_up", "gate_up", "geglu", "gelu", "head_norm", "hidden_out", "index_choose", "index_write", "latent",
-    "latent_write", "layer_norm", "linear", "lm_head", "mla_attention", "multiply", "position_scale", "rms_norm", "rope",
-    "rope_cache", "rope_table", "router", "scale", "scale_by", "select_rows", "short_conv", "sigmoid_gate", "state_in",
+    "add", "add_features", "add_rms_norm", "attention", "cache_write", "clamp", "clamped_swiglu", "columns", "compress",
+    "compressed_attention", "concat", "delta_rule", "draft_out", "embedding", "entries_choose", "experts_down",
+    "experts_gate_up", "gate_up", "geglu", "gelu", "gelu_erf", "grouped_linear", "hash_router", "head_norm", "hidden_out",
+    "index_choose", "index_write", "latent", "latent_write", "layer_norm", "linear", "lm_head", "lookup", "mla_attention",
+    "multiply", "position_scale", "relu", "rms_norm", "rope", "rope_cache", "rope_table", "router", "rows_write", "scale",
+    "scale_by", "select_rows", "short_conv", "sigmoid_gate", "state_in", "stream_collapse", "stream_expand", "stream_weights",
     "swiglu",
 )  # fmt: skip
 
@@ -58,16 +57,15 @@ def check_graph_ops(graph: Graph, kv_dtype: str | None = None) -> None:
 
 
 def check_cache(graph: Graph, kv_dtype: str | None = None) -> None:
-    """Raises BackendError if the graph's cache is of another kind than keys and values or latents, or of another type."""
+    """Raises BackendError if the graph's cache has parts that the kernels do not read, or is of another type."""
     cache = graph.cache
-    if not isinstance(cache, (CacheSpec, LatentSpec)):
-        raise refuse("the cache of compressed attention", graph.family)
     if cache.summaries or cache.newest:
         raise refuse("a cache with summaries of blocks or copies of the newest tokens", graph.family)
-    if kv_dtype is not None and kv_dtype not in KV_DTYPES:
+    known = ROW_DTYPES if isinstance(cache, RowsSpec) else tuple(KV_DTYPES)
+    if kv_dtype is not None and kv_dtype not in known:
         raise BackendError(
             f"the cuda backend does not support KV cache dtype {kv_dtype!r} of family {graph.family!r}; choose kv_cache among "
-            f"{', '.join(KV_DTYPES)}"
+            f"{', '.join(known)}"
         )
 
 
@@ -80,8 +78,6 @@ def _missing(node: Node) -> str | None:
     for name, missing in _MISSING.get(node.op, {}).items():
         if name in node.attrs and missing(node.attrs[name]):
             return f"op {node.op!r} with {name}={node.attrs[name]!r}"
-    if any(part is not None and part[0] % TILE_ROWS for part in rows_of(node)):
-        return f"op {node.op!r} with rows of {node.weights} that begin between tiles of {TILE_ROWS}"
     return None
 
 

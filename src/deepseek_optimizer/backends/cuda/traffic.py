@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ...graph.analysis import stack_shapes, weight_shapes
-from ...graph.ir import Graph, LatentSpec, Node
+from ...graph.ir import Graph, LatentSpec, Node, RowsSpec
 from ...graph.ops.products import rows_of
 from ...quant.tiles import tile_counts
 from ..base import BLOCK_TOKENS
@@ -67,6 +67,7 @@ class _Counted:
         self.weights = self.cache = self.values = self.scratch = self.floor = 0
         self._coded = item == 1  # with float32 scales
         self._formats, self._item, self._contexts = formats, item, contexts
+        self._cache = graph.cache
         self._shapes, self._stacks = weight_shapes(graph), stack_shapes(graph)
         self._rows = rows_bucket(len(contexts))
         self._key_item = 2 if self._coded else item  # of keys beside latents
@@ -76,10 +77,12 @@ class _Counted:
         """Counts a node's launches."""
         self.values += sum(_FLOAT * v.width * v.repeat * self._rows for v in (*node.inputs, *node.outputs))
         {
-            "embedding": self._embedding, "experts_gate_up": self._experts, "experts_down": self._experts,
-            "attention": self._attention, "mla_attention": self._latent_attention, "cache_write": self._write,
-            "rope_cache": self._write, "latent_write": self._latent_write, "index_write": self._index_write,
-            "index_choose": self._choose,
+            "embedding": self._embedding, "lookup": self._embedding, "experts_gate_up": self._experts,
+            "experts_down": self._experts, "attention": self._attention, "mla_attention": self._latent_attention,
+            "cache_write": self._write, "rope_cache": self._write, "latent_write": self._latent_write,
+            "index_write": self._index_write, "index_choose": self._choose, "rows_write": self._write_rows,
+            "compress": self._compress, "entries_choose": self._choose, "compressed_attention": self._compressed_attention,
+            "hash_router": self._hash_router,
         }.get(node.op, self._products)(node)  # fmt: skip
 
     def _tiles(self, name: str, rows: int, cols: int, count: int = 1) -> int:
@@ -169,12 +172,45 @@ class _Counted:
         self._attend(node, self._latent_bytes(a["rope"], rank), heads, -(-heads // HEAD_ROWS), rank)
 
     def _choose(self, node: Node) -> None:
-        """The indexer reads a key of each token. Its scores are written, and read for each of 32 bits and three times more."""
+        """The indexer reads a key of each token, or entry. Its scores are written, and read for each of 32 bits and three times
+        more."""
         width = node.inputs[0].width // node.attrs["heads"]
-        tokens = sum(context + 1 for context in self._contexts)
+        tokens = sum((context + 1) // node.attrs.get("every", 1) for context in self._contexts)
         self.cache += tokens * width * self._key_item
         self.floor += tokens * width * self._key_item
         self.scratch += 36 * _FLOAT * tokens
+
+    def _write_rows(self, node: Node) -> None:
+        self.cache += self._rows * node.inputs[0].width * self._item
+
+    def _compress(self, node: Node) -> None:
+        """An entry of each sequence whose token completes one."""
+        assert isinstance(self._cache, RowsSpec)
+        a, source = node.attrs, self._cache.rows[node.attrs["source"]]
+        made = sum((context + 1) % a["every"] == 0 for context in self._contexts)
+        tokens = a["every"] * (2 if a["overlap"] else 1)
+        self.cache += made * (tokens * source.width + self._cache.rows[a["layer"]].width) * self._item
+        self._read(_FLOAT * sum(math.prod(self._shapes[name]) for name in node.weights) * min(made, 1))
+
+    def _hash_router(self, node: Node) -> None:
+        """The table's rows of the step's tokens, besides the product."""
+        name, table = node.weights
+        self._read(self._tiles(name, *self._shapes[name]))
+        self._product(name, *self._shapes[name])
+        self._read(4 * len(self._contexts) * self._shapes[table][1])
+
+    def _compressed_attention(self, node: Node) -> None:
+        """Each block of heads reads the window and the entries, of which all but the first do so from the L2 cache."""
+        a, (sinks,) = node.attrs, node.weights
+        row = a["head_dim"] * self._item
+        for context in self._contexts:
+            first = max(context + 1 - a["window"], 0) // BLOCK_TOKENS * BLOCK_TOKENS
+            entries = (context + 1) // a["every"] if a["entries"] >= 0 else 0
+            if len(node.inputs) > 1:
+                entries = min(entries, node.inputs[1].width)
+            self.cache += (context + 1 - first + entries) * row
+            self.floor += (min(context + 1, a["window"]) + entries) * row
+        self._read(_FLOAT * math.prod(self._shapes[sinks]))
 
     def _attend(self, node: Node, token_bytes: int, heads: int, programs: int, width: int) -> None:
         """Reads tokens of this size; writes and reads what chunks of `programs` programs leave, rows of `width`."""
@@ -182,9 +218,10 @@ class _Counted:
         for context in self._contexts:
             read = seen = context + 1
             if window:
-                first = max(context + 1 - window, 0) // BLOCK_TOKENS * BLOCK_TOKENS
+                own = context % window + 1 if node.attrs.get("chunked", False) else window
+                first = max(context + 1 - own, 0) // BLOCK_TOKENS * BLOCK_TOKENS
                 read = min(read, read - first + min(-(-sinks // BLOCK_TOKENS) * BLOCK_TOKENS, first))
-                seen = min(seen, window + sinks)
+                seen = min(seen, own + sinks)
             self.cache += read * token_bytes
             self.floor += seen * token_bytes
         blocks = blocks_bucket(-(-(max(self._contexts) + 1) // BLOCK_TOKENS))

@@ -40,7 +40,7 @@ def attend_tile(
     q, cache, block_tables, tiles, ends, learned, out, partial, stats, block_elements, layer_offset, most_blocks, chunk_blocks,
     scale, softcap, window, sinks, CHUNKS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr,
     HEAD: tl.constexpr, HEAD_BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr, TOKENS: tl.constexpr, NARROW: tl.constexpr,
-    SINKS: tl.constexpr, KIND: tl.constexpr,
+    SINKS: tl.constexpr, KIND: tl.constexpr, CHUNKED: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(scale q K^T) V of a tile and a key head. Grid (tiles, KV_HEADS, CHUNKS).
 
@@ -55,6 +55,8 @@ def attend_tile(
         chunk_blocks: blocks of a chunk.
         softcap: scores s become softcap * tanh(s / softcap), unless it is 0.
         KIND: of codes, see `codes.kind_of`; "": keys and values are floats.
+        CHUNKED: whether windows are chunks at fixed places.
+        CAUSAL: whether rows see no token after their own, whatever `ends` says.
         GROUP_ROWS: a power of two >= GROUP; HEAD_BLOCK: one >= HEAD; BLOCK_Q * GROUP_ROWS >= 16.
     """
     tile, kv_head, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -65,13 +67,16 @@ def attend_tile(
     query, member = i // GROUP_ROWS, i % GROUP_ROWS
     real = (query < count) & (member < GROUP)
     token = first_token + query
-    end = tl.load(ends + first_row + query, mask=real, other=0)
+    if CAUSAL:
+        end = tl.where(real, token + 1, 0)
+    else:
+        end = tl.load(ends + first_row + query, mask=real, other=0)
     d = tl.arange(0, HEAD_BLOCK)
     q_place = ((first_row + query).to(tl.int64) * KV_HEADS + kv_head) * (GROUP * HEAD) + member * HEAD
     q_mask = real[:, None] & (d < HEAD)[None, :]
     rows = tl.load(q + q_place[:, None] + d[None, :], mask=q_mask, other=0.0)
 
-    blocks, sink_blocks, first_block = blocks_to_read(first_token, last_end, window, sinks)
+    blocks, sink_blocks, first_block = blocks_to_read(first_token, last_end, window, sinks, CHUNKED)
     begin = chunk * chunk_blocks
     stop = tl.minimum(begin + chunk_blocks, blocks)
 
@@ -90,7 +95,7 @@ def attend_tile(
             scales = scales_of(cache, page * block_elements + layer_offset, KV_HEADS, HEAD) + kv_head * 32 + t % 32
             scores *= tl.load(scales, mask=stored, other=0.0)[None, :]
         scores = capped(scores, softcap)
-        seen = seen_by_rows(key, stored, token, end, window, sinks)
+        seen = seen_by_rows(key, stored, token, end, window, sinks, CHUNKED)
         weight, fade, maximum, weights = next_weights(scores, seen, maximum, weights)
         value_place = place + KV_HEADS * 32 * HEAD
         v = tl.load(cache + value_place[:, None] + d[None, :], mask=stored[:, None] & (d < HEAD)[None, :], other=0)
@@ -121,6 +126,8 @@ def attention(
     sinks: int = 0,
     softcap: float = 0.0,
     learned: torch.Tensor | None = None,
+    chunked: bool = False,
+    causal: bool = False,
 ) -> None:
     """See `attend_tile`. Rows of other tiles are not written."""
     count, head, group = len(tiles.fields), q.shape[1] // heads, heads // kv_heads
@@ -133,8 +140,8 @@ def attention(
         q, cache, block_tables, tiles.fields, ends, q if learned is None else learned, out, partial, stats, cache.stride(0),
         layer_offset, blocks, triton.cdiv(tiles.blocks, chunks) if chunks > 1 else blocks, scale, float(softcap), window, sinks,
         CHUNKS=chunks, KV_HEADS=kv_heads, GROUP=group, GROUP_ROWS=group_rows, HEAD=head, HEAD_BLOCK=head_block, BLOCK_Q=block_q,
-        TOKENS=64 if narrow else 32, NARROW=narrow, SINKS=learned is not None, KIND=kind_of(cache),
-        num_warps=4 if narrow else 8, num_stages=2,
+        TOKENS=64 if narrow else 32, NARROW=narrow, SINKS=learned is not None, KIND=kind_of(cache), CHUNKED=chunked,
+        CAUSAL=causal, num_warps=4 if narrow else 8, num_stages=2,
     )  # fmt: skip
     if chunks > 1:
         launch_merge(partial, stats, tiles, out, learned)

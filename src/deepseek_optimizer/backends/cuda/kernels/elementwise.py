@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..gates import NO_GATE, Gate
-from .gates import capped, gated, gelu
+from .gates import capped, gated, gelu, gelu_erf
 
 _BLOCK = 1024
 
@@ -37,13 +37,14 @@ def apply(op: str, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, gate: Ga
 
 
 @triton.jit
-def each_element(x, factor, out, count, scale, cap, OP: tl.constexpr, BLOCK: tl.constexpr):
+def each_element(x, factor, limit, out, count, scale, cap, OP: tl.constexpr, BLOCK: tl.constexpr):
     """Grid (blocks). The output may be x.
 
     Args:
         x, out: float32 [count].
-        factor: float32 [1], read by "scale_by".
-        OP: "scale": out = x * scale, with `cap` > 0 cap * tanh of it / cap; "scale_by": x * factor; "gelu".
+        factor, limit: float32 [1], read by "scale_by" and "clamp".
+        OP: "scale": out = x * scale, with `cap` > 0 cap * tanh of it / cap; "scale_by": x * factor; "clamp": x limited to
+            [factor, limit]; "gelu", "gelu_erf", "relu".
     """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + at, mask=at < count, other=0.0)
@@ -51,6 +52,14 @@ def each_element(x, factor, out, count, scale, cap, OP: tl.constexpr, BLOCK: tl.
         value = capped(value * scale, cap)
     elif OP == "scale_by":
         value = value * tl.load(factor)
+    elif OP == "clamp":
+        low, high = tl.load(factor), tl.load(limit)
+        value = tl.where(value < low, low, value)  # NaN stays
+        value = tl.where(value > high, high, value)
+    elif OP == "relu":
+        value = tl.where(value < 0.0, 0.0, value)
+    elif OP == "gelu_erf":
+        value = gelu_erf(value)
     else:
         tl.static_assert(OP == "gelu")
         value = gelu(value)
@@ -58,12 +67,19 @@ def each_element(x, factor, out, count, scale, cap, OP: tl.constexpr, BLOCK: tl.
 
 
 def each(
-    op: str, x: torch.Tensor, out: torch.Tensor, scale: float = 1.0, cap: float = 0.0, factor: torch.Tensor | None = None
+    op: str,
+    x: torch.Tensor,
+    out: torch.Tensor,
+    scale: float = 1.0,
+    cap: float = 0.0,
+    factor: torch.Tensor | None = None,
+    limit: torch.Tensor | None = None,
 ) -> None:
     """See `each_element`; contiguous tensors of one shape."""
     if out.numel():
         each_element[(triton.cdiv(out.numel(), _BLOCK),)](
-            x, x if factor is None else factor, out, out.numel(), float(scale), float(cap), OP=op, BLOCK=_BLOCK, num_warps=4
+            x, x if factor is None else factor, x if limit is None else limit, out, out.numel(), float(scale), float(cap),
+            OP=op, BLOCK=_BLOCK, num_warps=4,
         )  # fmt: skip
 
 

@@ -27,10 +27,10 @@ _SUM_BLOCK = 256  # columns of a program of `add_pairs`
 @triton.jit
 def pair_vector_product(
     x, routes, words, biases, out, pairs, outputs, columns, groups, matrix_words, LAYOUT: tl.constexpr, GATE: tl.constexpr,
-    BIASED: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr,
+    BIASED: tl.constexpr, WEIGHED: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[p] = gate_e x_t and up_e x_t joined, of each pair p = (t, e), or down_e x_p without a gate. Grid (rows of tiles,
-    pairs).
+    """out[p] = gate_e x_t and up_e x_t joined, of each pair p = (t, e), or down_e x_p without a gate; if WEIGHED, products are
+    multiplied by the weight of the pair. Grid (rows of tiles, pairs).
 
     Args:
         x: float32 [T, columns], or without a gate [pairs, columns].
@@ -56,6 +56,10 @@ def pair_vector_product(
         up = tile_row_sums(
             x + row * columns, 0, 1, columns, matrix, tile_row, groups, 0, groups * LAYOUT.words, LAYOUT, 1, BLOCK
         )
+    if WEIGHED:
+        weight = tl.load(routes + row * (2 * TOP_K) + TOP_K + pair % TOP_K)
+        total *= weight
+        up *= weight
     n = tile_row * 16 + tl.arange(0, 16)
     own = biases + expert * outputs * (1 if GATE.kind == "" else 2)
     value = finished(total, up, own, own + outputs, n, outputs, GATE, BIASED, BIASED)
@@ -64,8 +68,9 @@ def pair_vector_product(
 
 @triton.jit
 def pair_tile_product(
-    ordered, order, fields, words, biases, out, outputs, groups, matrix_words, LAYOUT: tl.constexpr, GATE: tl.constexpr,
-    BIASED: tl.constexpr, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr,
+    ordered, routes, order, fields, words, biases, out, outputs, groups, matrix_words, LAYOUT: tl.constexpr,
+    GATE: tl.constexpr, BIASED: tl.constexpr, WEIGHED: tl.constexpr, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """As `pair_vector_product`, for tiles of pairs of one expert. Grid (tiles, blocks of outputs): programs next to each other
     read the same weights, if an expert has several tiles.
@@ -90,19 +95,26 @@ def pair_tile_product(
         ordered, source, m < count, matrix, matrix + matrix_words, n, outputs, groups, LAYOUT, GATE.kind != "", BLOCK_M,
         BLOCK_N, BLOCK_J,
     )  # fmt: skip
+    if WEIGHED:
+        weight = tl.load(routes + source * (2 * TOP_K) + TOP_K + pair % TOP_K, mask=m < count, other=0.0)[:, None]
+        total *= weight
+        up *= weight
     own = biases + expert * outputs * (1 if GATE.kind == "" else 2)
     value = finished(total, up, own, own + outputs, n, outputs, GATE, BIASED, BIASED)
     tl.store(out + pair[:, None] * outputs + n[None, :], value, mask=(m < count)[:, None] & (n < outputs)[None, :])
 
 
 @triton.jit
-def add_pairs(results, routes, out, outputs, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
-    """out[t] = sum over j, ascending, of weight[t, j] * results[t * TOP_K + j]. Grid (tokens, blocks of outputs)."""
+def add_pairs(results, routes, out, outputs, WEIGHED: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    """out[t] = sum over j, ascending, of weight[t, j] * results[t * TOP_K + j], or of the results if they are WEIGHED already.
+    Grid (tokens, blocks of outputs)."""
     token, n = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for j in range(TOP_K):
-        weight = tl.load(routes + token * (2 * TOP_K) + TOP_K + j)
-        total += weight * tl.load(results + (token * TOP_K + j) * outputs + n, mask=n < outputs, other=0.0)
+        result = tl.load(results + (token * TOP_K + j) * outputs + n, mask=n < outputs, other=0.0)
+        if not WEIGHED:
+            result *= tl.load(routes + token * (2 * TOP_K) + TOP_K + j)
+        total += result
     tl.store(out + token * outputs + n, total, mask=n < outputs)
 
 
@@ -117,10 +129,12 @@ def group_for(routes: torch.Tensor, experts: int, stack: DeviceStack) -> PairTil
 
 def _products(
     x: torch.Tensor, routes: torch.Tensor, tiles: PairTiles | None, stack: DeviceStack, biases: torch.Tensor | None,
-    gate: Gate, out: torch.Tensor,
+    gate: Gate, out: torch.Tensor, weighed: bool = False,
 ) -> None:  # fmt: skip
-    top_k = routes.shape[1] // 2
-    constants = {"LAYOUT": stack.layout, "GATE": gate, "BIASED": biases is not None, "TOP_K": top_k}
+    constants = {
+        "LAYOUT": stack.layout, "GATE": gate, "BIASED": biases is not None, "WEIGHED": weighed,
+        "TOP_K": routes.shape[1] // 2,
+    }  # fmt: skip
     biases = out if biases is None else biases
     if tiles is None:
         pair_vector_product[(stack.tile_rows, len(out))](
@@ -130,8 +144,8 @@ def _products(
     else:
         sizes = tile_sizes(tiles.block_m, stack, gate is not NO_GATE) | {"BLOCK_M": tiles.block_m}
         pair_tile_product[(len(tiles.fields), triton.cdiv(stack.rows, sizes["BLOCK_N"]))](
-            ordered_rows(x, stack.cols, stack), tiles.order, tiles.fields, stack.words, biases, out, stack.rows, stack.groups,
-            stack.matrix_words, **constants, **sizes, num_warps=4, num_stages=2,
+            ordered_rows(x, stack.cols, stack), routes, tiles.order, tiles.fields, stack.words, biases, out, stack.rows,
+            stack.groups, stack.matrix_words, **constants, **sizes, num_warps=4, num_stages=2,
         )  # fmt: skip
 
 
@@ -143,8 +157,10 @@ def gate_up(
     out: torch.Tensor,
     biases: torch.Tensor | None = None,
     gate: Gate = SILU,
+    weighed: bool = False,
 ) -> None:
-    """out[t * top_k + j] = gate_e x_t + b_e and up_e x_t + c_e joined, for the j-th expert e of token t.
+    """out[t * top_k + j] = gate_e x_t + b_e and up_e x_t + c_e joined, for the j-th expert e of token t; with `weighed` both
+    products are multiplied by its weight.
 
     Args:
         x: float32 [T, columns], contiguous.
@@ -153,7 +169,7 @@ def gate_up(
         biases: float32 [experts, 2, rows], in the same order.
         out: float32 [T * top_k, rows].
     """
-    _products(x, routes, tiles, stack, biases, gate, out)
+    _products(x, routes, tiles, stack, biases, gate, out, weighed)
 
 
 def down(
@@ -163,8 +179,10 @@ def down(
     stack: DeviceStack,
     out: torch.Tensor,
     biases: torch.Tensor | None = None,
+    weighed: bool = False,
 ) -> None:
-    """out[t] = sum over j of weight * (down_e hidden[t * top_k + j] + b_e), for the j-th expert e of token t and its weight.
+    """out[t] = sum over j of weight * (down_e hidden[t * top_k + j] + b_e), for the j-th expert e of token t and its weight,
+    which is 1 if `hidden` is `weighed` already.
 
     Args:
         hidden: float32 [T * top_k, columns], contiguous.
@@ -174,5 +192,5 @@ def down(
     results = torch.empty((len(hidden), stack.rows), dtype=torch.float32, device=hidden.device)
     _products(hidden, routes, tiles, stack, biases, NO_GATE, results)
     add_pairs[(len(out), triton.cdiv(stack.rows, _SUM_BLOCK))](
-        results, routes, out, stack.rows, TOP_K=routes.shape[1] // 2, BLOCK=_SUM_BLOCK, num_warps=2
+        results, routes, out, stack.rows, WEIGHED=weighed, TOP_K=routes.shape[1] // 2, BLOCK=_SUM_BLOCK, num_warps=2
     )

@@ -27,6 +27,12 @@ def gelu(x):
 
 
 @triton.jit
+def gelu_erf(x):
+    """See op `gelu_erf`."""
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
 def gated(gate, up, GATE: tl.constexpr):
     """float32 gate and up, joined as `gates.Gate` says."""
     if GATE.kind == "silu":

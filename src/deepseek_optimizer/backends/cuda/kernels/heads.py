@@ -10,6 +10,7 @@ from ..division import MOST_ROWS
 from ..matrices import DeviceStack
 from .linear_tile import ordered_rows, tile_sizes, tile_sums
 from .linear_vector import block_words, tile_row_sums
+from .rope import store_as
 
 
 @triton.jit
@@ -36,23 +37,23 @@ def head_vector_product(
 
 @triton.jit
 def head_tile_product(
-    ordered, source_stride, words, out, out_stride, out_head, rows, outputs, groups, matrix_words, LAYOUT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr,
+    ordered, source_stride, head_stride, words, out, out_stride, out_head, rows, outputs, groups, matrix_words,
+    LAYOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """As `head_vector_product`, for many rows on tensor cores. Grid (blocks of rows, blocks of outputs, heads).
 
     Args:
-        ordered: the heads of x as `order_rows` writes them, those of row m from m * source_stride on.
+        ordered: the heads of x as `order_rows` writes them, head h of row m at m * source_stride + h * head_stride.
     """
     m, head = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(2).to(tl.int64)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     matrix = words + head * matrix_words
     total, _ = tile_sums(
-        ordered, m.to(tl.int64) * source_stride + head, m < rows, matrix, matrix, n, outputs, groups, LAYOUT, False, BLOCK_M,
-        BLOCK_N, BLOCK_J,
+        ordered, m.to(tl.int64) * source_stride + head * head_stride, m < rows, matrix, matrix, n, outputs, groups, LAYOUT,
+        False, BLOCK_M, BLOCK_N, BLOCK_J,
     )  # fmt: skip
     place = out + m[:, None].to(tl.int64) * out_stride + head * out_head + n[None, :]
-    tl.store(place, total, mask=(m < rows)[:, None] & (n < outputs)[None, :])
+    store_as(place, total, mask=(m < rows)[:, None] & (n < outputs)[None, :])
 
 
 class HeadInputs:
@@ -86,7 +87,7 @@ class HeadInputs:
             sizes = tile_sizes(rows, stack, gated=False)
             grid = triton.cdiv(rows, sizes["BLOCK_M"]), triton.cdiv(stack.rows, sizes["BLOCK_N"]), heads
             head_tile_product[grid](
-                self._ordered[first:], self._x.shape[1], words, out, out.stride(0), out.stride(1), rows, stack.rows,
+                self._ordered[first:], self._x.shape[1], 1, words, out, out.stride(0), out.stride(1), rows, stack.rows,
                 stack.groups, stack.matrix_words, LAYOUT=stack.layout, **sizes, num_warps=4,
                 num_stages=2,
             )  # fmt: skip

@@ -23,10 +23,11 @@ _BLOCK = 1024  # scores that a program of `choose_best` reads at a time
 @triton.jit
 def index_scores(
     q, weights, cache, block_tables, sequence, ends, scores, block_elements, index_offset, most_blocks, most_keys, scale,
-    HEADS: tl.constexpr, HEAD_BLOCK: tl.constexpr, WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr, TOKENS: tl.constexpr,
-    NARROW: tl.constexpr,
+    HEADS: tl.constexpr, HEAD_BLOCK: tl.constexpr, WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr, EVERY: tl.constexpr,
+    TOKENS: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
-    """scores[i, t] = scale * sum over h of weight_h relu(q_h . k_t), for the tokens t < ends[i]. Grid (rows, blocks of tokens).
+    """scores[i, t] = scale * sum over h of weight_h relu(q_h . k_t), for the tokens t < ends[i], or the entries of EVERY tokens
+    each that are complete there. Grid (rows, blocks of keys).
 
     Args:
         q: float32 [rows, HEADS * WIDTH]. weights: float32 [rows, HEADS].
@@ -35,13 +36,14 @@ def index_scores(
         scores: float32 [rows, most_keys].
     """
     row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * TOKENS
-    end = tl.load(ends + row)
+    end = tl.load(ends + row) // EVERY
     if first >= end:
         return
     t, h, d = first + tl.arange(0, TOKENS), tl.arange(0, HEAD_BLOCK), tl.arange(0, WIDTH_BLOCK)
     stored = t < end
-    page = tl.load(block_tables + tl.load(sequence + row) * most_blocks + t // 32, mask=stored, other=0).to(tl.int64)
-    place = page * block_elements + index_offset + t % 32 * WIDTH
+    last = (t + 1) * EVERY - 1
+    page = tl.load(block_tables + tl.load(sequence + row) * most_blocks + last // 32, mask=stored, other=0).to(tl.int64)
+    place = page * block_elements + index_offset + last % 32 // EVERY * WIDTH
     keys = tl.load(cache + place[None, :] + d[:, None], mask=stored[None, :] & (d < WIDTH)[:, None], other=0.0)
     mask = (h < HEADS)[:, None] & (d < WIDTH)[None, :]
     rows = tl.load(q + (row * HEADS + h[:, None]) * WIDTH + d[None, :], mask=mask, other=0.0)
@@ -60,14 +62,15 @@ def ordered_bits(scores, t, end):
 
 
 @triton.jit
-def choose_best(scores, ends, chosen, most_keys, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
-    """chosen[i] = the TOP_K tokens t < ends[i] with the largest scores, or all, ascending; -1 after the last. Grid (rows).
+def choose_best(scores, ends, chosen, most_keys, EVERY: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    """chosen[i] = the TOP_K tokens t < ends[i], or entries, with the largest scores, or all, ascending; -1 after the last. Grid
+    (rows).
 
     Args:
         scores: float32 [rows, most_keys]. chosen: float32 [rows, TOP_K].
     """
     row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    end, own, target = tl.load(ends + row), scores + row * most_keys, chosen + row * TOP_K
+    end, own, target = tl.load(ends + row) // EVERY, scores + row * most_keys, chosen + row * TOP_K
     smallest = tl.full([], 0, tl.int64)  # the largest number that TOP_K scores reach
     step = tl.full([], 4294967296, tl.int64)
     for _ in range(33):
@@ -103,15 +106,17 @@ def choose(
     ends: torch.Tensor,
     chosen: torch.Tensor,
     scale: float,
+    every: int = 1,
 ) -> None:
     """See `index_scores` and `choose_best`; for as many rows at a time as a bounded memory holds.
 
     Args:
         q: float32 [T, heads * width]. weights: float32 [T, heads].
         chosen: float32 [T, top_k].
+        every: tokens of an entry; 1: keys are those of tokens.
     """
     (tokens, heads), most_blocks = weights.shape, block_tables.shape[1]
-    width, keys = q.shape[1] // heads, 32 * most_blocks
+    width, keys = q.shape[1] // heads, triton.cdiv(32 * most_blocks, every)
     most = min(tokens, rows_at_once(keys))
     scores = torch.empty((most, keys), dtype=torch.float32, device=q.device)
     block = min(_BLOCK, triton.next_power_of_2(keys))
@@ -121,7 +126,9 @@ def choose(
         index_scores[(count, triton.cdiv(keys, _TOKENS))](
             q[rows], weights[rows], cache, block_tables, sequence[rows], ends[rows], scores, cache.stride(0), index_offset,
             most_blocks, keys, scale, HEADS=heads, HEAD_BLOCK=max(16, triton.next_power_of_2(heads)), WIDTH=width,
-            WIDTH_BLOCK=max(16, triton.next_power_of_2(width)), TOKENS=_TOKENS, NARROW=cache.dtype == torch.bfloat16,
-            num_warps=4,
+            WIDTH_BLOCK=max(16, triton.next_power_of_2(width)), EVERY=every, TOKENS=_TOKENS,
+            NARROW=cache.dtype == torch.bfloat16, num_warps=4,
         )  # fmt: skip
-        choose_best[(count,)](scores, ends[rows], chosen[rows], keys, TOP_K=chosen.shape[1], BLOCK=block, num_warps=8)
+        choose_best[(count,)](
+            scores, ends[rows], chosen[rows], keys, EVERY=every, TOP_K=chosen.shape[1], BLOCK=block, num_warps=8
+        )  # fmt: skip

@@ -18,13 +18,24 @@ _MERGED = 8192  # elements of all chunks that a program of `merge_chunks` combin
 
 
 @triton.jit
-def blocks_to_read(first_token, last_end, window, sinks):
+def first_seen(token, window, CHUNKED: tl.constexpr):
+    """The first token that a row with this token sees, apart from sinks: of a window that ends with it, or if CHUNKED of its
+    chunk of `window` tokens. May be negative."""
+    if CHUNKED:
+        first = token - token % window
+    else:
+        first = token + 1 - window
+    return first
+
+
+@triton.jit
+def blocks_to_read(first_token, last_end, window, sinks, CHUNKED: tl.constexpr = False):
     """The number of blocks that a tile reads, how many of them belong to the sinks, and the block of the sequence that follows
     these: those between the sinks and the first row's window are left out."""
     first_block = 0
     sink_blocks = 0
     if window > 0:
-        first_block = tl.maximum(first_token + 1 - window, 0) // 32
+        first_block = tl.maximum(first_seen(first_token, window, CHUNKED), 0) // 32
         sink_blocks = tl.minimum((sinks + 31) // 32, first_block)
     return sink_blocks + (last_end + 31) // 32 - first_block, sink_blocks, first_block
 
@@ -51,12 +62,12 @@ def scales_of(cache, layer, KV_HEADS: tl.constexpr, HEAD: tl.constexpr):
 
 
 @triton.jit
-def seen_by_rows(key, stored, token, end, window, sinks):
-    """bool [rows, keys]: a row that is token i sees the tokens j < end; with a window, of these only j > i - window and
-    j < sinks."""
+def seen_by_rows(key, stored, token, end, window, sinks, CHUNKED: tl.constexpr = False):
+    """bool [rows, keys]: a row that is token i sees the tokens j < end; with a window, of these only those from `first_seen`
+    on and j < sinks."""
     seen = stored[None, :] & (key[None, :] < end[:, None])
     if window > 0:
-        seen = seen & ((key[None, :] > token[:, None] - window) | (key < sinks)[None, :])
+        seen = seen & ((key[None, :] >= first_seen(token, window, CHUNKED)[:, None]) | (key < sinks)[None, :])
     return seen
 
 

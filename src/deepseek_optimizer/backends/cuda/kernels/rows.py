@@ -1,4 +1,4 @@
-"""Rows by index, of packed embeddings and of values, and rows of two values side by side."""
+"""Rows by index, of packed embeddings and of values, rows of two values side by side, and some columns of rows."""
 
 from __future__ import annotations
 
@@ -65,29 +65,6 @@ def select_rows(index: torch.Tensor, x: torch.Tensor, out: torch.Tensor) -> None
 
 
 @triton.jit
-def copy_columns(
-    x, out, rows, width, GROUPS: tl.constexpr, BEGIN: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """out[r] = COUNT elements from BEGIN on of each of GROUPS equal parts of x[r]: float32 [rows, width], [rows, GROUPS *
-    COUNT], contiguous. Grid (blocks of rows, and of columns)."""
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    column = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
-    source = column // COUNT * (width // GROUPS) + BEGIN + column % COUNT
-    inside = (row < rows) & (column < GROUPS * COUNT)
-    value = tl.load(x + row * width + source, mask=inside, other=0.0)
-    tl.store(out + row * (GROUPS * COUNT) + column, value, mask=inside)
-
-
-def columns(x: torch.Tensor, out: torch.Tensor, groups: int, begin: int, end: int) -> None:
-    """See `copy_columns`."""
-    rows, width = out.shape
-    grid = triton.cdiv(rows, _ROWS), triton.cdiv(width, _BLOCK)
-    copy_columns[grid](
-        x, out, rows, x.shape[1], GROUPS=groups, BEGIN=begin, COUNT=end - begin, ROWS=_ROWS, BLOCK=_BLOCK, num_warps=4
-    )
-
-
-@triton.jit
 def join_rows(a, b, out, rows, first, second, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """out[r] = a[r], then b[r]: float32 [rows, first], [rows, second], [rows, first + second], contiguous. Grid (blocks of
     rows, and of columns)."""
@@ -106,3 +83,27 @@ def concat(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
     if rows:
         grid = triton.cdiv(rows, _ROWS), triton.cdiv(width, _BLOCK)
         join_rows[grid](a, b, out, rows, a.shape[1], b.shape[1], ROWS=_ROWS, BLOCK=_BLOCK, num_warps=4)
+
+
+@triton.jit
+def copy_columns(x, out, rows, width, part, begin, count, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Elements [begin, begin + count) of each `part` elements of a row. Grid (blocks of rows, and of columns of `out`).
+
+    Args:
+        x: float32 [rows, n * part]; out: float32 [rows, width] with width = n * count.
+    """
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    column = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    inside = (row < rows) & (column < width)
+    source = x + row * (width // count * part) + column // count * part + begin + column % count
+    tl.store(out + row * width + column, tl.load(source, mask=inside, other=0.0), mask=inside)
+
+
+def columns(x: torch.Tensor, out: torch.Tensor, groups: int, begin: int, end: int) -> None:
+    """out = elements [begin, end) of each of the `groups` equal parts of x's rows; see `copy_columns`."""
+    rows, width = out.shape
+    if rows:
+        grid = triton.cdiv(rows, _ROWS), triton.cdiv(width, _BLOCK)
+        copy_columns[grid](
+            x, out, rows, width, x.shape[1] // groups, begin, end - begin, ROWS=_ROWS, BLOCK=_BLOCK, num_warps=4
+        )  # fmt: skip
