@@ -18,7 +18,7 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 NOT_FINITE = -1  # instead of a token: the row's largest logit is NaN or infinite
-_LANES = 64  # rows that a vocabulary is folded into, to search its columns' maxima and sums first
+LANES = 64  # rows that a vocabulary is folded into, to search its columns' maxima and sums first
 
 
 class Filters(Protocol):
@@ -145,10 +145,10 @@ def largest_tokens(values: Floats, count: int) -> Ints:
 
 def _lower_bound(values: Floats, count: int) -> float:
     """A lower bound of the `count` largest values, from the maxima of the folded columns."""
-    columns = len(values) // _LANES
+    columns = len(values) // LANES
     if count > columns // 2:
         return float(np.partition(values, -count)[-count]) if count < len(values) else -np.inf
-    maxima = values[: columns * _LANES].reshape(_LANES, columns).max(0)
+    maxima = values[: columns * LANES].reshape(LANES, columns).max(0)
     return float(np.partition(maxima, -count)[-count])
 
 
@@ -156,11 +156,11 @@ def _draw_unfiltered(scaled: Floats, u: float) -> int:
     """Samples from all tokens: first a column of the folded vocabulary by its sum, then a token in it. Two short searches
     replace a cumulative sum over the whole vocabulary."""
     size = len(scaled)
-    columns = -(-size // _LANES)
-    weights = np.zeros(columns * _LANES, np.float32)
+    columns = -(-size // LANES)
+    weights = np.zeros(columns * LANES, np.float32)
     np.subtract(scaled, scaled.max(), out=weights[:size])
     np.exp(weights[:size], out=weights[:size])
-    table = weights.reshape(_LANES, columns)
+    table = weights.reshape(LANES, columns)
     sums = np.cumsum(table.sum(0), dtype=np.float64)
     column = _place(sums, u)
     before = float(sums[column - 1]) if column else 0.0

@@ -25,7 +25,7 @@ class Results:
     Attributes:
         logits: [R, V].
         hidden: the hidden states that were asked for, by index.
-        greedy: int32 [R], the likeliest tokens (`reference.plan.greedy_tokens`).
+        greedy: int32 [R], the likeliest tokens (`reference.device_choice.greedy_tokens`).
         held: further memory whose address kernels were given.
     """
 
