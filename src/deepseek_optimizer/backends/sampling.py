@@ -58,6 +58,45 @@ class TokenChoice(NamedTuple):
 GREEDY = TokenChoice()
 
 
+class Change(NamedTuple):
+    """Changes the logits of some tokens before a token is chosen, in fp32: first by the factor, then by addition.
+
+    Attributes:
+        tokens: [n], without repetition unless all have the same change.
+        factor: logits above 0 are divided by it, and others multiplied.
+        added: float32 [n], may be -inf, which bars a token; None: nothing is added.
+    """
+
+    tokens: Ints
+    factor: float = 1.0
+    added: Floats | None = None
+
+
+class ChangedChoice(NamedTuple):
+    """How one row's token is chosen and reported, for rows on a device.
+
+    Attributes:
+        choice: how it is chosen.
+        changes: what is done to the logits first, in this order.
+        logprobs: number of likeliest tokens to report beside the chosen one, by the logits without changes; None: nothing is
+            reported.
+    """
+
+    choice: TokenChoice
+    changes: tuple[Change, ...] = ()
+    logprobs: int | None = None
+
+
+def apply_changes(logits: Floats, changes: Sequence[Change]) -> None:
+    """Changes float32 logits [V] in place; those that are finite stay so unless their token is barred."""
+    for change in changes:
+        own = logits[change.tokens]
+        if change.factor != 1:
+            factor = np.float32(change.factor)
+            own = np.where(own < 0, own * factor, own / factor)
+        logits[change.tokens] = own if change.added is None else own + change.added
+
+
 def choose_token(logits: Floats, choice: TokenChoice) -> int:
     """The token that `choice` selects from float32 logits [V]; NOT_FINITE if the largest logit is NaN or infinite."""
     token = int(logits.argmax())
