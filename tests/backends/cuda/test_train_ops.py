@@ -205,8 +205,8 @@ def test_a_step_of_a_whole_model(monkeypatch):
 
 def test_what_is_said_of_a_model_on_a_card(monkeypatch):
     card = torch.device("cuda", 0)
-    monkeypatch.setattr(triton_ops, "missing", lambda index: None)
+    monkeypatch.setattr(triton_ops, "missing", lambda device: None)
     assert "are Triton's kernels on cuda:0" in triton_ops.note_for(card)
-    monkeypatch.setattr(triton_ops, "missing", lambda index: "Triton is not installed: pip install x")
+    monkeypatch.setattr(triton_ops, "missing", lambda device: "Triton is not installed: pip install x")
     assert "PyTorch's own operations on cuda:0: Triton is not installed" in triton_ops.note_for(card)
     assert triton_ops.note_for(torch.device("cpu")) is None

@@ -21,22 +21,22 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 
 @functools.cache
-def missing(index: int | None) -> str | None:
-    """Why the kernels cannot run on the CUDA device of this index, with the remedy; None: they can."""
-    return unavailable_reason(torch.device("cuda", index))
+def missing(device: torch.device) -> str | None:
+    """Why the kernels cannot run on a CUDA device, with the remedy; None: they can."""
+    return unavailable_reason(device)
 
 
 def usable(*tensors: torch.Tensor | None) -> bool:
     """Whether the kernels support these tensors: all on a CUDA device, in bf16 or fp32."""
     given = [t for t in tensors if t is not None]
-    return all(t.device.type == "cuda" and t.dtype in _DTYPES for t in given) and missing(given[0].device.index) is None
+    return all(t.device.type == "cuda" and t.dtype in _DTYPES for t in given) and missing(given[0].device) is None
 
 
 def note_for(device: torch.device) -> str | None:
     """A sentence of the training report about a model on this device; None: it is on the CPU."""
     if device.type != "cuda":
         return None
-    if (reason := missing(device.index)) is not None:
+    if (reason := missing(device)) is not None:
         return f"norms, SwiGLU, RoPE, the loss and AdamW are PyTorch's own operations on {device}: {reason}"
     return f"norms, SwiGLU, RoPE, the loss and AdamW are Triton's kernels on {device}; products and attention are PyTorch's"
 
@@ -162,7 +162,8 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        return _rotated(grads[0], *ctx.saved_tensors, ctx.interleaved, backward=True), None, None, None
+        cos, sin = ctx.saved_tensors
+        return _rotated(grads[0], cos, sin, ctx.interleaved, backward=True), None, None, None
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, backward: bool) -> torch.Tensor:
