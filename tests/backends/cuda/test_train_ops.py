@@ -172,7 +172,6 @@ def test_squares_of_gradients():
         assert total == pytest.approx(exact, rel=1e-12, nan_ok=True) and count == found
 
 
-@pytest.mark.wide
 def test_a_step_of_a_whole_model(monkeypatch):
     """Loss, gradients and updated weights are those of plain torch, and every op with a kernel was computed by it."""
     used = set()
