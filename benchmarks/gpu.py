@@ -1,7 +1,9 @@
 """This package on a CUDA card against other engines, in turns in one process: decoding and prompts, and the share of the card's
-bandwidth that decoding reaches. Transformers is always there; vLLM and SGLang where their packages are installed.
+bandwidth that decoding reaches. Transformers is always there; vLLM and SGLang where they are installed; llama.cpp for the
+formats that a GGUF file is given for.
 
     python -m benchmarks.gpu MODEL [--formats bf16 int4] [--batches 1 16 64] [--tokens 128] [--prompt 512] [--seconds 40]
+        [--gguf bf16=FILE int4=FILE]
 
 Results go to benchmarks/results/gpu-CARD.json. Not run yet: there was no card.
 """
@@ -23,6 +25,7 @@ from deepseek_optimizer.system.cuda_device import why_no_cuda
 
 from . import results
 from .alternating import alternate, speedup
+from .gpu_llama_cpp import files_of, side_of
 
 OURS = "ours "  # followed by the format
 _COPIED = 1 << 30  # bytes that bandwidth is measured with
@@ -182,7 +185,9 @@ def main(argv: list[str] | None = None, directory: Path = results.DIRECTORY) -> 
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--seconds", type=float, default=40.0, help="per row and length, after which no further round begins")
+    parser.add_argument("--gguf", nargs="+", default=[], help="FORMAT=FILE: llama.cpp runs this file beside that format")
     a = parser.parse_args(argv)
+    files = files_of(a.gguf)
     if (reason := why_no_cuda()) is not None:
         raise ConfigError(f"the benchmark needs a card: {reason}")
     import torch
@@ -191,6 +196,9 @@ def main(argv: list[str] | None = None, directory: Path = results.DIRECTORY) -> 
     for format_name in a.formats:
         ours = Ours(a.model, format_name)
         sides: dict[str, Side] = {f"{OURS}{format_name}": ours, **{n: make(a.model) for n, make in available().items()}}
+        theirs = side_of(files, format_name, find_spec, max(a.batches), a.prompt + 1 + a.tokens)
+        foreign = {name: make() for name, make in theirs.items()}
+        sides.update(foreign)
         for batch in a.batches:
             found = measure(sides, batch, a.prompt, a.tokens, a.seconds)
             mine = found[f"{OURS}{format_name}"]
@@ -200,6 +208,8 @@ def main(argv: list[str] | None = None, directory: Path = results.DIRECTORY) -> 
             entry = {"card": card, "copy_gb_s": gb_s, "torch": torch.__version__, "sides": found}
             results.merge(f"gpu-{slug(card)}", {row: entry}, directory)
             print(row, found, flush=True)
+        for side in foreign.values():
+            side.close()
         del ours, sides
         gc.collect()
         torch.cuda.empty_cache()

@@ -20,8 +20,8 @@ from deepseek_optimizer.backends import registry
 from deepseek_optimizer.backends.base import DECODE, PHASES, PREFILL, CompileOptions, check_supported
 from deepseek_optimizer.backends.reference import ReferenceBackend
 from deepseek_optimizer.backends.reference.dense_attention import attend
+from deepseek_optimizer.backends.reference.device_choice import choose_on_device
 from deepseek_optimizer.backends.reference.ops import FUNCTIONS
-from deepseek_optimizer.backends.reference.plan import choose_on_device
 from deepseek_optimizer.backends.sampling import GREEDY, NOT_FINITE, TokenChoice, choose_tokens
 from deepseek_optimizer.errors import BackendError
 from deepseek_optimizer.graph import rules

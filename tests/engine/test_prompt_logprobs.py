@@ -89,13 +89,7 @@ def test_a_prompt_longer_than_the_window():
 def test_logits_elsewhere_are_copied():
     """Of rows on a device, those that log probabilities need are copied to the host."""
     core, prompt = make_core(step_tokens=30), [n % 41 for n in range(100)]
-    on_host = core.runner.choose_tokens
-
-    def choose(logits, choices):
-        tokens, rows = on_host(logits, choices)
-        return tokens, {n: rows[n] for n, choice in enumerate(choices) if choice is None}
-
-    core.runner.on_host, core.runner.choose_tokens = False, choose
+    core.runner.on_host = False
     requests = [Request(prompt, sampling(7), id="a", prompt_logprobs=2), Request(prompt[:50], sampling(7), id="b")]
     actual = run(core, *requests)
     check(actual["a"], prompt, 2)

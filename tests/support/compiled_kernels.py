@@ -44,6 +44,9 @@ _TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.int32: "*i32",
+    torch.float64: "*fp64",
+    torch.int64: "*i64",
+    torch.int16: "*i16",
     torch.int8: "*i8",
     torch.uint8: "*u8",
 }
@@ -292,6 +295,41 @@ def launches() -> dict[str, Callable[[], None]]:
     }  # fmt: skip
 
 
+def training_launches() -> dict[str, Callable[[], None]]:
+    """As `launches`, of the kernels of training."""
+    from deepseek_optimizer.backends.cuda.kernels import train_adamw, train_loss, train_rows
+
+    narrow, count = torch.bfloat16, HIDDEN * HIDDEN
+    x, weight, rstd = empty(512, HIDDEN, dtype=narrow), empty(HIDDEN, dtype=narrow), empty(512)
+    q, angles = empty(2, 512, HEADS, HEAD, dtype=narrow).transpose(1, 2), empty(1, 512, HEAD, dtype=narrow)
+    part, few = q[..., :ROPE], empty(1, 512, ROPE, dtype=narrow)
+    logits, labels = empty(512, 128256), empty(512, dtype=torch.int64)
+    rates, keys = (1.0, 0.9, 0.1, 0.999, 0.001, 1.0, 1e-8, 1e-4, 1e-6), (5, 6, 7, 8)
+
+    def update(kind: str, master: str) -> Callable[[], None]:
+        types = {"fp32": (torch.float32,) * 2, "bf16": (narrow,) * 2, "int8": (torch.int8, torch.uint8)}[kind]
+        moments = empty(count, dtype=types[0]), empty(count, dtype=types[1])
+        scales = (empty(count // 256), empty(count // 256)) if kind == "int8" else None
+        low = empty(count, dtype=torch.int16) if master == "split" else None
+        parameter = empty(count, dtype=torch.float32 if master == "none" else narrow)
+        gradient = empty(count, dtype=narrow)
+        return lambda: train_adamw.adamw(parameter, low, gradient, moments, scales, rates, keys, master)
+
+    return {
+        "training, norm": lambda: train_rows.rms_norm(x, weight, 1e-5),
+        "training, norm backward": lambda: train_rows.rms_norm_backward(x, x, weight, rstd, True),
+        "training, swiglu": lambda: train_rows.swiglu(x, x),
+        "training, swiglu backward": lambda: train_rows.swiglu_backward(x, x, x),
+        "training, rope": lambda: train_rows.rope(q, angles, angles, False, False, q),
+        "training, rope of V3 backward": lambda: train_rows.rope(part, few, few, True, True, part),
+        "training, loss": lambda: train_loss.cross_entropy(logits, labels, 0.5, narrow),
+        **{f"training, adamw in {kind}": update(kind, "split") for kind in ("fp32", "bf16", "int8")},
+        "training, adamw without master weights": update("bf16", "stochastic"),
+        "training, adamw of fp32 weights": update("int8", "none"),
+        "training, squares": lambda: train_adamw.squares(x),
+    }
+
+
 def compiled(capability: int, part: str = "") -> dict[str, dict[str, int]]:
     """By "name: kernel", what each kernel takes, of launches whose names contain `part`."""
     import triton
@@ -299,7 +337,10 @@ def compiled(capability: int, part: str = "") -> dict[str, dict[str, int]]:
 
     target, results, name = GPUTarget("cuda", capability, 32), {}, ""
 
-    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, num_warps: int, num_stages: int = 3, **constants: Any) -> None:
+    def run(
+        kernel: Any, *args: Any, grid: Any, warmup: bool, num_warps: int, num_stages: int = 3, enable_fp_fusion: bool = True,
+        **constants: Any,
+    ) -> None:  # fmt: skip
         signature, values, facts = {}, dict(constants), {}
         for i, param in enumerate(kernel.params):
             given = constants.get(param.name, args[i] if i < len(args) else None)
@@ -310,11 +351,12 @@ def compiled(capability: int, part: str = "") -> dict[str, dict[str, int]]:
                 if isinstance(given, torch.Tensor) or isinstance(given, int) and given % 16 == 0:
                     facts[(i,)] = [["tt.divisibility", 16]]
         source = triton.compiler.ASTSource(kernel, signature, constexprs=values, attrs=facts)
-        made = triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": num_stages})
+        options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": enable_fp_fusion}
+        made = triton.compile(source, target=target, options=options)
         results[f"{name}: {kernel.__name__}"] = {**_usage(made.asm["cubin"]), "shared": made.metadata.shared}
 
     triton.JITFunction.run = run
-    for name, launch in launches().items():  # noqa: B007  `run` reads the name
+    for name, launch in {**launches(), **training_launches()}.items():  # noqa: B007  `run` reads the name
         if part in name:
             launch()
     return results

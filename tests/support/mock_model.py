@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from deepseek_optimizer.backends.decoding import Decoded, RowChoice, TokenPenalties
-from deepseek_optimizer.backends.sampling import GREEDY, NOT_FINITE, choose_tokens
+from deepseek_optimizer.backends.reference.device_choice import choose_on_device
+from deepseek_optimizer.backends.sampling import GREEDY, NOT_FINITE, apply_changes, choose_tokens
 from deepseek_optimizer.cache import HOLE, BlockManager, Forgetting, Groups
 from deepseek_optimizer.cache.block_manager import BLOCK_TOKENS
 from deepseek_optimizer.engine.core import EngineCore
@@ -25,6 +26,7 @@ from deepseek_optimizer.engine.engine import Completion
 from deepseek_optimizer.engine.model_facts import ModelFacts
 from deepseek_optimizer.engine.options import EngineOptions
 from deepseek_optimizer.engine.request import Request, SamplingParams
+from deepseek_optimizer.engine.runner import choose_rows
 from deepseek_optimizer.engine.sampling.token_rules import rules_of
 from deepseek_optimizer.engine.sequence import Part
 
@@ -141,7 +143,7 @@ def penalized(logits: np.ndarray, penalties: TokenPenalties | None, tokens: list
     for rule in rules_of(sampling, tokens[: penalties.prompt], VOCAB):
         for token in tokens[penalties.prompt :]:
             rule.add(token)
-        rule.apply(logits)
+        apply_changes(logits, rule.changes())
     return logits
 
 
@@ -165,6 +167,8 @@ class MockRunner:
         pass
 
     def choose_tokens(self, logits, choices):
+        if not self.on_host:
+            return choose_rows(choose_on_device, logits, choices)
         rows = logits.numpy()
         return choose_tokens(rows, choices), rows
 

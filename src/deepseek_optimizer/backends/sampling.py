@@ -18,7 +18,7 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 NOT_FINITE = -1  # instead of a token: the row's largest logit is NaN or infinite
-_LANES = 64  # rows that a vocabulary is folded into, to search its columns' maxima and sums first
+LANES = 64  # rows that a vocabulary is folded into, to search its columns' maxima and sums first
 
 
 class Filters(Protocol):
@@ -56,6 +56,45 @@ class TokenChoice(NamedTuple):
 
 
 GREEDY = TokenChoice()
+
+
+class Change(NamedTuple):
+    """Changes the logits of some tokens before a token is chosen, in fp32: first by the factor, then by addition.
+
+    Attributes:
+        tokens: [n], without repetition unless all have the same change.
+        factor: logits above 0 are divided by it, and others multiplied.
+        added: float32 [n], may be -inf, which bars a token; None: nothing is added.
+    """
+
+    tokens: Ints
+    factor: float = 1.0
+    added: Floats | None = None
+
+
+class ChangedChoice(NamedTuple):
+    """How one row's token is chosen and reported, for rows on a device.
+
+    Attributes:
+        choice: how it is chosen.
+        changes: what is done to the logits first, in this order.
+        logprobs: number of likeliest tokens to report beside the chosen one, by the logits without changes; None: nothing is
+            reported.
+    """
+
+    choice: TokenChoice
+    changes: tuple[Change, ...] = ()
+    logprobs: int | None = None
+
+
+def apply_changes(logits: Floats, changes: Sequence[Change]) -> None:
+    """Changes float32 logits [V] in place; those that are finite stay so unless their token is barred."""
+    for change in changes:
+        own = logits[change.tokens]
+        if change.factor != 1:
+            factor = np.float32(change.factor)
+            own = np.where(own < 0, own * factor, own / factor)
+        logits[change.tokens] = own if change.added is None else own + change.added
 
 
 def choose_token(logits: Floats, choice: TokenChoice) -> int:
@@ -145,10 +184,10 @@ def largest_tokens(values: Floats, count: int) -> Ints:
 
 def _lower_bound(values: Floats, count: int) -> float:
     """A lower bound of the `count` largest values, from the maxima of the folded columns."""
-    columns = len(values) // _LANES
+    columns = len(values) // LANES
     if count > columns // 2:
         return float(np.partition(values, -count)[-count]) if count < len(values) else -np.inf
-    maxima = values[: columns * _LANES].reshape(_LANES, columns).max(0)
+    maxima = values[: columns * LANES].reshape(LANES, columns).max(0)
     return float(np.partition(maxima, -count)[-count])
 
 
@@ -156,11 +195,11 @@ def _draw_unfiltered(scaled: Floats, u: float) -> int:
     """Samples from all tokens: first a column of the folded vocabulary by its sum, then a token in it. Two short searches
     replace a cumulative sum over the whole vocabulary."""
     size = len(scaled)
-    columns = -(-size // _LANES)
-    weights = np.zeros(columns * _LANES, np.float32)
+    columns = -(-size // LANES)
+    weights = np.zeros(columns * LANES, np.float32)
     np.subtract(scaled, scaled.max(), out=weights[:size])
     np.exp(weights[:size], out=weights[:size])
-    table = weights.reshape(_LANES, columns)
+    table = weights.reshape(LANES, columns)
     sums = np.cumsum(table.sum(0), dtype=np.float64)
     column = _place(sums, u)
     before = float(sums[column - 1]) if column else 0.0

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 from ..backends.sampling import NOT_FINITE
-from .request import Finish, Output
+from .request import Finish, Output, TokenLogprob
 from .running import Running
 from .sampling.request_sampler import NotANumberError, NoTokenError
 from .scheduling.scheduler import ScheduledChunk
@@ -27,7 +27,7 @@ def append_tokens(
     Args:
         chunk: the chunk; after its last token and after each of its drafts, one token is chosen.
         tokens: tokens of all rows, chosen by the backend; None: the token is chosen here from the logits.
-        logits: float32 [V] by row, at least of the rows without a token.
+        logits: float32 [V] by row, at least of the rows without a token; or what is to be reported of the token.
         row: the first of the chunk's rows that tokens are chosen from.
         output: of the request in this step.
         eos: ids of the tokens that end a text.
@@ -55,7 +55,8 @@ def append_tokens(
         if not r.max_tokens:  # the choice has only checked the logits
             return "length"
         if report_logprobs and output.logprobs is not None:
-            output.logprobs.append(r.sampler.logprob(logits[row + j], token))
+            known = logits[row + j]
+            output.logprobs.append(known if isinstance(known, TokenLogprob) else r.sampler.logprob(known, token))
         output.token_ids.append(token)
         r.sequence.tokens.append(token)
         r.generated += 1

@@ -301,6 +301,8 @@ class EngineCore:
                 ran = self.clock()
                 steps, last_hidden, states = 1, result.last_hidden, result.draft_states
                 tokens, logits = self.runner.choose_tokens(result.logits, token_choices(chunks, self.runner.on_host))
+                if not self.runner.on_host:
+                    self.metrics.copied_rows += tokens.count(None)
         except (MemoryError, BackendError) as error:
             return outputs + self._fail([chunk.running for chunk in chunks], error)
         outputs += self._advance(chunks, tokens, logits, last_hidden, states, drafted=call is None)

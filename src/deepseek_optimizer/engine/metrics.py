@@ -60,6 +60,7 @@ class EngineMetrics:
         prompt_seconds: time from the first step of each request to its first token, in sum.
         longest: maximum number of tokens of a request, prompt and text together.
         preemptions: how often a request was preempted.
+        copied_rows: number of rows of logits that were copied from a device to the host, where backends cannot choose or score.
         finished: number of ended requests by reason.
         waits: time from arrival to the first step.
         first: time from arrival to the first token.
@@ -82,6 +83,7 @@ class EngineMetrics:
     prompt_seconds: float = 0.0
     longest: int = 0
     preemptions: int = 0
+    copied_rows: int = 0
     cached_tokens: int = 0
     looked_up_tokens: int = 0
     finished: Counter[Finish] = field(default_factory=Counter)

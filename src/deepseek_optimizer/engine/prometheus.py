@@ -26,6 +26,7 @@ _COUNTERS = (
     ("vllm:prefix_cache_hits", "cached_tokens", "Number of prompt tokens found in the prefix cache."),
     ("vllm:prefix_cache_queries", "looked_up_tokens", "Number of prompt tokens looked up in the prefix cache."),
     ("dso:steps", "steps", "Number of steps of the model."),
+    ("dso:copied_logit_rows", "copied_rows", "Number of rows of logits copied from a device to choose or score tokens."),
     ("dso:step_seconds", "step_seconds", "Time spent in steps in seconds."),
 )
 _HISTOGRAMS = (

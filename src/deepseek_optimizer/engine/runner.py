@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as Items
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 
 from ..backends.base import BLOCK_TOKENS, PREFILL, AdapterStore, Int32, Plan, StepBatch, StepOutput
 from ..backends.decoding import DecodeCall, Decoded, DraftedCall, DraftedRounds
-from ..backends.sampling import Floats, TokenChoice
+from ..backends.device_logits import changed_logits, log_probabilities
+from ..backends.sampling import NOT_FINITE, ChangedChoice, Floats, TokenChoice
 from ..cache import states_of_step
 from .picture_steps import Embed, step_fields
+from .request import TokenLogprob
 from .scheduling.memory import Memory
 from .sequence import Part, Sequence
 
@@ -148,22 +151,20 @@ class Runner:
         return decoded
 
     def choose_tokens(
-        self, logits: torch.Tensor, choices: list[TokenChoice | None]
-    ) -> tuple[list[int | None], Floats | Mapping[int, Floats]]:
+        self, logits: torch.Tensor, choices: list[TokenChoice | ChangedChoice | None]
+    ) -> tuple[list[int | None], Floats | Mapping[int, Floats | TokenLogprob]]:
         """Lets the backend choose tokens from a step's logits.
 
         Args:
             logits: float32 [R, V].
-            choices: how to choose the token of each row; None: the caller needs the row's logits.
+            choices: how to choose the token of each row, with changes only if the logits are on a device; None: the caller
+                needs the row's logits.
 
-        Returns: the tokens, see `Plan.choose_tokens`; and logits on the host by row, float32 [V], at least for the rows whose
-            choice is None.
+        Returns: see `choose_rows`; logits in host memory are returned as they are, float32 [R, V].
         """
-        tokens = self.plan.choose_tokens(logits, choices)
         if self.on_host:
-            return tokens, logits.numpy()
-        needed = [row for row, choice in enumerate(choices) if choice is None]
-        return tokens, dict(zip(needed, logits[needed].cpu().numpy(), strict=True))
+            return self.plan.choose_tokens(logits, choices), logits.numpy()  # type: ignore[arg-type]  # without changes
+        return choose_rows(self.plan.choose_tokens, logits, choices)
 
     def draft(self, parts: list[Part], states: list[torch.Tensor], *, logits: bool) -> StepOutput:
         """Runs a step of a drafting plan; the output has the draft states of all rows. With `vocab_size`, the logits overwrite
@@ -273,3 +274,36 @@ def _tables(parts: list[Part]) -> Int32:
         for row, part, length in zip(rows, parts, lengths, strict=True):
             row[:length] = part.sequence.blocks.tables[group].blocks[part.first_block :]
     return tables if groups > 1 else tables[0]
+
+
+def choose_rows(
+    choose: Callable[[torch.Tensor, Items[TokenChoice | None]], list[int | None]],
+    logits: torch.Tensor,
+    choices: list[TokenChoice | ChangedChoice | None],
+) -> tuple[list[int | None], dict[int, Floats | TokenLogprob]]:
+    """Chooses tokens from logits on a device.
+
+    Args:
+        choose: `Plan.choose_tokens`.
+        logits: float32 [R, V]; not changed.
+        choices: one per row; None: the caller needs the row's logits.
+
+    Returns: the tokens, see `Plan.choose_tokens`, and None also where the changes leave none; and by row the logits on the
+        host, float32 [V], if the token is None, or what is to be reported of the token.
+    """
+    given = {row: choice for row, choice in enumerate(choices) if isinstance(choice, ChangedChoice)}
+    changed = [row for row, choice in given.items() if choice.changes]
+    tokens = choose(logits, [None if n in changed else given[n].choice if n in given else c for n, c in enumerate(choices)])  # type: ignore[misc]
+    if changed:
+        own = changed_logits(logits, changed, [given[row].changes for row in changed])
+        for row, token in zip(changed, choose(own, [given[row].choice for row in changed]), strict=True):
+            tokens[row] = None if token == NOT_FINITE else token  # the caller finds out which logits are not finite
+    needed = [row for row, token in enumerate(tokens) if token is None]
+    rows: dict[int, Floats | TokenLogprob] = dict(zip(needed, logits[needed].cpu().numpy(), strict=True))
+    wanted = [(row, token, given[row].logprobs) for row in given if (token := tokens[row]) is not None and token >= 0]
+    reported = [(row, token, count) for row, token, count in wanted if count is not None]
+    if reported:
+        found = log_probabilities(logits, reported)
+        for (row, token, _), (logprob, top) in zip(reported, found, strict=True):
+            rows[row] = TokenLogprob(token, logprob, top)
+    return tokens, rows

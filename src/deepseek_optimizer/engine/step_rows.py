@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..backends.base import DECODE
-from ..backends.sampling import TokenChoice
+from ..backends.sampling import ChangedChoice, TokenChoice
 from .scheduling.scheduler import ScheduledChunk
 from .sequence import Part
 
@@ -44,14 +44,14 @@ def token_counts(chunks: list[ScheduledChunk]) -> tuple[int, int]:
     return sum(1 + len(chunk.drafts) for chunk in decoders), sum(chunk.count for chunk in chunks) - len(decoders)
 
 
-def token_choices(chunks: list[ScheduledChunk], on_host: bool) -> list[TokenChoice | None]:
+def token_choices(chunks: list[ScheduledChunk], on_host: bool) -> list[TokenChoice | ChangedChoice | None]:
     """Returns how the backend is to choose the token of each row of logits; None: the engine chooses it.
 
     Args:
         chunks: the chunks of the step, in order.
         on_host: whether the logits are in the host's memory.
     """
-    choices: list[TokenChoice | None] = []
+    choices: list[TokenChoice | ChangedChoice | None] = []
     for chunk in chunks:
         choices += [None] * len(prompt_rows(chunk))
         if not chunk.ends or chunk.running.request.embed:
@@ -63,5 +63,8 @@ def token_choices(chunks: list[ScheduledChunk], on_host: bool) -> list[TokenChoi
             choices.append(None)
             continue
         sampler, place = chunk.running.sampler, chunk.running.generated
-        choices += [sampler.choice(place + j) for j in range(1 + len(chunk.drafts))]
+        if on_host or chunk.drafts:  # changes of the logits depend on the tokens before, and so on which drafts are accepted
+            choices += [sampler.choice(place + j) for j in range(1 + len(chunk.drafts))]
+        else:
+            choices.append(sampler.device_choice(place))
     return choices

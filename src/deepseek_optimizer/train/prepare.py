@@ -37,6 +37,7 @@ from .modules.mlp import TrainedMlp
 from .modules.mtp_loss import MtpObjective
 from .modules.norm import TrainedNorm
 from .modules.streams import TrainedHyperConnection, TrainedHyperHead, TrainedStreamLayer
+from .ops.triton_ops import note_for
 from .saved_activations import SavedActivations
 
 # Each has `fits(module)`, which recognizes a module by its attributes; the first that fits is used.
@@ -132,6 +133,8 @@ def prepare(
             prepared.others[type(module).__name__] += 1
     _check_head(model, prepared)
     _set_attention(model, prepared)
+    devices = dict.fromkeys(p.device for p in model.parameters())
+    prepared.notes += [note for note in map(note_for, devices) if note is not None]
     if activation_memory == "recompute":
         _recompute_layers(model, prepared)
     return prepared

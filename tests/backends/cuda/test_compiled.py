@@ -93,6 +93,10 @@ LIMITS = {
     "attention, decoding: attend_tile": (168, 48 << 10),
     "attention, decoding with a sink: attend_tile": (168, 48 << 10),
     "attention, decoding in fp32: attend_tile": (255, 96 << 10),
+    "training, norm: train_rms_norm": (64, 1024),
+    "training, norm backward: train_rms_norm_backward": (128, 16 << 10),
+    "training, loss: train_cross_entropy": (80, 1024),
+    **{f"training, adamw in {name}: train_adamw": (96, 8192) for name in ("fp32", "bf16", "int8")},
 }
 SMALL = (128, 4096)
 # Bytes of stack of a thread, at most, for what does not fit into registers. The cosines of rope_angles and compress_rows are in

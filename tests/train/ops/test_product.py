@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from deepseek_optimizer.train.ops import native
+from deepseek_optimizer.train.ops import product as product_op
 from deepseek_optimizer.train.ops.product import (
     column_sums,
     grouped_product,
@@ -109,3 +110,22 @@ def test_mismatched_depths_are_named():
     for form, a, b in (("nt", (3, 4), (5, 6)), ("nn", (3, 4), (5, 6)), ("tn", (3, 4), (5, 6))):
         with pytest.raises(ValueError, match=r"\[3, 4\] and \[5, 6\]"):
             product(form, torch.ones(a), torch.ones(b))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_products_on_a_card_have_fp32_sums_of_bf16_operands(form, monkeypatch):
+    """With torch's product of a card replaced by its definition."""
+    asked = []
+
+    def mm(left, right, *, out_dtype):
+        asked.append((left.dtype, right.dtype, out_dtype))
+        return left.float() @ right.float()
+
+    monkeypatch.setattr(native, "usable", lambda *_: False)
+    monkeypatch.setattr(product_op, "on_tensor_cores", lambda a, b: torch.bfloat16 in (a.dtype, b.dtype))
+    monkeypatch.setattr(torch, "mm", mm)
+    a, b = operands(form, 5, 7, 9, (torch.bfloat16, torch.float32))
+    bias, start = torch.randn(7), torch.randn(5, 7)
+    assert within(product(form, a, b, bias=bias, dtype=torch.float32), form, a, b, bias)
+    assert within(product(form, a, b, out=start.clone(), add=True), form, a, b, start)
+    assert asked == [(torch.bfloat16, torch.bfloat16, torch.float32)] * 2

@@ -26,7 +26,7 @@ class Results:
         logits: [R, V].
         hidden: the hidden states that were asked for, by index.
         drafts: the draft states, if the graph returns them apart.
-        greedy: int32 [R], the likeliest tokens (`reference.plan.greedy_tokens`).
+        greedy: int32 [R], the likeliest tokens (`reference.device_choice.greedy_tokens`).
         held: further memory whose address kernels were given.
     """
 

@@ -19,7 +19,7 @@ from ..decode_one import decode_one
 from ..decoding import DecodeCall, Decoded, DraftedCall, DraftedRounds
 from ..drafted_round import drafted_round
 from ..reference.checks import check_batch
-from ..reference.plan import choose_on_device, greedy_tokens
+from ..reference.device_choice import choose_on_device, greedy_tokens
 from ..sampling import TokenChoice, choose_tokens
 from .bind import weights_on_device
 from .buckets import MOST_ROWS, may_be_captured

@@ -19,10 +19,11 @@ from ..base import KvStore, Plan, StepBatch, StepOutput, reach_of
 from ..decode_one import decode_one
 from ..decoding import DecodeCall, Decoded, DraftedCall, DraftedRounds
 from ..drafted_round import drafted_round
-from ..sampling import NOT_FINITE, TokenChoice, choose_token, choose_tokens
+from ..sampling import TokenChoice, choose_tokens
 from . import choose, compressed, grids, latent, moe, ops, recurrent
 from .adapters import kv_b_of_sequences
 from .checks import check_batch
+from .device_choice import choose_on_device
 from .step import Step
 from .weights import as_dense, rounding_of
 
@@ -545,32 +546,6 @@ _OPS: Mapping[str, Callable[..., tuple[torch.Tensor, ...]]] = {
     "draft_out": ReferencePlan._draft_out,
     "lm_head": ReferencePlan._lm_head,
 }
-
-
-def greedy_tokens(logits: torch.Tensor) -> torch.Tensor:
-    """What `sampling.choose_token` returns for each row without sampling, on the device of the logits."""
-    largest, tokens = logits.max(-1)
-    return torch.where(largest.isfinite(), tokens, NOT_FINITE)
-
-
-def choose_on_device(
-    logits: torch.Tensor, choices: Sequence[TokenChoice | None], greedy: list[int] | None = None
-) -> list[int | None]:
-    """See `Plan.choose_tokens`. Only rows with sampling are copied to the host, for `sampling.choose_token`.
-
-    Args:
-        logits, choices: as there.
-        greedy: `greedy_tokens` of the logits, if they are on the host already.
-    """
-    if greedy is None:
-        greedy = greedy_tokens(logits).tolist()
-    chosen: list[int | None] = []
-    for row, token, choice in zip(logits, greedy, choices, strict=True):
-        if choice is None:
-            chosen.append(None)
-        else:
-            chosen.append(token if choice.temperature == 0 else choose_token(row.cpu().numpy(), choice))
-    return chosen
 
 
 def value_bytes(values: Iterable[Value], dtype: torch.dtype, tokens: int, logit_rows: int) -> int:

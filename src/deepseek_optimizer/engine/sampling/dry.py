@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from ...backends.sampling import Floats
+from ...backends.sampling import Change
 from ..request import SamplingParams
 
 _LARGEST = 88.7228391  # natural logarithm of the largest float32, as in llama.cpp: limits the penalty
@@ -55,15 +55,15 @@ class Dry:
         self._count += 1
         self._find_breaker(n)
 
-    def apply(self, logits: Floats) -> None:
-        """Subtracts the penalties from float32 logits [V], in place."""
+    def changes(self) -> list[Change]:
+        """The penalties, which are subtracted."""
         sampling, n = self._sampling, self._count
         start = self._start(n)
         window = n - start
         limit = min(window, n - 1 - self._end) if self._head >= start else window
         allowed = sampling.dry_allowed_length
         if window <= allowed or limit < allowed:
-            return
+            return []
         lengths = np.minimum(np.minimum(self._lengths[start : n - 1], np.arange(1, window)), limit)
         places = np.flatnonzero(lengths >= allowed)
         tokens, which = np.unique(self._tokens[start + 1 + places], return_inverse=True)
@@ -75,7 +75,7 @@ class Dry:
         penalties = np.minimum(sampling.dry_multiplier * np.power(sampling.dry_base, exponents), _MAX_PENALTY)
         free = np.array([() in self._breakers.get(token, ()) for token in tokens.tolist()], bool)
         penalties[free] = 0
-        logits[tokens] -= penalties.astype(np.float32)
+        return [Change(tokens, added=-penalties.astype(np.float32))]
 
     def _start(self, count: int) -> int:
         """The first position that is searched in a text of `count` tokens."""

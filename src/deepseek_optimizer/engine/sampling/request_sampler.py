@@ -13,12 +13,23 @@ import secrets
 import numpy as np
 
 from ...backends.decoding import RowChoice, TokenPenalties
-from ...backends.sampling import GREEDY, Floats, TokenChoice, draw, largest_tokens, log_probability, uniform
+from ...backends.sampling import (
+    GREEDY,
+    Change,
+    ChangedChoice,
+    Floats,
+    TokenChoice,
+    apply_changes,
+    draw,
+    largest_tokens,
+    log_probability,
+    uniform,
+)
 from ..request import Request, TokenLogprob
 from .filters import draw_filtered, has_filters
 from .mirostat import Mirostat
 from .sampled import SampledLogprobs
-from .token_rules import MIN_PENALTY, Frequency, Repetition, rules_of
+from .token_rules import MIN_PENALTY, Frequency, Repetition, barred, rules_of
 
 
 class NoTokenError(ValueError):
@@ -49,11 +60,11 @@ class RequestSampler:
         self._bits = np.zeros(-(-vocab_size // 32), np.int32) if self.grammar else None
         self._rules = rules_of(sampling, request.prompt, vocab_size)
         biases = sampling.logit_bias
-        self._biased = np.array(list(biases), np.int64)
-        self._bias = np.array([-np.inf if b <= -100 else b for b in biases.values()], np.float32)
+        bias = np.array([-np.inf if b <= -100 else b for b in biases.values()], np.float32)
+        self._biases = [Change(np.array(list(biases), np.int64), added=bias)] if biases else []
         self._ends = np.array(sorted({*eos, *sampling.stop_token_ids}), np.int64)
         # Whether logits are used unchanged after `min_tokens`: the most likely token is then that of the model.
-        self._plain = not self._rules and not len(self._biased) and self.grammar is None
+        self._plain = not self._rules and not self._biases and self.grammar is None
         self._mirostat: Mirostat | None = None
         if sampling.mirostat:
             self._mirostat = Mirostat(sampling.mirostat, sampling.mirostat_tau, sampling.mirostat_eta, vocab_size)
@@ -61,8 +72,9 @@ class RequestSampler:
         self._sampled = SampledLogprobs(sampling, self._seed) if sampling.sampled_logprobs else None
         own_filters = not sampling.greedy and (self._filtered or self._mirostat is not None)
         self._by_backend = self._plain and not own_filters and sampling.logprobs is None
+        self._by_device = self.grammar is None and not own_filters and self._sampled is None
         only_penalties = all(isinstance(rule, Repetition | Frequency) for rule in self._rules)
-        unchanged = not len(self._biased) and self.grammar is None and not own_filters
+        unchanged = not self._biases and self.grammar is None and not own_filters
         self._in_calls = only_penalties and unchanged and self._sampled is None
 
     def choice(self, place: int) -> TokenChoice | None:
@@ -80,6 +92,24 @@ class RequestSampler:
         if sampling.greedy:
             return GREEDY
         return TokenChoice(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, uniform(self._seed, place))
+
+    def device_choice(self, place: int) -> TokenChoice | ChangedChoice | None:
+        """As `choice`, for logits on a device, with penalties, biases, barred tokens, `min_tokens` and log probabilities.
+
+        Args:
+            place: position in the generated text, from 0, of the next token.
+
+        Returns: None if the logits are needed here: for grammars, the distribution that is sampled from, and filters that
+            backends do not have.
+        """
+        own, sampling = self.choice(place), self.sampling
+        if own is not None or not self._by_device:
+            return own
+        choice = GREEDY
+        if not sampling.greedy:
+            u = uniform(self._seed, place)
+            choice = TokenChoice(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, u)
+        return ChangedChoice(choice, tuple(self._changes(place)), sampling.logprobs)
 
     def row_choice(self, place: int, steps: int, tokens: list[int], prompt: int) -> RowChoice | None:
         """Returns how a backend can choose the tokens at `steps` positions of the text; `took` must be called for each of them.
@@ -148,16 +178,16 @@ class RequestSampler:
 
     def _processed(self, raw: Floats, place: int) -> Floats:
         logits: Floats = raw.copy()
-        for rule in self._rules:
-            rule.apply(logits)
-        if len(self._biased):
-            logits[self._biased] += self._bias
-        if place < self.sampling.min_tokens:
-            logits[self._ends] = -np.inf
+        apply_changes(logits, self._changes(place))
         if self.grammar is not None and self._bits is not None and self.grammar.mask(self._bits):
             allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: len(logits)]
             logits[allowed == 0] = -np.inf
         return logits
+
+    def _changes(self, place: int) -> list[Change]:
+        """What is done to the logits of the next token, besides the grammar's mask."""
+        changes = [change for rule in self._rules for change in rule.changes()] + self._biases
+        return [*changes, barred(self._ends)] if place < self.sampling.min_tokens else changes
 
     def took(self, token: int) -> None:
         """Updates penalties, constraints and grammar with a token of the text."""

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ...backends.sampling import Floats
+from ...backends.sampling import Change
 from ..request import SamplingParams
 from .dry import Dry
 
@@ -16,11 +16,16 @@ from .dry import Dry
 MIN_PENALTY = 1e-25
 
 
+def barred(tokens: npt.NDArray[np.int64]) -> Change:
+    """A change after which tokens [n] are not chosen."""
+    return Change(tokens, added=np.full(len(tokens), -np.inf, np.float32))
+
+
 class Rule(Protocol):
     """Changes the logits of one request, depending on its tokens so far."""
 
-    def apply(self, logits: Floats) -> None:
-        """Changes the logits of the next token, float32 [V], in place."""
+    def changes(self) -> list[Change]:
+        """The changes of the logits of the next token."""
 
     def add(self, token: int) -> None:
         """Appends a token of the text."""
@@ -62,10 +67,9 @@ class Repetition:
                 del self._counts[oldest]
                 self._seen[oldest] = False
 
-    def apply(self, logits: Floats) -> None:
-        """Changes float32 logits [V] in place."""
-        seen = logits[self._seen]
-        logits[self._seen] = np.where(seen < 0, seen * self._penalty, seen / self._penalty)
+    def changes(self) -> list[Change]:
+        """The factor of all tokens that occurred."""
+        return [Change(np.flatnonzero(self._seen), float(self._penalty))]
 
 
 class Frequency:
@@ -79,12 +83,13 @@ class Frequency:
         """Appends a token of the text."""
         self._counts[token] += 1
 
-    def apply(self, logits: Floats) -> None:
-        """Changes float32 logits [V] in place."""
-        if self._counts:
-            tokens = np.fromiter(self._counts, np.int64)
-            counts = np.fromiter(self._counts.values(), np.float32)
-            logits[tokens] -= self._frequency * counts + self._presence
+    def changes(self) -> list[Change]:
+        """The penalties of the tokens of the text."""
+        if not self._counts:
+            return []
+        tokens = np.fromiter(self._counts, np.int64)
+        counts = np.fromiter(self._counts.values(), np.float32)
+        return [Change(tokens, added=-(self._frequency * counts + self._presence))]
 
 
 class BadWords:
@@ -104,13 +109,11 @@ class BadWords:
         """Appends a token of the text."""
         self._last.append(token)
 
-    def apply(self, logits: Floats) -> None:
-        """Changes float32 logits [V] in place."""
-        logits[self._single] = -np.inf
+    def changes(self) -> list[Change]:
+        """Bars the tokens that would complete a sequence."""
         last = tuple(self._last)
-        for beginning, token in self._longer:
-            if last[-len(beginning) :] == beginning:
-                logits[token] = -np.inf
+        ends = [token for beginning, token in self._longer if last[-len(beginning) :] == beginning]
+        return [barred(np.concatenate([self._single, np.array(ends, np.int64)]))]
 
 
 class AllowedTokens:
@@ -122,14 +125,14 @@ class AllowedTokens:
     """
 
     def __init__(self, allowed: tuple[int, ...], vocab_size: int) -> None:
-        self._forbidden = np.setdiff1d(np.arange(vocab_size), np.array(allowed, np.int64))
+        self._change = barred(np.setdiff1d(np.arange(vocab_size), np.array(allowed, np.int64)))
 
     def add(self, token: int) -> None:
         """Does nothing: the set of tokens does not change."""
 
-    def apply(self, logits: Floats) -> None:
-        """Changes float32 logits [V] in place."""
-        logits[self._forbidden] = -np.inf
+    def changes(self) -> list[Change]:
+        """Bars all other tokens."""
+        return [self._change]
 
 
 def rules_of(sampling: SamplingParams, prompt: list[int], vocab_size: int) -> list[Rule]:

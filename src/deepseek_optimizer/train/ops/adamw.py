@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import ctypes as C
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Final, Literal
 
 import torch
 
 from ...backends.cpu.buffers import address, optional
 from ...backends.cpu.native_train import TrainNumbers, TrainUpdate
-from . import native
+from . import native, triton_ops
 from .moments import BLOCK, Moments, root
 from .random_bits import random_bits, stochastic_round
 
@@ -100,7 +100,13 @@ def adamw(updates: Sequence[Update]) -> None:
             torch.autograd.graph.increment_version(update.parameter)
     done = set(map(id, native_updates))
     for update in updates:
-        if id(update) not in done:
+        if id(update) in done:
+            continue
+        dense = all(t.is_contiguous() for t in update.tensors())
+        if dense and triton_ops.usable(update.parameter, update.gradient):
+            u = update
+            triton_ops.adamw(u.parameter, u.low, u.gradient, u.moments, astuple(u.rates), u.key, u.master)
+        else:
             adamw_reference(update)
 
 
@@ -140,7 +146,11 @@ def squares(tensors: Sequence[torch.Tensor]) -> tuple[list[float], list[int]]:
         native.call("dso_train_squares", numbers, len(dense), totals, counts)
         for i, total, count in zip(indices, totals, counts, strict=True):
             sums[i], not_finite[i] = total, count
-    for i in set(range(len(tensors))).difference(indices):
+    on_card = [i for i, t in enumerate(tensors) if triton_ops.usable(t)]
+    if on_card:
+        for i, total, count in zip(on_card, *triton_ops.squares([tensors[i] for i in on_card]), strict=True):
+            sums[i], not_finite[i] = total, count
+    for i in set(range(len(tensors))).difference(indices, on_card):
         sums[i], not_finite[i] = squares_reference(tensors[i])
     return sums, not_finite
 

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ...backends.cpu.buffers import address
 from ...errors import ConfigError
-from . import early_gradients, native
+from . import early_gradients, native, triton_ops
 from .product import product
 
 _CHUNK_BYTES: Final = 64 << 20  # fp32 logits of a chunk
@@ -123,6 +123,8 @@ def cross_entropy_(
         _cross_entropy(logits, labels, 0.0 if factor is None else factor, -1 if factor is None else int(bf16), losses)
         gradient = logits.view(dtype)[:, : logits.shape[1]] if bf16 else logits
         return float(losses.sum()), gradient
+    if logits.dtype == torch.float32 and logits.is_contiguous() and triton_ops.usable(logits):
+        return triton_ops.cross_entropy_(logits, labels, factor, dtype)
     log_probabilities = logits.log_softmax(-1)
     loss = -log_probabilities.gather(1, labels[:, None]).double().sum()
     if factor is None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from . import native
+from . import native, triton_ops
 from .linear import check_columns, gradient_place, rows_of, weight_gradient
 from .product import product
 from .swiglu import swiglu
@@ -31,6 +31,8 @@ def mlp(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, gate_w, up_w, down_w = (t.to(dtype) for t in (x, gate_w, up_w, down_w))
     one_dtype = x.dtype == gate_w.dtype == up_w.dtype == down_w.dtype
+    if one_dtype and triton_ops.usable(x, gate_w, up_w, down_w):
+        return F.linear(swiglu(F.linear(x, gate_w), F.linear(x, up_w)), down_w)
     if not (one_dtype and native.usable(x, gate_w, up_w, down_w)):
         return mlp_reference(x, gate_w, up_w, down_w)
     check_columns("mlp", x, gate_w)

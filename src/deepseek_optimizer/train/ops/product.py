@@ -47,9 +47,25 @@ def product(
     _check_out("product", out, *_sizes(form, a, b)[:2])
     if native.usable(a, b, bias, out) and _is_matrix(out):
         torch.ops.dso.train_product(a, b, bias, out, form, add)
+    elif on_tensor_cores(a, b):
+        _put(tensor_core_product(form, a, b, bias), out, add)
     else:
         _put(product_reference(form, a, b, bias), out, add)
     return out
+
+
+def on_tensor_cores(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether `tensor_core_product` supports these operands: on a CUDA device, one in bf16 and none in fp64."""
+    dtypes = a.dtype, b.dtype
+    return a.is_cuda and b.is_cuda and torch.bfloat16 in dtypes and torch.float64 not in dtypes
+
+
+def tensor_core_product(form: Form, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """As `product_reference`, without copies of the operands in fp32. Not run on a card yet."""
+    left, right = a.to(torch.bfloat16), b.to(torch.bfloat16)
+    left, right = left.t() if form == "tn" else left, right.t() if form == "nt" else right
+    result = torch.mm(left, right, out_dtype=torch.float32)
+    return result if bias is None else result + bias.float()
 
 
 def product_reference(form: Form, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ...backends.cpu.buffers import address, optional
-from . import native
+from . import native, triton_ops
 from .scale import scale_into
 
 
@@ -23,6 +23,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         ValueError: the weight does not have n elements.
     """
     _check(x, weight)
+    if x.dtype == weight.dtype and triton_ops.usable(x, weight):
+        return triton_ops.rms_norm(x, weight, eps)
     if not native.usable(x, weight) or x.dtype != weight.dtype:
         return rms_norm_reference(x, weight, eps)
     return _rms_norm(x, weight, eps)[0]
@@ -32,6 +34,8 @@ def rms_norm_of_dtype(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torc
     """`rms_norm`, of x's dtype also if that is bf16 and the weight is fp32; rounded once."""
     _check(x, weight)
     wide = torch.promote_types(x.dtype, weight.dtype)
+    if weight.dtype == wide and triton_ops.usable(x, weight):
+        return triton_ops.rms_norm(x, weight, eps)
     if x.dtype == wide or weight.dtype != wide or not native.usable(x, weight):
         return rms_norm(x, weight, eps).to(x.dtype)
     result: torch.Tensor = _OfDtype.apply(x, weight, eps)
@@ -42,7 +46,7 @@ def rms_norm_with_residual(x: torch.Tensor, weight: torch.Tensor, eps: float) ->
     """(rms_norm(x), x), for residual connections: the two gradients of x are summed in the norm's backward pass."""
     _check(x, weight)
     if not native.usable(x, weight) or x.dtype != weight.dtype:
-        return rms_norm_reference(x, weight, eps), x
+        return rms_norm(x, weight, eps), x
     result: tuple[torch.Tensor, torch.Tensor] = _WithResidual.apply(x, weight, eps)
     return result
 

@@ -15,7 +15,7 @@ import torch
 
 from ...backends.cpu.buffers import address, strided
 from ...backends.cpu.native_train import TrainRotation
-from . import native
+from . import native, triton_ops
 
 
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
@@ -31,7 +31,10 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: boo
     """
     _check(x, cos, sin)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    if not native.usable(x, cos, sin) or cos.requires_grad or sin.requires_grad:
+    fixed = not cos.requires_grad and not sin.requires_grad
+    if fixed and triton_ops.usable(x, cos, sin):
+        return triton_ops.rope(x, cos, sin, interleaved)
+    if not native.usable(x, cos, sin) or not fixed:
         return rope_reference(x, cos, sin, interleaved)
     return _rope(x, cos, sin, interleaved, False)
 

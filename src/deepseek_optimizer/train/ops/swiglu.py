@@ -7,13 +7,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import native
+from . import native, triton_ops
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """gate, up [..., n] -> [..., n]. Raises ValueError if their shapes differ."""
     if gate.shape != up.shape:
         raise ValueError(f"swiglu: gate is {list(gate.shape)}, up {list(up.shape)}; the shapes must be equal")
+    if gate.dtype == up.dtype and triton_ops.usable(gate, up):
+        return triton_ops.swiglu(gate, up)
     if gate.dim() == 0 or gate.dtype != up.dtype or not native.usable(gate, up):
         return swiglu_reference(gate, up)
     return _swiglu(gate, up)
