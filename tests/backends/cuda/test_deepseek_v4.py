@@ -11,7 +11,7 @@ DEVICE = triton_interpreter.require_device()
 from deepseek_optimizer.backends.base import CompileOptions
 from deepseek_optimizer.backends.cuda.backend import CudaBackend
 from deepseek_optimizer.backends.cuda.rows_store import CudaRowsStore
-from deepseek_optimizer.backends.cuda.supported import LATENT_DTYPES
+from deepseek_optimizer.backends.cuda.supported import ROW_DTYPES
 from deepseek_optimizer.backends.reference import ReferenceBackend
 from deepseek_optimizer.errors import BackendError
 from deepseek_optimizer.graph import rules
@@ -100,7 +100,7 @@ def test_layers_that_draft(backend, sparse):
 def test_sizes_equal_the_buffers(backend, sparse):
     graph, weights = graph_of(sparse), packed_weights(weights_of(sparse), "int8")
     formats = {name: w.format for name, w in weights.items() if isinstance(w, (PackedMatrix, PackedStack))}
-    for kv in LATENT_DTYPES:
+    for kv in ROW_DTYPES:
         store = backend.new_store(graph, kv, 3)
         assert isinstance(store, CudaRowsStore)
         store.ensure(1)
