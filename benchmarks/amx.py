@@ -106,9 +106,9 @@ def main(
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--panels", nargs="+", type=int, default=[8, 16, 32])
     panels = parser.parse_args(argv).panels
-    if why_not is None:
-        from deepseek_optimizer.doctor.checks.features import why_not
-    isa = isa_here(why_not)
+    from deepseek_optimizer.doctor.checks import features
+
+    isa = isa_here(why_not or features.why_not)
     runs = {panel: run(panel, isa) for panel in panels}
     panel = best_panel(runs)
     entry = {

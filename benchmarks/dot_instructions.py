@@ -122,8 +122,8 @@ def main() -> None:
             for name, code in functions(chosen.objdump, path).items():
                 if not re.search(chosen.function, name):
                     continue
-                for loop in loops(code):
-                    print(f"| {path.name} | {name} | {loop.instructions} | {loop.multiplying} | {loop.cost:.3f} |")
+                for seen in loops(code):
+                    print(f"| {path.name} | {name} | {seen.instructions} | {seen.multiplying} | {seen.cost:.3f} |")
         return
     print("| instruction set | weights | tokens | instructions of 512 weights | of which multiply | per weight and token |")
     print("|---|---|---|---|---|---|")

@@ -8,6 +8,7 @@ chosen are the largest logits, which llama.cpp copies to the host.
 from __future__ import annotations
 
 import ctypes
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -31,7 +32,7 @@ class LlamaCpp:
 
     def __init__(self, path: str, sequences: int, tokens: int, library: Any = None) -> None:
         if library is None:
-            import llama_cpp as library
+            library = importlib.import_module("llama_cpp")
         self._lib = L = library
         if not L.llama_supports_gpu_offload():
             raise ConfigError(
