@@ -1,4 +1,4 @@
-// Threads, signals and processes, as far as the standard library has them not.
+// Threads, signals and processes, that the standard library lacks.
 #pragma once
 #include <cstdint>
 

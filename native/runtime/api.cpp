@@ -291,10 +291,7 @@ int32_t dso_plan_check(const dso_plan* p) {
 }
 int32_t dso_plan_counts(const dso_plan* p, dso_run_counts* out) {
   return guarded([&] {
-    const dso_plan& plan = given(p, "plan");
-    const Placement& placed = plan.placement();
-    given(out, "out") = {plan.handovers(),   plan.slept(),        placed.pages.there,
-                         placed.pages.moved, placed.pages.stayed, placed.copied};
+    given(out, "out") = given(p, "plan").counts();
   });
 }
 int32_t dso_plan_set_timing(dso_plan* p, int32_t on) {

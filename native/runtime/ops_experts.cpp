@@ -60,8 +60,12 @@ class ExpertsGateUp final : public Op {
     // The largest blocks that open() may create: few rows and a long run of tiles, or many rows and few tiles.
     const bool many = pairs >= kFewRows;
     max_rows_ = many ? std::max(kFewRows, round_up(max_rows(x_.in.kind, x_.stack.first.cols), 4)) : pairs;
-    const int64_t few = std::min(pairs, kFewRows) * std::max(stretches(x_.tiles(), kVectorRows, kMostBytes).largest(),
-                                                             stretches(x_.tiles(), kFewRows, kMostBytes).largest());
+    int64_t longest = 0;  // of the runs of tiles of each node, which are cut for themselves
+    for (int k = 0; k < run.places.nodes_count(); ++k)
+      if (const int64_t tiles = tiles_of_node(run.places, k, x_.stack.first).size(); tiles > 0)
+        for (const int64_t rows : {kVectorRows, kFewRows})
+          longest = std::max(longest, stretches(tiles, rows, kMostBytes).largest());
+    const int64_t few = std::min(pairs, kFewRows) * longest;
     block_floats_ = kTileRows * std::max(few, many ? max_rows_ * kMostTiles : 0);
   }
   void open(const Run& run) override {

@@ -306,6 +306,11 @@ void dso_plan::took(int32_t step) {
   mark_ = end;
 }
 
+dso_run_counts dso_plan::counts() const {
+  ThreadPool::Lease lease(context_->pool);
+  return {handovers_, slept_, placement_.pages.there, placement_.pages.moved, placement_.pages.stayed, placement_.copied};
+}
+
 void dso_plan::set_timing(bool on) {
   ThreadPool::Lease lease(context_->pool);
   timing_ = on;

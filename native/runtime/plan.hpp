@@ -31,11 +31,7 @@ struct dso_plan final : private dso::Job {
   void reserve(int64_t T, int64_t R);
   int64_t buffer_bytes(int64_t T, int64_t R) const;  // of the slots, without the gaps of a checked context
 
-  // Of the last run: stages that threads shared, each a hand-over from one thread to all, and how often a thread slept.
-  int64_t handovers() const { return handovers_; }
-  int64_t slept() const { return slept_; }
-  const dso::ThreadPlaces& places() const { return run_.places; }
-  const dso::Placement& placement() const { return placement_; }  // of the weights, since the first run
+  dso_run_counts counts() const;  // of the last run; waits for one that is under way
 
   void set_timing(bool on);
   void timing(double* seconds_per_step, int64_t* runs) const;
@@ -91,9 +87,9 @@ struct dso_plan final : private dso::Job {
   dso::RedZones::Found found_;
   int32_t found_begin_ = 0, found_end_ = 0;  // the steps after which the overwrite was found
 
-  int64_t handovers_ = 0, slept_ = 0;
+  int64_t handovers_ = 0, slept_ = 0;  // stages that threads shared, each a hand-over from one thread to all; threads that slept
   bool placed_ = false;
-  dso::Placement placement_;
+  dso::Placement placement_;  // of the weights, since the first run
 
   bool timing_ = false;
   int64_t runs_ = 0;
