@@ -206,7 +206,7 @@ class DeepSeekConfig(QuantizationConfigMixin):
             several matching patterns the first is used. With `kl_budget`, only the formats of the other matrices are chosen.
         parallel: over how many processes `load_model` divides the model. {"tensor": 2}: each process has a part of every layer,
             of the cache and of the vocabulary, and `threads` threads (None: its share of those that this process may use).
-            {"expert": 2}: the same, but of the routed experts it has some as a whole. {"pipeline": 2}: each has some of the
+            {"expert": 2}: the same, but each has some of the routed experts, undivided. {"pipeline": 2}: each has some of the
             layers, and their cache; also on several machines. The caller's process is the first of them, and the others end
             with it. Such a model can neither be saved nor moved.
     """

@@ -217,6 +217,10 @@ class KvStore(Protocol):
         """Number of blocks, counted from the first, whose memory is allocated already, whether they are in use or not."""
 
     @property
+    def held_states(self) -> int:
+        """Number of slots, counted from the first, whose memory is allocated already, whether they are in use or not."""
+
+    @property
     def num_states(self) -> int:
         """Number of slots; 0 for a graph without states."""
 

@@ -15,6 +15,7 @@ from ..backends.decoding import DecodeCall, Decoded, DraftedCall, DraftedRounds
 from ..backends.device_logits import changed_logits, log_probabilities
 from ..backends.sampling import NOT_FINITE, ChangedChoice, Floats, TokenChoice
 from ..cache import states_of_step
+from ..errors import NotEnoughMemoryError
 from .picture_steps import Embed, step_fields
 from .request import TokenLogprob
 from .scheduling.memory import Memory
@@ -164,7 +165,15 @@ class Runner:
         """
         if self.on_host:
             return self.plan.choose_tokens(logits, choices), logits.numpy()  # type: ignore[arg-type]  # without changes
-        return choose_rows(self.plan.choose_tokens, logits, choices)
+        try:
+            return choose_rows(self.plan.choose_tokens, logits, choices)
+        except torch.OutOfMemoryError as error:
+            raise NotEnoughMemoryError(
+                f"there is no memory on {logits.device} to choose tokens from {len(logits)} rows of logits",
+                None,
+                None,
+                "set a smaller kv_cache_memory, which leaves more for steps, or a smaller batch_size_range",
+            ) from error
 
     def draft(self, parts: list[Part], states: list[torch.Tensor], *, logits: bool) -> StepOutput:
         """Runs a step of a drafting plan; the output has the draft states of all rows. With `vocab_size`, the logits overwrite

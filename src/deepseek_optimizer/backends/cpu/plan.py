@@ -78,6 +78,11 @@ class CpuStore:
         """None: the address space is reserved, and the system allocates pages as they are written."""
         return 0
 
+    @property
+    def held_states(self) -> int:
+        """None, as of blocks."""
+        return 0
+
     def copy_block(self, source: int, target: int) -> None:
         check(self.lib.dso_cache_copy_block(self.handle, source, target))
 

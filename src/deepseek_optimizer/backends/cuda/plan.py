@@ -212,9 +212,10 @@ class CudaPlan:
 
     def choose_tokens(self, logits: torch.Tensor, choices: Sequence[TokenChoice | None]) -> list[int | None]:
         chosen = self._chosen  # another thread's step may replace it
-        if chosen is not None and chosen[0]() is logits and logits._version == chosen[1]:
-            return choose_on_device(logits, choices, chosen[2])
-        return choose_tokens(logits.numpy(), choices) if logits.is_cpu else choose_on_device(logits, choices)
+        with memory_errors(f"the choice of {len(choices)} tokens on {self.device}", _STEP_REMEDY):
+            if chosen is not None and chosen[0]() is logits and logits._version == chosen[1]:
+                return choose_on_device(logits, choices, chosen[2])
+            return choose_tokens(logits.numpy(), choices) if logits.is_cpu else choose_on_device(logits, choices)
 
     def decode(self, batch: StepBatch, store: KvStore, call: DecodeCall) -> Decoded:
         return decode_one(self, batch, store, call)

@@ -72,6 +72,10 @@ class DeviceBlocks(BlockTensors):
     def held_blocks(self) -> int:
         return min(len(self.data), self.num_blocks)  # without the scratch block
 
+    @property
+    def held_states(self) -> int:
+        return len(self.states.data) if isinstance(self.states, DeviceStates) else 0
+
     def ensure(self, blocks: int) -> None:
         """Allocates memory, before a step that uses blocks < `blocks`."""
         self._grow(blocks)

@@ -17,7 +17,8 @@ ROW_DTYPES = ("fp32", "bf16")  # of a cache of compressed attention
 
 # Values of attributes that the kernels do not have, by op; an op has all other values of its attributes.
 _MISSING: Mapping[str, Mapping[str, Callable[[Any], object]]] = {
-    "experts_gate_up": {"activation": lambda value: value not in ("silu", "gelu")},
+    "experts_down": {"of": bool},  # a part of the experts, of a model in several processes
+    "experts_gate_up": {"activation": lambda value: value not in ("silu", "gelu"), "of": bool},
     "gate_up": {"activation": lambda value: value not in ("silu", "gelu")},
     "compress": {"offset": lambda value: value % 2 == 1},
 }  # fmt: skip

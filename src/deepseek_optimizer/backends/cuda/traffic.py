@@ -67,7 +67,7 @@ class _Counted:
         self.weights = self.cache = self.values = self.scratch = self.floor = 0
         self._coded = item == 1  # with float32 scales
         self._formats, self._item, self._contexts = formats, item, contexts
-        self._cache = graph.cache
+        self._cache, self._states = graph.cache, graph.states
         self._shapes, self._stacks = weight_shapes(graph), stack_shapes(graph)
         self._rows = rows_bucket(len(contexts))
         self._key_item = 2 if self._coded else item  # of keys beside latents
@@ -82,7 +82,7 @@ class _Counted:
             "cache_write": self._write, "rope_cache": self._write, "latent_write": self._latent_write,
             "index_write": self._index_write, "index_choose": self._choose, "rows_write": self._write_rows,
             "compress": self._compress, "entries_choose": self._choose, "compressed_attention": self._compressed_attention,
-            "hash_router": self._hash_router,
+            "hash_router": self._hash_router, "delta_rule": self._recurrent, "short_conv": self._recurrent,
         }.get(node.op, self._products)(node)  # fmt: skip
 
     def _tiles(self, name: str, rows: int, cols: int, count: int = 1) -> int:
@@ -94,6 +94,13 @@ class _Counted:
 
     def _read(self, size: int) -> None:
         self.weights += size
+        self.floor += size
+
+    def _recurrent(self, node: Node) -> None:
+        """The state of each sequence is read and written."""
+        self._products(node)
+        size = 2 * _FLOAT * self._states[node.attrs["state"]].elements * len(self._contexts)
+        self.cache += size
         self.floor += size
 
     def _products(self, node: Node) -> None:
@@ -215,8 +222,9 @@ class _Counted:
     def _attend(self, node: Node, token_bytes: int, heads: int, programs: int, width: int) -> None:
         """Reads tokens of this size; writes and reads what chunks of `programs` programs leave, rows of `width`."""
         window, sinks = node.attrs.get("window", 0), node.attrs.get("sinks", 0)
+        chosen = node.inputs[1].width if node.op == "mla_attention" and len(node.inputs) > 1 else 0
         for context in self._contexts:
-            read = seen = context + 1
+            read = seen = min(context + 1, chosen or context + 1)
             if window:
                 own = context % window + 1 if node.attrs.get("chunked", False) else window
                 first = max(context + 1 - own, 0) // BLOCK_TOKENS * BLOCK_TOKENS
@@ -224,7 +232,8 @@ class _Counted:
                 seen = min(seen, own + sinks)
             self.cache += read * token_bytes
             self.floor += seen * token_bytes
-        blocks = blocks_bucket(-(-(max(self._contexts) + 1) // BLOCK_TOKENS))
+        longest = max(self._contexts) + 1
+        blocks = blocks_bucket(-(-min(longest, chosen or longest) // BLOCK_TOKENS))
         chunks = chunks_of(self._rows, blocks, programs)
         if chunks > 1:
             self.scratch += 2 * _FLOAT * min(self._rows * heads * chunks, PROGRAMS * heads) * (width + 2)

@@ -183,6 +183,10 @@ class LeaderStore:
         return self.own.held_blocks
 
     @property
+    def held_states(self) -> int:
+        return self.own.held_states
+
+    @property
     def saved_bytes(self) -> int:
         return self.leader.group.ranks * self.own.saved_bytes
 

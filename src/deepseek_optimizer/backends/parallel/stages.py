@@ -173,6 +173,10 @@ class FirstStore:
         return self.own.held_blocks
 
     @property
+    def held_states(self) -> int:
+        return self.own.held_states
+
+    @property
     def saved_bytes(self) -> int:
         return sum(self._sizes)
 

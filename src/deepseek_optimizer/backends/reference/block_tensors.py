@@ -27,6 +27,11 @@ class BlockTensors:
     def held_blocks(self) -> int:
         return len(self._data[0])
 
+    @property
+    def held_states(self) -> int:
+        """None: slots are allocated as they are written."""
+        return 0
+
     def copy_block(self, source: int, target: int) -> None:
         self._grow(max(source, target) + 1)
         for tensor in self._tensors:

@@ -234,7 +234,9 @@ class Runtime(PackedModel):
         layers = min(graph.cache.layers, graph.hidden_states - 1)  # without those of MTP layers
         empty = 0 if graph.states else graph.hidden_states - 1 - layers
         growth = CheckedGrowth(store.block_bytes, store.num_blocks, backend.free_memory, lambda: store.held_blocks)
-        state_growth = CheckedGrowth(store.state_bytes, slots, backend.free_memory) if slots else None
+        state_growth = (
+            CheckedGrowth(store.state_bytes, slots, backend.free_memory, lambda: store.held_states) if slots else None
+        )
         return Arena(
             store, layers, _latent_row(graph), _rotation(graph), groups_of(graph), size, growth, state_growth, empty,
             graph.cache.group_of, _windows(graph),

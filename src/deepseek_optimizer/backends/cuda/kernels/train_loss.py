@@ -25,6 +25,7 @@ def train_cross_entropy(
     """
     row = tl.program_id(0).to(tl.int64)
     begin, label = row * columns, tl.load(labels + row)
+    own = tl.load(logits + begin + label)  # before the sums, at which threads wait: the gradient may overwrite it
     largest = tl.full([BLOCK], float("-inf"), tl.float32)  # of each lane
     total = tl.zeros([BLOCK], tl.float32)
     for at in range(0, columns, BLOCK):
@@ -37,7 +38,7 @@ def train_cross_entropy(
     top = tl.max(largest, 0)
     total = tl.where(largest > float("-inf"), total * tl.exp(largest - top), total)
     whole = tl.sum(total, 0)
-    tl.store(losses + row, tl.log(whole) + (top - tl.load(logits + begin + label)))
+    tl.store(losses + row, tl.log(whole) + (top - own))
     if NEEDED:
         for at in range(0, columns, BLOCK):
             column = at + tl.arange(0, BLOCK)
