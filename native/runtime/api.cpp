@@ -290,9 +290,7 @@ int32_t dso_plan_check(const dso_plan* p) {
   return guarded([&] { given(p, "plan").check_weights(); });
 }
 int32_t dso_plan_counts(const dso_plan* p, dso_run_counts* out) {
-  return guarded([&] {
-    given(out, "out") = given(p, "plan").counts();
-  });
+  return guarded([&] { given(out, "out") = given(p, "plan").counts(); });
 }
 int32_t dso_plan_set_timing(dso_plan* p, int32_t on) {
   return guarded([&] { given(p, "plan").set_timing(on != 0); });
