@@ -103,7 +103,7 @@ def check_divisible(settings: DeepSeekConfig, device: torch.device, no_plan: str
 
     Raises:
         ConfigError: a setting conflicts with `parallel`.
-        BackendError: the native backend is not available.
+        BackendError: the native backend is not available, or the system is not Linux.
     """
     ways = f"parallel: {settings.parallel}"
     if no_plan is not None:
@@ -117,6 +117,8 @@ def check_divisible(settings: DeepSeekConfig, device: torch.device, no_plan: str
             f"{ways}: calibration and kl_budget need the whole model; convert it first with `dso convert`, and load the result "
             "with parallel"
         )
+    if sys.platform != "linux":  # descriptors passed to other processes, memory without a name, options of sockets
+        raise BackendError(f"{ways} needs Linux; load the model without parallel")
     if (reason := unavailable_reason()) is not None:
         raise BackendError(f"{ways} needs the native backend: {reason}")
 
