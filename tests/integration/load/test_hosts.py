@@ -66,18 +66,21 @@ def start(folder, rank, address, port, prefix=()):
 
 
 def check_two(folder, expected, address, prefixes=((), ())):
-    """Both answer; then rank 1 is killed, and rank 0 says so; then both are started again."""
-    for kill in (True, False):
+    """Both answer; then one is killed, and the other says so, or fails; then both are started again, and end well."""
+    for killed in (1, 0, None):
         port = free_port()
         first, second = (start(folder, rank, address, port, prefixes[rank]) for rank in range(2))
         try:
             line = first.stdout.readline().strip()
             assert line == expected, first.communicate(timeout=60)[1][-3000:]
-            if kill:
+            if killed == 1:
                 second.send_signal(signal.SIGKILL)
                 second.wait()
                 out, err = first.communicate("again\n", timeout=300)
                 assert "lost:" in out and "rank 1 of 2: the connection to it has ended" in out, err[-3000:]
+            elif killed == 0:
+                first.send_signal(signal.SIGKILL)
+                assert second.wait(timeout=300) == 1
             else:
                 _, err = first.communicate("\n", timeout=300)
                 assert second.wait(timeout=300) == 0 and first.returncode == 0, err[-3000:]

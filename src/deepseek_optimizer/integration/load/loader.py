@@ -175,9 +175,10 @@ def _load_part(
         raise
     if member.link is not None:
         answer(member.link, READY, share.fingerprint)
-        serve_stage(model.dso.backend, model.dso.graph, member.link)
+        ended = serve_stage(model.dso.backend, model.dso.graph, member.link)
+        # This process was started for its part only. On one machine, nobody is left who would read its status.
         if not member.one_host:
-            raise SystemExit(0)  # this process was started for its part only
+            raise SystemExit(0 if ended else 1)
     return model
 
 
