@@ -5,7 +5,6 @@ Each process creates the whole model on the meta device and reads its own parts 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import socket
 import subprocess
@@ -84,12 +83,6 @@ class Share:
     parts: Mapping[str, Part]
     names: list[str] | None = None
     stages: list[Stage] = field(default_factory=list)
-
-    @property
-    def fingerprint(self) -> str:
-        """The same in all processes that divide the same model in the same way."""
-        shapes = [(stage.cached, stage.groups, [repr(node) for node in stage.graph.nodes]) for stage in self.stages]
-        return hashlib.sha256(repr(shapes).encode()).hexdigest()
 
 
 def check_divisible(settings: DeepSeekConfig, device: torch.device, no_plan: str | None, *, packed: bool) -> None:
