@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 
 import pytest
 
+from deepseek_optimizer.backends.parallel import links as links_module
 from deepseek_optimizer.backends.parallel.links import Links
 from deepseek_optimizer.errors import BackendError, RankLostError
 
@@ -98,3 +99,27 @@ def test_closed_links_end_the_process(link):
         assert not os.path.exists(f"/proc/{pid}")
     with pytest.raises(RankLostError, match="the leader, has ended the others"):
         links.together(lambda: links.ask(1, "step"))
+
+
+def test_links_that_another_thread_waits_at_are_closed(link, monkeypatch):
+    """No message comes between the parts of one that it may be sending; the process is killed."""
+    monkeypatch.setattr(links_module, "_PATIENCE", 0.2)
+    links, asked, errors = link("wait(); time.sleep(600)"), threading.Event(), []
+
+    def step():
+        asked.set()
+        links.ask(1, "step")
+
+    def wait():
+        try:
+            links.together(step)
+        except RankLostError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    assert asked.wait(10)
+    links.close()
+    thread.join(20)
+    assert not thread.is_alive() and "the leader, has ended the others" in errors[0]
+    assert not os.path.exists(f"/proc/{links.pids[0]}")

@@ -9,8 +9,10 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from dataclasses import replace
+from multiprocessing.connection import Connection
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ import torch
 from deepseek_optimizer import ConfigError, load_model
 from deepseek_optimizer.backends.cpu import unavailable_reason
 from deepseek_optimizer.errors import BackendError
+from deepseek_optimizer.integration.load import rendezvous
 from deepseek_optimizer.integration.load.rendezvous import Place
 from support.divided import save_divisible
 
@@ -66,18 +69,21 @@ def start(folder, rank, address, port, prefix=()):
 
 
 def check_two(folder, expected, address, prefixes=((), ())):
-    """Both answer; then rank 1 is killed, and rank 0 says so; then both are started again."""
-    for kill in (True, False):
+    """Both answer; then one is killed, and the other says so, or fails; then both are started again, and end well."""
+    for killed in (1, 0, None):
         port = free_port()
         first, second = (start(folder, rank, address, port, prefixes[rank]) for rank in range(2))
         try:
             line = first.stdout.readline().strip()
             assert line == expected, first.communicate(timeout=60)[1][-3000:]
-            if kill:
+            if killed == 1:
                 second.send_signal(signal.SIGKILL)
                 second.wait()
                 out, err = first.communicate("again\n", timeout=300)
                 assert "lost:" in out and "rank 1 of 2: the connection to it has ended" in out, err[-3000:]
+            elif killed == 0:
+                first.send_signal(signal.SIGKILL)
+                assert second.wait(timeout=300) == 1
             else:
                 _, err = first.communicate("\n", timeout=300)
                 assert second.wait(timeout=300) == 0 and first.returncode == 0, err[-3000:]
@@ -141,6 +147,55 @@ def test_both_sides_prove_that_they_know_the_key():
     accepting.join(timeout=60)
     links[0].send_bytes(b"welcome")
     assert link.recv_bytes() == b"welcome"
+
+
+def test_connections_that_say_nothing_delay_nobody(monkeypatch):
+    """Rank 0 waits 10 s for each of them, but for all at once; what is no challenge is refused."""
+    servers, create = [], socket.create_server
+
+    def remembered(*arguments, **options):
+        servers.append(create(*arguments, **options))
+        return servers[-1]
+
+    first = Place(0, 2, "127.0.0.1", free_port(), KEY.encode(), "0", hosted=False)
+    monkeypatch.setattr(rendezvous.socket, "create_server", remembered)
+    links, accepting = [], threading.Thread(target=lambda: links.extend(first.accept()))
+    accepting.start()
+    while not servers:
+        time.sleep(0.01)
+    address = servers[0].getsockname()
+    silent = [socket.create_connection(address) for _ in range(2)]
+    wrong = Connection(socket.create_connection(address).detach())
+    wrong.send_bytes(b"no digest")
+    link = replace(first, rank=1).connect()
+    accepting.join(timeout=8)
+    assert not accepting.is_alive()
+    links[0].send_bytes(b"welcome")
+    assert link.recv_bytes() == b"welcome"
+    for connected in silent:
+        connected.close()
+
+
+def test_a_rank_that_connects_again_replaces_its_first_connection():
+    first = Place(0, 3, "127.0.0.1", free_port(), KEY.encode(), "0", hosted=False)
+    second, links = replace(first, rank=1), []
+    accepting = threading.Thread(target=lambda: links.extend(first.accept()))
+    accepting.start()
+    early = second.connect()
+    time.sleep(0.5)  # until rank 0 has noticed it
+    late = second.connect()
+    with pytest.raises((EOFError, ConnectionResetError)):
+        early.recv_bytes()
+    replace(first, rank=2).connect()
+    accepting.join(timeout=60)
+    links[0].send_bytes(b"welcome")
+    assert late.recv_bytes() == b"welcome"
+
+
+def test_a_rank_that_does_not_come(monkeypatch):
+    monkeypatch.setattr(rendezvous, "PATIENCE", 1.0)
+    with pytest.raises(BackendError, match="rank 1, 2 has not connected within 1 seconds"):
+        Place(0, 3, "127.0.0.1", free_port(), KEY.encode(), "0", hosted=False).accept()
 
 
 @pytest.mark.parametrize(

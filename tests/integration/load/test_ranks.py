@@ -232,6 +232,14 @@ def test_refused_before_memory_is_taken(saved, tmp_path):
         load_divided(tmp_path / "norms")
 
 
+@pytest.mark.parametrize("ways", [{"tensor": 2}, {"pipeline": 2}])
+def test_other_systems_are_refused(ways, monkeypatch):
+    monkeypatch.setattr(ranks.sys, "platform", "win32")
+    settings = DeepSeekConfig(parallel=ways)
+    with pytest.raises(BackendError, match="=2 needs Linux; load the model without parallel"):
+        ranks.check_divisible(settings, torch.device("cpu"), None, packed=False)
+
+
 def test_none_is_left_if_one_cannot_be_started(saved, monkeypatch):
     started, start = [], ranks._start
 

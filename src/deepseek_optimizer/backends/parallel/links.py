@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
@@ -38,8 +40,9 @@ class Links:
         self.lock = threading.RLock()  # held from a message to its answer
         self._connections, self._processes, self._pid = list(connections), list(processes), os.getpid()
         self._lost: list[str] = []  # which process has ended first, and how
+        self._dropped: deque[int] = deque()  # numbers of stores that the others may free
         self._numbers, self._uninterrupted = 0, Uninterrupted()
-        self.close = weakref.finalize(self, _close, self._pid, self._connections, self._processes, self._lost)
+        self.close = weakref.finalize(self, _close, self._pid, self._connections, self._processes, self._lost, self.lock)
 
     @property
     def pids(self) -> list[int]:
@@ -51,6 +54,10 @@ class Links:
         with self.lock:
             self._numbers += 1
             return self._numbers
+
+    def drop(self, number: int) -> None:
+        """The others free a store before the next message. May be called at any time, as by a finalizer."""
+        self._dropped.append(number)
 
     def started(self, fingerprint: str = "") -> None:
         """Waits until all processes have loaded their parts of the model.
@@ -76,6 +83,10 @@ class Links:
 
         def alone() -> Result:
             with self.lock:
+                while self._dropped:
+                    number = self._dropped.popleft()
+                    for rank in range(1, self.ranks):
+                        self.send(rank, "drop_store", number)
                 return function()
 
         result, interrupt = self._uninterrupted.call(alone)
@@ -84,7 +95,7 @@ class Links:
         return result
 
     def send(self, rank: int, *message: Any) -> None:
-        """Sends a message, which is not answered.
+        """Sends a message, which is not answered; within `together`, since a long one is sent in several parts.
 
         Raises:
             RankLostError: a process has ended.
@@ -135,9 +146,15 @@ class Links:
         if self._lost:
             raise RankLostError(self._lost[0])
         if not self.close.alive:
-            raise RankLostError(f"rank 0 of {self.ranks}, the leader, has ended the others")
+            raise RankLostError(self._closed)
+
+    @property
+    def _closed(self) -> str:
+        return f"rank 0 of {self.ranks}, the leader, has ended the others"
 
     def _lose(self, rank: int) -> None:
+        if not self.close.alive:  # by another thread, while this one waited
+            self._end(self._closed)
         name = f"rank {rank} of {self.ranks}"
         if rank > len(self._processes):
             self._end(f"{name}: the connection to it has ended")
@@ -169,18 +186,43 @@ class Links:
         raise RankLostError(self._lost[0])
 
 
-def _close(pid: int, connections: list[Connection], processes: list[subprocess.Popen[bytes]], lost: list[str]) -> None:
+def _close(
+    pid: int, connections: list[Connection], processes: list[subprocess.Popen[bytes]], lost: list[str], lock: Any
+) -> None:
+    """Ends all processes and waits for them. What is called meanwhile or later raises RankLostError."""
     if os.getpid() != pid:
         return  # in a fork, whose parent goes on
-    for connection in connections:
-        try:
-            connection.send_bytes(pickle.dumps((END,)))
-        except OSError:
-            pass
-        connection.close()  # they also end without a message
+    held = lock.acquire(timeout=_PATIENCE)
+    try:
+        for connection in connections:
+            if held:
+                _say_end(connection)
+            else:
+                _cut(connection)
+    finally:
+        if held:
+            lock.release()
     for process in processes:
         try:
-            process.wait(0.5 if lost else _PATIENCE)
+            process.wait(_PATIENCE if held and not lost else 0.5)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def _say_end(connection: Connection) -> None:
+    try:
+        connection.send_bytes(pickle.dumps((END,)))
+    except OSError:
+        pass
+    connection.close()  # they also end without a message
+
+
+def _cut(connection: Connection) -> None:
+    """Ends a connection that another thread uses, which may have sent a message in part. Closing it would let another file
+    get its number while that thread reads."""
+    try:
+        with socket.socket(fileno=os.dup(connection.fileno())) as used:
+            used.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass

@@ -15,13 +15,16 @@ from .messages import DONE, END, FAILED, answer
 from .stages import StageBackend
 
 
-def serve_stage(backend: StageBackend, graph: Graph, link: Connection) -> None:
+def serve_stage(backend: StageBackend, graph: Graph, link: Connection) -> bool:
     """Runs the messages of the first process. Returns when there will be no more of them.
 
     Args:
         backend: this process's, with its plan.
         graph: of the whole model.
         link: to the first process. A message that fails is answered with the reason, and ends the group.
+
+    Returns:
+        Whether the first process has said so; False: it is gone, or the files of the model have changed.
     """
     commands = _Commands(backend, graph)
     try:
@@ -30,9 +33,9 @@ def serve_stage(backend: StageBackend, graph: Graph, link: Connection) -> None:
                 try:
                     name, *arguments = pickle.loads(link.recv_bytes())  # noqa: S301  # from the first process of the group
                 except (EOFError, OSError):
-                    return
+                    return False
                 if name == END:
-                    return
+                    return True
                 result = getattr(commands, name)(*arguments)
                 if name != "drop_store":
                     answer(link, DONE, result)
@@ -40,9 +43,10 @@ def serve_stage(backend: StageBackend, graph: Graph, link: Connection) -> None:
         try:
             answer(link, FAILED, f"{type(error).__name__}: {error}")
         except OSError:
-            return
+            return False
         if not isinstance(error, CheckpointChangedError):  # a user's doing, which needs no traceback
             raise
+        return False
 
 
 class _Commands:

@@ -146,12 +146,8 @@ class FirstStore:
         self._sizes = [own.saved_bytes, *links.together(lambda: self._ask(*message))]
 
     def __del__(self) -> None:
-        if "_sizes" in self.__dict__ and self.links.close.alive:
-            try:
-                for rank in range(1, self.links.ranks):
-                    self.links.send(rank, "drop_store", self.number)
-            except Exception:  # noqa: S110  # the group has ended, and with it its stores
-                pass
+        if "_sizes" in self.__dict__:
+            self.links.drop(self.number)
 
     def _ask(self, *message: Any) -> list[Any]:
         """The answers of all other processes; within `together`."""

@@ -51,6 +51,7 @@ from .placement import packing_backend, parse_device, placed, with_backend
 from .quantizer import mark_quantized
 from .ranks import Member, check_divisible, narrow, share_of, start_ranks
 from .resolve import resolve
+from .same_model import fingerprint
 
 _DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
@@ -164,7 +165,7 @@ def _load_part(
         if member.rank == 0 or not share.stages:  # rank 0 of a pipeline has the MTP layers
             _ = model.dso.mtp_plans  # otherwise, all processes compile the same plans in the same order
         if isinstance(member.leader, Links):
-            member.leader.started(share.fingerprint)
+            member.leader.started(fingerprint(share.stages, settings, checkpoint))
         elif member.leader is not None:
             member.leader.started()
     except BaseException as error:
@@ -174,10 +175,11 @@ def _load_part(
             answer(member.link, FAILED, f"{type(error).__name__}: {error}")  # what the leader raises
         raise
     if member.link is not None:
-        answer(member.link, READY, share.fingerprint)
-        serve_stage(model.dso.backend, model.dso.graph, member.link)
+        answer(member.link, READY, fingerprint(share.stages, settings, checkpoint))
+        ended = serve_stage(model.dso.backend, model.dso.graph, member.link)
+        # This process was started for its part only. On one machine, nobody is left who would read its status.
         if not member.one_host:
-            raise SystemExit(0)  # this process was started for its part only
+            raise SystemExit(0 if ended else 1)
     return model
 
 

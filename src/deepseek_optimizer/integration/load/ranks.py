@@ -5,7 +5,6 @@ Each process creates the whole model on the meta device and reads its own parts 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import socket
 import subprocess
@@ -85,12 +84,6 @@ class Share:
     names: list[str] | None = None
     stages: list[Stage] = field(default_factory=list)
 
-    @property
-    def fingerprint(self) -> str:
-        """The same in all processes that divide the same model in the same way."""
-        shapes = [(stage.cached, stage.groups, [repr(node) for node in stage.graph.nodes]) for stage in self.stages]
-        return hashlib.sha256(repr(shapes).encode()).hexdigest()
-
 
 def check_divisible(settings: DeepSeekConfig, device: torch.device, no_plan: str | None, *, packed: bool) -> None:
     """Raises an error if a model with these settings cannot run in several processes.
@@ -103,7 +96,7 @@ def check_divisible(settings: DeepSeekConfig, device: torch.device, no_plan: str
 
     Raises:
         ConfigError: a setting conflicts with `parallel`.
-        BackendError: the native backend is not available.
+        BackendError: the native backend is not available, or the system is not Linux.
     """
     ways = f"parallel: {settings.parallel}"
     if no_plan is not None:
@@ -117,6 +110,8 @@ def check_divisible(settings: DeepSeekConfig, device: torch.device, no_plan: str
             f"{ways}: calibration and kl_budget need the whole model; convert it first with `dso convert`, and load the result "
             "with parallel"
         )
+    if sys.platform != "linux":  # descriptors passed to other processes, memory without a name, options of sockets
+        raise BackendError(f"{ways} needs Linux; load the model without parallel")
     if (reason := unavailable_reason()) is not None:
         raise BackendError(f"{ways} needs the native backend: {reason}")
 

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import queue
 import socket
+import threading
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +24,7 @@ from ...errors import BackendError, ConfigError
 
 PATIENCE = 600.0  # seconds until all processes have connected
 _HANDSHAKE = 10  # seconds
+_LOOK = 0.05  # seconds between looks for processes that have proved who they are
 _DEAD_AFTER = 20  # seconds without a sign of life of the other machine
 
 
@@ -83,12 +87,7 @@ class Place:
             with socket.create_server((_bound(self.address), 0), family=_family(self.address)) as server:
                 store = self._store()
                 store.set(self._name, str(server.getsockname()[1]))
-                found: dict[int, Connection] = {}
-                server.settimeout(PATIENCE)
-                while len(found) < self.ranks - 1:
-                    connected, _ = server.accept()
-                    if (of_rank := self._welcome(connected)) is not None:
-                        found.setdefault(*of_rank)
+                found = self._meet(server)
         except (OSError, RuntimeError) as error:
             raise BackendError(f"several machines: rank 0 at {self.address} cannot meet the others: {error}") from error
         del store
@@ -103,11 +102,11 @@ class Place:
         try:
             port = int(self._store().get(self._name))
             connected = socket.create_connection((self.address, port), timeout=_HANDSHAKE)
-            link = _link(connected)
+            link = _link(connected, int(PATIENCE))  # rank 0 may have other things to do first
             answer_challenge(link, self.key)
             deliver_challenge(link, self.key)
             link.send_bytes(str(self.rank).encode())
-        except (OSError, EOFError, RuntimeError, AuthenticationError) as error:
+        except (OSError, EOFError, RuntimeError, AuthenticationError, AssertionError) as error:
             raise BackendError(
                 f"several machines: rank {self.rank} cannot reach rank 0 at {self.address}, or it has another DSO_RANK_KEY: "
                 f"{error}"
@@ -124,15 +123,43 @@ class Place:
         own = self.rank == 0 and not self.hosted
         return TCPStore(self.address, self.port, is_master=own, timeout=timedelta(seconds=PATIENCE), wait_for_workers=False)
 
+    def _meet(self, server: socket.socket) -> dict[int, Connection]:
+        """The connections to all other ranks. Each is welcomed in a thread of its own: others may say nothing."""
+        until, found = time.monotonic() + PATIENCE, dict[int, Connection]()
+        welcomed: queue.SimpleQueue[tuple[int, Connection]] = queue.SimpleQueue()
+
+        def welcome(connected: socket.socket) -> None:
+            if (of_rank := self._welcome(connected)) is not None:
+                welcomed.put(of_rank)
+
+        server.settimeout(_LOOK)
+        while len(found) < self.ranks - 1:
+            if time.monotonic() > until:
+                for link in found.values():
+                    link.close()
+                missing = ", ".join(str(rank) for rank in range(1, self.ranks) if rank not in found)
+                raise TimeoutError(f"rank {missing} has not connected within {PATIENCE:.0f} seconds")
+            try:
+                connected, _ = server.accept()
+                threading.Thread(target=welcome, args=(connected,), daemon=True, name="dso-welcome").start()
+            except TimeoutError:
+                pass
+            while not welcomed.empty():
+                rank, link = welcomed.get()
+                if rank in found:
+                    found[rank].close()  # of a process that was started again
+                found[rank] = link
+        return found
+
     def _welcome(self, connected: socket.socket) -> tuple[int, Connection] | None:
         """The rank of a process that has connected; None: it does not know the key."""
-        link = _link(connected)
+        link = _link(connected, _HANDSHAKE)
         try:
             deliver_challenge(link, self.key)
             answer_challenge(link, self.key)
             rank = int(link.recv_bytes(16))
-        except (OSError, EOFError, ValueError, AuthenticationError):
-            link.close()
+        except (OSError, EOFError, ValueError, AuthenticationError, AssertionError):
+            link.close()  # AssertionError: of Python 3.10 and 3.11, about a message that is no challenge
             return None
         if not 0 < rank < self.ranks:
             link.close()
@@ -153,8 +180,8 @@ def _family(address: str) -> socket.AddressFamily:
     return next(iter(infos))[0]
 
 
-def _link(connected: socket.socket) -> Connection:
-    """The messages of a socket, without delay; a machine that has gone is noticed. They time out until `_patient`."""
+def _link(connected: socket.socket, timeout: int) -> Connection:
+    """The messages of a socket, without delay; a machine that has gone is noticed. `timeout`: in seconds, until `_patient`."""
     connected.settimeout(None)
     for level, option, value in (
         (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
@@ -165,7 +192,7 @@ def _link(connected: socket.socket) -> Connection:
         (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * _DEAD_AFTER),
     ):
         connected.setsockopt(level, option, value)
-    _set_timeout(connected, _HANDSHAKE)
+    _set_timeout(connected, timeout)
     return Connection(connected.detach())
 
 
