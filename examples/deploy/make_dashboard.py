@@ -90,6 +90,7 @@ PANELS = {
         Panel("Sleep", "short", {"{{sleep_state}}": f"max by (sleep_state) (vllm:engine_sleep_state{_MODEL})"}),
         Panel("Time of a step", "s", {"mean": _share("dso:step_seconds_total", "dso:steps_total")}),
         Panel("Largest batch", "short", {"sequences": f"max(dso:batch_size{_MODEL})"}),
+        Panel("Rows of logits copied from a device", "short", {"rows": _rate("dso:copied_logit_rows_total")}),
         Panel(
             "Accepted draft tokens", "percentunit",
             {"accepted": _share("vllm:spec_decode_num_accepted_tokens_total", "vllm:spec_decode_num_draft_tokens_total")},

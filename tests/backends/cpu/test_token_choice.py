@@ -14,7 +14,7 @@ from deepseek_optimizer.backends.cpu.buffers import address, optional
 from deepseek_optimizer.backends.cpu.decode import GENERATOR_WORDS, native_choice
 from deepseek_optimizer.backends.cpu.native import UNDECIDED, Context
 from deepseek_optimizer.backends.decoding import RowChoice, TokenPenalties
-from deepseek_optimizer.backends.sampling import GREEDY, NOT_FINITE, TokenChoice, choose_token
+from deepseek_optimizer.backends.sampling import GREEDY, NOT_FINITE, TokenChoice, apply_changes, choose_token
 from deepseek_optimizer.engine.request import SamplingParams
 from deepseek_optimizer.engine.sampling.token_rules import rules_of
 from deepseek_optimizer.integration.generation.torch_generator import draws_as_expected, read_state
@@ -163,7 +163,7 @@ def test_penalties(context, sampled):
         for rule in rules_of(sampling, text[:prompt], size):
             for token in text[prompt:]:
                 rule.add(token)
-            rule.apply(penalized)
+            apply_changes(penalized, rule.changes())
         penalties = TokenPenalties(np.array(text, np.int32), prompt, repetition, window, frequency, presence)
         numbers = rng.random(1) if sampled else None
         choice = filters._replace(u=float(numbers[0])) if sampled else GREEDY

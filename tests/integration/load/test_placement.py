@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from deepseek_optimizer import DeepSeekConfig, load_model
 from deepseek_optimizer.backends.cuda import backend as cuda_backend
+from deepseek_optimizer.backends.cuda import supported
+from deepseek_optimizer.backends.cuda.layouts import LAYOUTS
 from deepseek_optimizer.errors import BackendError, ConfigError, NotEnoughMemoryError
 from deepseek_optimizer.integration.load import loader, placement, quantizer
 from deepseek_optimizer.integration.load.quantizer import PackingQuantizer
@@ -84,6 +86,8 @@ def test_auto_is_a_card_for_a_backend_that_needs_one(tiny_model, card):
 
 def test_what_the_backend_does_not_have_is_said_before_weights_are_read(tiny_model, card, monkeypatch, tmp_path):
     """Op, family, format and cache, each with what to use instead."""
+    monkeypatch.setattr(supported, "OPS", tuple(op for op in supported.OPS if op != "short_conv"))
+    monkeypatch.delitem(LAYOUTS, "int3")  # as if there were no kernels for these
     random_model(family_configs.lfm2()).save_pretrained(tmp_path)
     op = "op 'short_conv' of family 'lfm2' yet; load the model with backend=.reference"
     model = load_model(tmp_path, backend="reference")
