@@ -87,7 +87,8 @@ struct dso_plan final : private dso::Job {
   dso::RedZones::Found found_;
   int32_t found_begin_ = 0, found_end_ = 0;  // the steps after which the overwrite was found
 
-  int64_t handovers_ = 0, slept_ = 0;  // stages that threads shared, each a hand-over from one thread to all; threads that slept
+  int64_t handovers_ = 0;  // of the last run: stages that threads shared, each a hand-over from one thread to all
+  int64_t slept_ = 0;      // how often a thread slept
   bool placed_ = false;
   dso::Placement placement_;  // of the weights, since the first run
 
