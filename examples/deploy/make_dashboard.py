@@ -87,6 +87,10 @@ PANELS = {
             "Size of the KV cache", "short",
             {"{{kv_cache_size_tokens}} tokens": f"max by (kv_cache_size_tokens) (vllm:cache_config_info{_MODEL})"},
         ),
+        Panel(
+            "Loaded LoRA adapters", "short",
+            {"{{running_lora_adapters}}": f"count by (running_lora_adapters) (vllm:lora_requests_info{_MODEL})"},
+        ),
         Panel("Sleep", "short", {"{{sleep_state}}": f"max by (sleep_state) (vllm:engine_sleep_state{_MODEL})"}),
         Panel("Time of a step", "s", {"mean": _share("dso:step_seconds_total", "dso:steps_total")}),
         Panel("Largest batch", "short", {"sequences": f"max(dso:batch_size{_MODEL})"}),

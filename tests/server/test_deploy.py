@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import re
 import shlex
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 from typer.main import get_command
 
-from deepseek_optimizer import load_model, load_tokenizer
+from deepseek_optimizer import DeepSeekConfig, load_model, load_tokenizer
 from deepseek_optimizer.serving import make_async_engine
 from deepseek_optimizer_cli.app import app
 from support.live_server import LiveServer
@@ -83,14 +86,73 @@ def test_the_manifests(live):
     assert set(paths) <= {"/health", "/ready"}  # which need no key
 
 
+def documents(name: str) -> dict[str, dict]:
+    return {doc["kind"]: doc for doc in yaml.safe_load_all((FOLDER / name).read_text(encoding="utf-8"))}
+
+
+def test_the_gateway_routes_to_the_deployment():
+    kinds = documents("inference-gateway.yaml")
+    (rule,) = kinds["HTTPRoute"]["spec"]["rules"]
+    (backend,) = rule["backendRefs"]
+    assert backend == {"group": "inference.networking.k8s.io", "kind": "InferencePool", "name": "dso"}
+    assert kinds["HTTPRoute"]["spec"]["parentRefs"] == [{"name": kinds["Gateway"]["metadata"]["name"]}]
+    policy = kinds["NetworkPolicy"]["spec"]
+    assert policy["podSelector"]["matchLabels"] == manifests()["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    assert policy["ingress"][0]["ports"] == [{"port": container()["ports"][0]["containerPort"]}]
+
+
+def test_the_ray_service_has_valid_arguments():
+    spec = documents("rayservice.yaml")["RayService"]["spec"]
+    served = yaml.safe_load(spec["serveConfigV2"])
+    (application,) = served["applications"]
+    module = (FOLDER.parents[1] / "src/deepseek_optimizer/ray/deploy.py").read_text(encoding="utf-8")
+    (signature,) = re.findall(r"^def deployment\((.*?)\n\)", module, re.MULTILINE | re.DOTALL)
+    assert application["args"].keys() <= {"model", *re.findall(r"^    (\w+):", signature, re.MULTILINE)}
+    assert application["import_path"] == "deepseek_optimizer.ray:application"
+    assert application["args"]["config"].keys() <= {field.name for field in dataclasses.fields(DeepSeekConfig)}
+    (workers,) = spec["rayClusterConfig"]["workerGroupSpecs"]
+    assert float(workers["rayStartParams"]["num-cpus"]) == application["args"]["cpus"]
+    assert (workers["minReplicas"], workers["maxReplicas"]) == (
+        application["args"]["num_replicas"], application["args"]["max_replicas"]
+    )  # fmt: skip
+    for group in (spec["rayClusterConfig"]["headGroupSpec"], workers):
+        pod = group["template"]["spec"]
+        (one,) = pod["containers"]
+        assert {mount["name"] for mount in one["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+        assert served["http_options"]["port"] in [port["containerPort"] for port in one["ports"]]
+        names = {variable["name"]: variable.get("value") for variable in one["env"]}
+        assert names["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] == "deepseek_optimizer.ray.proxy.middlewares"
+
+
 @pytest.fixture(scope="module")
-def exported(tiny_model) -> set[str]:
-    """Names of the metrics of a real server after a request."""
-    engine = make_async_engine(load_model(tiny_model, kv_cache_memory=1 << 22), load_tokenizer(tiny_model))
+def scraped(tiny_model) -> str:
+    """The metrics of a real server after a request."""
+    engine = make_async_engine(load_model(tiny_model, kv_cache_memory=1 << 22), load_tokenizer(tiny_model), max_loras=2)
     with LiveServer(engine) as live:
         assert live.client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
-        text = live.client.get("/metrics").text
-    return {base(name) for name in re.findall(r"^# TYPE (\S+) ", text, re.MULTILINE) if METRIC.fullmatch(name)}
+        return live.client.get("/metrics").text
+
+
+@pytest.fixture
+def exported(scraped) -> set[str]:
+    """Names of the metrics."""
+    return {base(name) for name in re.findall(r"^# TYPE (\S+) ", scraped, re.MULTILINE) if METRIC.fullmatch(name)}
+
+
+def test_routers_find_the_metrics_of_the_model_server_protocol(scraped):
+    """https://github.com/llm-d/llm-d-router/blob/main/docs/model-server-protocol.md, with vLLM's names, its default."""
+    families = {family.name: family for family in text_string_to_metric_families(scraped)}
+    for name in ("num_requests_waiting", "num_requests_running", "kv_cache_usage_perc"):
+        (sample,) = families[f"vllm:{name}"].samples
+        assert families[f"vllm:{name}"].type == "gauge" and sample.value >= 0
+    (cache,) = families["vllm:cache_config_info"].samples
+    assert (
+        int(cache.labels["block_size"]) * int(cache.labels["num_gpu_blocks"]) >= int(cache.labels["kv_cache_size_tokens"]) > 0
+    )
+    (adapters,) = families["vllm:lora_requests_info"].samples
+    assert adapters.value == pytest.approx(time.time(), abs=3600)
+    names = {"max_lora": "2", "running_lora_adapters": "", "waiting_lora_adapters": ""}
+    assert names.items() <= adapters.labels.items()
 
 
 def test_the_dashboard_has_all_metrics_and_no_other(exported):

@@ -5,12 +5,15 @@ Needs `prometheus-client`. Does not import torch.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
+from ..cache.block_manager import BLOCK_TOKENS
+from .adapters import Adapters
 from .core import EngineCore
 from .encoder_core import EncoderCore
 from .metrics import Histogram
@@ -91,10 +94,17 @@ class EngineCollector(Collector):
         if isinstance(core, EngineCore):
             yield gauge("dso:batch_size", "Maximum number of sequences in the batch.", core.scheduler.batch.choose())
             yield gauge("vllm:kv_cache_usage_perc", "KV-cache usage. 1 means 100 percent usage.", core.cache_usage())
-            size = {"kv_cache_size_tokens": str(core.room), "kv_cache_max_concurrency": str(core.options.batch_size_range[1])}
+            size = {
+                "block_size": str(BLOCK_TOKENS),
+                "num_gpu_blocks": str(core.blocks),  # of any device: routers find it under this name
+                "kv_cache_size_tokens": str(core.room),
+                "kv_cache_max_concurrency": str(core.options.batch_size_range[1]),
+            }
             config = GaugeMetricFamily("vllm:cache_config_info", "Size of the KV cache.", labels=[*label, *size])
             config.add_metric([*names, *size.values()], 1)
             yield config
+            if core.adapters is not None:
+                yield _adapters(core.adapters, engine.model_name)
         for name, attribute, text in _COUNTERS:
             counter = CounterMetricFamily(name, text, labels=label)
             counter.add_metric(names, getattr(core.metrics, attribute))
@@ -132,6 +142,18 @@ class EngineCollector(Collector):
             family = HistogramMetricFamily(name, text, labels=label)
             family.add_metric(names, _buckets(histogram), histogram.sum)
             yield family
+
+
+def _adapters(adapters: Adapters, model_name: str) -> Metric:
+    """The loaded LoRA adapters, as routers of the Gateway API inference extension read them. None waits: requests can name only
+    adapters that are loaded."""
+    running = ", ".join(adapter.name for adapter in adapters.loaded)
+    labels = {"max_lora": str(adapters.store.slots), "running_lora_adapters": running, "waiting_lora_adapters": ""}
+    family = GaugeMetricFamily(
+        "vllm:lora_requests_info", "Loaded LoRA adapters; the value is the time of the scrape.", labels=["model_name", *labels]
+    )
+    family.add_metric([model_name, *labels.values()], time.time())
+    return family
 
 
 def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
