@@ -25,8 +25,10 @@ ARG TRANSFORMERS=5.24.0
 # PyTorch's own index has the build without CUDA's libraries: a tenth of the size.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN pip install --no-cache-dir --index-url "${TORCH_INDEX}" "torch==${TORCH}"
+# The package's optional parts, such as "[longdoc,ray]" for replicas on a cluster of Ray.
+ARG EXTRAS=[longdoc,serve]
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
-    pip install --no-cache-dir "transformers==${TRANSFORMERS}" /wheels/*.whl
+    pip install --no-cache-dir "transformers==${TRANSFORMERS}" "$(echo /wheels/*.whl)${EXTRAS}"
 
 RUN useradd --create-home --uid 1000 dso
 USER 1000

@@ -63,6 +63,11 @@ def test_the_default_command_exists(text):
     assert shown.exit_code == 0 and command[0] in shown.stdout
 
 
+def test_it_can_serve(text):
+    (extras,) = re.findall(r"^ARG EXTRAS=\[(.*)\]$", text, re.M)
+    assert "serve" in extras.split(",") and "/wheels/*.whl)${EXTRAS}" in text
+
+
 def test_both_build_the_wheel_the_same_way():
     cpu, cuda = (re.search(r"^FROM.*? AS wheel$.*?(?=^FROM)", (ROOT / f).read_text(), re.M | re.S)[0] for f in FILES)
     assert cpu == cuda
