@@ -1,6 +1,7 @@
 # native:       builds the library and copies it into the source tree, for development without installing.
 # test-native:  builds with AddressSanitizer and UndefinedBehaviorSanitizer and runs the native tests; then runs them on the
-#               optimized build. GCC aligns no frames for stack-use-after-return for AVX-512 (its bug 110027).
+#               optimized build. GCC aligns no frames for stack-use-after-return for AVX-512 (its bug 110027). The sanitized build
+#               has the variants that this processor can run, if that is AVX2 only: the others would be compiled for nothing.
 # test-arm:     cross-builds for ARM64 and runs the native tests under qemu-user, on five CPU models (ARM_MODELS: on some). Needs
 #               Debian's g++-aarch64-linux-gnu and qemu-user.
 # test-amx:     builds the kernels for AMX and runs the native tests that reach them: on this processor's tiles, else on emulated ones,
@@ -24,8 +25,9 @@ native: $(filter $(BIN)/cmake,$(CMAKE))
 	cp build/native/libdso.so src/deepseek_optimizer/_native/.libdso.so.new
 	mv src/deepseek_optimizer/_native/.libdso.so.new src/deepseek_optimizer/_native/libdso.so
 
+SANITIZED_ISAS = $(shell grep -qsw avx512f /proc/cpuinfo || ! grep -qsw avx2 /proc/cpuinfo || echo avx2)
 test-native: $(filter $(BIN)/cmake,$(CMAKE))
-	$(CMAKE) -S . -B build/native-sanitized -DDSO_TESTS=ON -DDSO_SANITIZE=ON
+	$(CMAKE) -S . -B build/native-sanitized -DDSO_TESTS=ON -DDSO_SANITIZE=ON "-DDSO_ISAS=$(SANITIZED_ISAS)"
 	$(CMAKE) --build build/native-sanitized -j $(NATIVE_JOBS)
 	cd build/native-sanitized && ASAN_OPTIONS=detect_stack_use_after_return=0 UBSAN_OPTIONS=print_stacktrace=1 ctest -j $(NATIVE_JOBS) --output-on-failure --timeout 600
 	$(CMAKE) -S . -B build/native -DDSO_TESTS=ON
