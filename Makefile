@@ -89,21 +89,21 @@ docs: $(DOCS)/.installed
 docs-reference: env
 	$(BIN)/python -m docs.generate
 
-# The tests that use Transformers, on the oldest release that pyproject.toml allows; `make test` uses the newest.
-LOWEST := .venv-lowest
+# The tests that use Transformers, on the oldest release that pyproject.toml allows; `make test` uses the newest. The other packages are
+# those of .venv: the old release lies in a folder of its own, before them on Python's path. Two cases of a function, as releases
+# differ in functions and not in values of parameters.
+LOWEST := build/lowest
 LOWEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 LOWEST_TESTS ?= tests/integration tests/models tests/test_article.py tests/test_optimized_model.py \
   tests/train/test_prepare.py tests/train/test_trainer.py tests/train/test_attention_function.py tests/train/checkpoints
 
-$(LOWEST)/.installed: $(WHEELS)/.built
-	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
-	$(LOWEST)/bin/python -m pip install --quiet --upgrade pip
-	$(LOWEST)/bin/python -m pip install --quiet "$$(ls $(WHEELS)/*.whl)[dev]" "transformers~=$(LOWEST_TRANSFORMERS).0"
-	$(LOWEST)/bin/python -m pip install --quiet --no-deps --force-reinstall $(WHEELS)/*.whl
+$(LOWEST)/.installed: $(VENV)/.created pyproject.toml
+	rm -rf $(LOWEST)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(LOWEST) "transformers~=$(LOWEST_TRANSFORMERS).0"
 	touch $@
 
-test-lowest: $(LOWEST)/.installed
-	$(ONE_THREAD) $(LOWEST)/bin/python -m pytest -q -n $(WORKERS) $(LOWEST_TESTS) $(PYTEST_ARGS)
+test-lowest: env $(LOWEST)/.installed
+	PYTHONPATH=$(abspath $(LOWEST)) $(PYTEST) -q --few 2 $(LOWEST_TESTS) $(PYTEST_ARGS)
 
 # Other projects' packages on optimized models, in a separate environment: they are large and slow down every start.
 INTEROP := .venv-interop
@@ -215,4 +215,4 @@ fuzz: env
 	DSO_SCHEMA_EXAMPLES=$(FUZZ_REQUESTS) $(BIN)/python -m pytest -m "" tests/server/test_schema_fuzz.py
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(INTEROP) $(DOCS) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(INTEROP) $(DOCS) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from support.rings import Costs, Rings, seed_of
+from support.rings import FEW, Costs, Rings, seed_of
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -17,10 +17,12 @@ os.environ.setdefault("DSO_CHECK", "1")  # red zones around every buffer that th
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-wide", action="store_true", help="measure all functions, and list the costly ones in wide.txt")
+    parser.addoption("--few", type=int, default=FEW, help="unmarked cases of a function, at most (default: %(default)s)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(Costs() if config.getoption("--write-wide") else Rings(seed_of(config.rootpath)))
+    rings = Rings(seed_of(config.rootpath), config.getoption("--few"))
+    config.pluginmanager.register(Costs() if config.getoption("--write-wide") else rings)
 
 
 @pytest.fixture(autouse=True)

@@ -26,17 +26,21 @@ def test_few_cases_all_run():
 
 
 def test_products_are_sampled_and_every_value_occurs():
-    actual = marks(PRODUCT)
-    fast = [case for case, mark in zip(PRODUCT, actual, strict=True) if mark is None]
-    wide = [case for case, mark in zip(PRODUCT, actual, strict=True) if mark == "wide"]
-    assert len(fast) == FEW and values(fast) == values(PRODUCT)
-    assert 0 < len(wide) < len(PRODUCT) / 4
+    wide = set()
+    for seed in range(20):
+        actual = marks(PRODUCT, seed=str(seed))
+        fast = [case for case, mark in zip(PRODUCT, actual, strict=True) if mark is None]
+        assert len(fast) == FEW and values(fast) == values(PRODUCT)
+        drawn = {i for i, mark in enumerate(actual) if mark == "wide"}
+        assert len(drawn) < len(PRODUCT) / 4
+        wide |= drawn
+    assert len(wide) > len(PRODUCT) / 3
 
 
 def test_remaining_values_are_drawn_for_the_next_ring():
     many = [{"a": i, "b": j} for i in range(30) for j in range(3)]
     seen = set()
-    for seed in range(20):
+    for seed in range(120):
         actual = marks(many, seed=str(seed))
         run = values(case for case, mark in zip(many, actual, strict=True) if mark != "slow")
         assert actual.count(None) == FEW and run != values(many)
@@ -63,7 +67,7 @@ def test_expensive_functions_run_fewer_cases():
 
 def test_very_expensive_cases_are_drawn_at_random():
     actual = [marks([{}], 4 * WIDE_S, seed=str(seed))[0] for seed in range(400)]
-    assert set(actual) == {"wide", "slow"} and 25 < actual.count("wide") < 80
+    assert set(actual) == {"wide", "slow"} and 0 < actual.count("wide") < 200 * WIDE_SHARE
 
 
 def test_covering_is_small():

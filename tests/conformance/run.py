@@ -30,7 +30,7 @@ CHECKOUT = "DSO_TRANSFORMERS_TESTS"
 # Skipped without --all: they compile with torch for minutes, or are one test in two dozen variants of dtype and kernel.
 SLOW = "not compil and not torch_dtype and not test_training_overfit and not (eager_matches_sdpa_inference and not fp32)"
 # CI runs these and a few others, drawn by its commit: all of them take half an hour.
-ALWAYS = ("llama", "qwen2", "qwen3", "mistral", "deepseek_v2", "deepseek_v3", "deepseek_v32", "youtu")
+ALWAYS = ("llama", "deepseek_v2", "deepseek_v3", "deepseek_v32")
 OTHERS = 2
 FOREIGN = "not keep_in_fp32_modules_strict"
 

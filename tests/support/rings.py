@@ -30,10 +30,10 @@ import psutil
 import pytest
 
 FEW = 3
-WIDE_SHARE = 0.25
-SHARE = 0.05
+WIDE_SHARE = 0.15
+SHARE = 0.03
 FAST_S = 0.45
-WIDE_S = 3.0
+WIDE_S = 2.0
 MEASURED = 3
 ROOT = Path(__file__).parents[2]
 LIST = Path(__file__).with_name("wide.txt")
@@ -54,15 +54,16 @@ def covering(cases: Sequence[Case], chosen: Sequence[int] = (), limit: int | Non
     return result
 
 
-def rings(name: str, cases: Sequence[Case], cost: float, seed: str) -> list[str | None]:
+def rings(name: str, cases: Sequence[Case], cost: float, seed: str, few: int = FEW) -> list[str | None]:
     """The mark of each case of a function.
 
     Args:
         name: the function's name, so that functions are sampled independently.
         cost: seconds per case.
+        few: unmarked cases, at most.
     """
     draw = random.Random(f"{seed} {name}")
-    few = FEW if cost == 0 else min(FEW, int(FAST_S / cost))
+    few = few if cost == 0 else min(few, int(FAST_S / cost))
     if len(cases) <= few:
         return [None] * len(cases)
     first = covering(cases, limit=few)
@@ -112,8 +113,8 @@ def function_of(item: pytest.Item) -> str:
 class Rings:
     """The plugin."""
 
-    def __init__(self, seed: str) -> None:
-        self.seed, self.costs = seed, listed()
+    def __init__(self, seed: str, few: int = FEW) -> None:
+        self.seed, self.few, self.costs = seed, few, listed()
 
     def pytest_report_header(self) -> str:
         return f"sample: DSO_SAMPLE_SEED={self.seed}"
@@ -126,7 +127,7 @@ class Rings:
         self._check(config, {function_of(item) for item in items})
         for name, cases in functions.items():
             values = [item.callspec.indices if hasattr(item, "callspec") else {} for item in cases]
-            for item, mark in zip(cases, rings(name, values, self.costs.get(name, 0.0), self.seed), strict=True):
+            for item, mark in zip(cases, rings(name, values, self.costs.get(name, 0.0), self.seed, self.few), strict=True):
                 if mark:
                     item.add_marker(mark)
 
