@@ -13,6 +13,7 @@ from . import options as o
 from . import serve_options as so
 
 _HOURS = 24.0  # a request may wait for all others
+_RAY: dict[str, Any] = {"rich_help_panel": "Workers on Ray"}
 
 
 @o.loads_model
@@ -46,6 +47,25 @@ def batch(
             rich_help_panel="Requests and memory",
         ),
     ] = True,
+    on_ray: Annotated[
+        bool, typer.Option("--ray", help="Answer by several processes on Ray, which is started on this machine.", **_RAY)
+    ] = False,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            "--ray-address", metavar="ADDRESS", help="Use the Ray cluster at this address; auto: a local one.", **_RAY
+        ),
+    ] = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, metavar="N", help="Number of processes on Ray.", **_RAY)] = 1,
+    worker_cpus: Annotated[
+        float | None,
+        typer.Option(
+            "--worker-cpus",
+            metavar="N",
+            help="Processor cores of a process, and its threads. Default: those of this machine, divided among the processes.",
+            **_RAY,
+        ),
+    ] = None,
     fields: dict[str, Any],
 ) -> None:
     """Answer a file of requests in the format of OpenAI's Batch API. A stopped job continues where it was."""
@@ -62,8 +82,10 @@ def batch(
     from deepseek_optimizer.system.progress import show_progress
 
     from .serve_engine import check_options, load_engine
+    from .serve_ray import cores_of_each
 
     check_options(tool_format, generation_config, name)
+    _check_workers(on_ray, ray_address, workers, worker_cpus, fields.get("parallel"))
     job = read_requests(input)
     check_free(output)  # before a model is downloaded
     settings = ServerSettings(
@@ -97,9 +119,16 @@ def batch(
                 str(place), name or os.path.basename(os.path.normpath(model)), template, fields, options, generation_config,
                 None, draft_model, draft_precision,
             )  # fmt: skip
-            engine, settings, _, _ = load_engine(served, settings)
             with show_progress(f"Answering {input.name}") as progress:
-                asyncio.run(run_batch(create_app(engine, settings), job, results, 2 * max_running, progress))
+                if on_ray:
+                    from deepseek_optimizer.ray.batch import Workers
+                    from deepseek_optimizer.ray.batch import run_batch as run_on_ray
+
+                    processes = Workers(workers, worker_cpus or cores_of_each(workers), ray_address, 2 * max_running)
+                    run_on_ray(served, settings, processes, job, results, progress)
+                else:
+                    engine, settings, _, _ = load_engine(served, settings)
+                    asyncio.run(run_batch(create_app(engine, settings), job, results, 2 * max_running, progress))
         results.finish()
     if results.failed:
         typer.echo(
@@ -107,3 +136,20 @@ def batch(
             err=True,
         )
         raise typer.Exit(1)
+
+
+def _check_workers(on_ray: bool, address: str | None, workers: int, cpus: float | None, parallel: Any) -> None:
+    """Raises ConfigError for options that contradict each other, or MissingPackageError without Ray."""
+    from deepseek_optimizer.errors import ConfigError
+
+    from .serve_ray import require_ray
+
+    if not on_ray:
+        if (address, workers, cpus) != (None, 1, None):
+            raise ConfigError("--ray-address, --workers and --worker-cpus need --ray")
+        return
+    if cpus is not None and not cpus > 0:
+        raise ConfigError(f"--worker-cpus must be greater than 0, got {cpus:g}")
+    if parallel:
+        raise ConfigError("a model that is divided among processes: not available with --ray; leave it out")
+    require_ray()

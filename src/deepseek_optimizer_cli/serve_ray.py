@@ -58,7 +58,7 @@ class RayOptions:
 
     def check(self, others: dict[str, bool]) -> None:
         """Raises a ConfigError for options that need --ray, or that have no effect with it (`others`: those that are given)."""
-        from deepseek_optimizer.errors import ConfigError, MissingPackageError
+        from deepseek_optimizer.errors import ConfigError
 
         if not self.ray:
             if (self.ray_address, self.replicas, self.max_replicas, self.replica_cpus) != (None, 1, None, None):
@@ -71,10 +71,22 @@ class RayOptions:
             raise ConfigError(f"--max-replicas must be --replicas or more, got {self.max_replicas} and {self.replicas}")
         if self.replica_cpus is not None and not self.replica_cpus > 0:
             raise ConfigError(f"--replica-cpus must be greater than 0, got {self.replica_cpus}")
-        import importlib.util
+        require_ray()
 
-        if importlib.util.find_spec("ray") is None:
-            raise MissingPackageError("--ray", "ray[serve]", "ray")
+
+def require_ray() -> None:
+    """Raises MissingPackageError if Ray is not installed. Does not import it, which takes a second."""
+    import importlib.util
+
+    from deepseek_optimizer.errors import MissingPackageError
+
+    if importlib.util.find_spec("ray") is None:
+        raise MissingPackageError("--ray", "ray[data,serve]", "ray")
+
+
+def cores_of_each(processes: int) -> int:
+    """This machine's cores, divided among processes; 1 at least."""
+    return max(1, len(os.sched_getaffinity(0)) // processes)
 
 
 def serve_on_ray(given: RayOptions, served: ServedModel, settings: ServerSettings) -> None:
@@ -94,7 +106,7 @@ def serve_on_ray(given: RayOptions, served: ServedModel, settings: ServerSetting
     if given.ray_address is None:
         resolve(served.model)  # else each replica fails, or downloads it, minutes later
     highest = given.max_replicas or given.replicas
-    cpus = given.replica_cpus or max(1, len(os.sched_getaffinity(0)) // highest)
+    cpus = given.replica_cpus or cores_of_each(highest)
 
     def application() -> Any:
         from deepseek_optimizer.ray.deploy import Replicas, deploy

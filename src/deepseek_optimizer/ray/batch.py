@@ -1,0 +1,169 @@
+"""A batch job on Ray Data: worker processes, each with an engine, answer the requests, and this process writes their results.
+
+Each request is answered as on one machine, with the same seed and ids, whichever worker it goes to; so a job may be continued
+with another number of workers, or without Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import httpx
+import ray
+import ray.data
+from ray.exceptions import RayTaskError
+
+from ..batch.places import Places
+from ..batch.requests import BatchInput, BatchRequest
+from ..batch.results import Results
+from ..batch.run import BASE_URL, answer
+from ..errors import ConfigError, DeepSeekOptimizerError
+from ..server.app import create_app
+from ..server.loading import load_served_model
+from ..server.served_model import ServedModel
+from ..server.settings import ServerSettings
+
+logger = logging.getLogger("deepseek_optimizer.ray")
+_SWITCH = 1e-3  # seconds, as in `server.run`
+_BLOCKS_AT_ONCE = 4  # that a worker answers: the last requests of one and the first of the next are in its engine together
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The processes that answer requests.
+
+    Attributes:
+        count: how many there are.
+        cpus: processor cores of each, and the threads of its engine.
+        address: of a Ray cluster that runs, "auto" for one of this machine; None: Ray is started here.
+        at_once: maximum number of answers that a worker computes at once.
+    """
+
+    count: int
+    cpus: float
+    address: str | None
+    at_once: int
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for an invalid value."""
+        if self.count < 1 or not self.cpus > 0 or self.at_once < 1:
+            raise ConfigError(f"a job needs 1 or more workers with more than 0 cores, got {self.count} with {self.cpus:g}")
+
+
+class Answerer:
+    """The class that Ray Data creates in each worker process, where it loads the model.
+
+    Args:
+        served, settings: the model and the server.
+        job: the job, without its requests.
+        at_once: see `Workers`.
+    """
+
+    def __init__(self, served: ServedModel, settings: ServerSettings, job: BatchInput, at_once: int) -> None:
+        sys.setswitchinterval(_SWITCH)
+        engine, settings, _, _ = load_served_model(served, settings, logger.warning)
+        self._app, self._job, self._places = create_app(engine, settings), job, Places(at_once)
+        self._client: httpx.AsyncClient | None = None
+        self._opened = AsyncExitStack()
+        self._opening = asyncio.Lock()
+
+    async def __call__(self, block: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        """Answers a block of requests.
+
+        Args:
+            block: columns `index` and `request`: a `BatchRequest`'s index, and its other fields in JSON.
+
+        Yields:
+            The columns `index` and `line` of an answer: as above, and the output's line in JSON.
+        """
+        client = await self._connected()
+
+        async def line(index: int, text: str) -> dict[str, Any]:
+            request = BatchRequest(index, **json.loads(text))
+            value = await answer(client, self._job, request, self._job.written, self._places)
+            return {"index": [index], "line": [json.dumps(value)]}
+
+        rows = zip(block["index"].tolist(), block["request"].tolist(), strict=True)
+        tasks = [asyncio.create_task(line(*row)) for row in rows]
+        try:
+            for task in asyncio.as_completed(tasks):
+                yield await task
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _connected(self) -> httpx.AsyncClient:
+        async with self._opening:
+            if self._client is None:
+                await self._opened.enter_async_context(self._app.router.lifespan_context(self._app))
+                transport = httpx.ASGITransport(app=self._app, raise_app_exceptions=False)
+                self._client = await self._opened.enter_async_context(
+                    httpx.AsyncClient(transport=transport, base_url=BASE_URL, timeout=None)
+                )
+            return self._client
+
+
+def run_batch(
+    served: ServedModel,
+    settings: ServerSettings,
+    workers: Workers,
+    job: BatchInput,
+    results: Results,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Answers all requests that have no results yet on Ray's workers, and adds their results.
+
+    A worker that dies is replaced, and its requests are answered by another.
+
+    Args:
+        served: the model, which every node of the cluster must find.
+        settings: the server's.
+        workers: the processes that answer.
+        job, results, progress: see `batch.run.run_batch`.
+
+    Raises:
+        DeepSeekOptimizerError: of a worker: the model cannot be loaded, or its engine has stopped.
+        OSError: a result cannot be written.
+    """
+    rows = [
+        {
+            "index": request.index,
+            "request": json.dumps({"custom_id": request.custom_id, "url": request.url, "body": request.body}),
+        }
+        for request in job.requests
+        if request.index not in results.done
+    ]
+    progress(len(results.done), len(job.requests))
+    served = replace(served, config={"threads": max(1, int(workers.cpus)), **served.config})
+    started = not ray.is_initialized()
+    if started:
+        ray.init(workers.address, include_dashboard=False if workers.address is None else None, log_to_driver=False)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False  # the job has one
+    try:
+        answers = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // workers.at_once)).map_batches(
+            Answerer,
+            batch_size=None,  # a block
+            compute=ray.data.ActorPoolStrategy(size=workers.count, max_tasks_in_flight_per_actor=_BLOCKS_AT_ONCE),
+            fn_constructor_args=(served, settings, replace(job, requests=()), workers.at_once),
+            num_cpus=workers.cpus,
+            max_concurrency=_BLOCKS_AT_ONCE,
+        )
+        for row in answers.iter_rows():
+            if row["index"] not in results.done:  # a worker that died may have answered it already
+                results.add(int(row["index"]), json.loads(row["line"]))
+                progress(len(results.done), len(job.requests))
+    except RayTaskError as error:
+        if isinstance(error.cause, DeepSeekOptimizerError):
+            raise error.cause from error
+        raise
+    finally:
+        if started:
+            ray.shutdown()
