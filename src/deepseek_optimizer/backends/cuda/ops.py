@@ -63,6 +63,11 @@ class Weights:
     vectors: dict[str, torch.Tensor]
     axes: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    @property
+    def narrow(self) -> bool:
+        """Whether products round rows to bf16: with any weights but fp32."""
+        return any(matrix.layout.narrow for matrix in self.matrices.values())
+
     def vector(self, name: str | None) -> torch.Tensor | None:
         return None if name is None else self.vectors[name]
 
@@ -242,6 +247,15 @@ def _attention(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
         )  # fmt: skip
 
 
+def _encoder_attention(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
+    a, (q, k, v) = node.attrs, inputs
+    for tiles in run.at.phases:
+        attention_kernels.step_attention(
+            q, k, v, tiles, run.at.ends, outputs[0], heads=a["heads"], kv_heads=a["kv_heads"], scale=a["scale"],
+            window=a["window"], narrow=run.weights.narrow,
+        )  # fmt: skip
+
+
 def _select_rows(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
     rows.select_rows(run.at.logit_rows, inputs[0], outputs[0])
 
@@ -281,6 +295,7 @@ DENSE_OPS: Mapping[str, Op] = {
     "columns": _columns,
     "concat": _concat,
     "embedding": _embedding,
+    "encoder_attention": _encoder_attention,
     "gate_up": _gate_up,
     "geglu": _pairwise,
     "gelu": _each,

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from ...errors import BackendError
 from ...graph.analysis import hidden_only
 from ...graph.cache_groups import group_spans
 from ...graph.ir import Graph, Node, Value
+from ...graph.ops.grids import IN_GRIDS
 from ...graph.planner import assign_slots
 from ...quant.packed import PackedWeight
 from ..base import KvStore, Plan, StepBatch, StepOutput
@@ -28,6 +31,7 @@ from .compressed_ops import COMPRESSED_OPS
 from .device import Device
 from .division import HEAD_ROWS, LATENT_ROWS, query_rows
 from .expert_ops import EXPERT_OPS
+from .grid_ops import GRID_OPS
 from .kernels.rows import select_rows
 from .latent_ops import LATENT_OPS
 from .memory import memory_errors
@@ -40,7 +44,7 @@ from .store import DeviceBlocks
 from .stores import store_class
 from .supported import check_graph_ops
 
-OPS: Mapping[str, Op] = {**DENSE_OPS, **EXPERT_OPS, **LATENT_OPS, **RECURRENT_OPS, **COMPRESSED_OPS}
+OPS: Mapping[str, Op] = {**DENSE_OPS, **EXPERT_OPS, **LATENT_OPS, **RECURRENT_OPS, **COMPRESSED_OPS, **GRID_OPS}
 
 _STEP_REMEDY = (
     "set a smaller kv_cache_memory, which leaves more for steps, or a smaller prefill_chunk or batch_size_range, or load the "
@@ -77,7 +81,9 @@ class CudaPlan:
         self._head = next((node.outputs[0] for node in graph.nodes if node.op == "lm_head"), None)
         self._block_q = _query_rows(graph)
         self._dynamic = {frequencies_name(spec): spec for spec in ropes(graph) if spec.is_dynamic}
-        self._axes = any(spec.axes for spec in ropes(graph))
+        self._both_sides = any(node.op == "encoder_attention" for node in graph.nodes)
+        in_grids = any(node.op in IN_GRIDS for node in graph.nodes)
+        self._axes = in_grids or any(spec.axes for spec in ropes(graph))
         self._staging = device.staging(0)
         self.captured = CapturedSteps(device) if captured and device.captures else None
         self._captured_logits = self._empty(0, graph.logits_width)
@@ -149,6 +155,8 @@ class CudaPlan:
         return _output(batch, logits, last, None, drafts)
 
     def _integers(self, batch: StepBatch, scratch: int | None) -> StepIntegers:
+        if self._both_sides:  # each row sees all tokens of its sequence
+            batch = replace(batch, visible_to=np.repeat(batch.query_len, batch.query_len))
         states = bool(self.graph.states)
         return StepIntegers.of(batch, len(self._spans), self._block_q, self._dynamic, scratch, states, self._axes)
 
@@ -261,7 +269,8 @@ def _query_rows(graph: Graph) -> int:
         return 1  # each row attends to tokens of its own
     if latent:
         return query_rows(max(latent), LATENT_ROWS)
-    groups = [node.attrs["heads"] // node.attrs["kv_heads"] for node in graph.nodes if node.op == "attention"]
+    plain = [node.attrs for node in graph.nodes if node.op in ("attention", "encoder_attention")]
+    groups = [attrs["heads"] // attrs["kv_heads"] for attrs in plain]
     return query_rows(max(groups, default=1))
 
 

@@ -49,7 +49,7 @@ class DeviceStep:
         tables: [G, S, blocks].
         logit_rows: [R].
         frequencies: float32 [S, rot/2] of each RoPE whose frequencies depend on the sequence, by name.
-        axes: [3, T], the position on each axis, of graphs whose RoPE has axes.
+        axes: [3, T], the position on each axis, of graphs whose RoPE has axes, or with patches in a grid.
         runs: of graphs with recurrent states.
     """
 
@@ -104,7 +104,7 @@ class StepIntegers:
             block_q: rows of a tile in prefill.
             dynamic: by name each `RopeSpec` whose frequencies depend on the sequence.
             scratch: the block of padding rows; None: the step is not padded.
-            states, axes: whether there are recurrent states, and RoPE with axes.
+            states, axes: whether there are recurrent states, and positions on axes.
         """
         bucket, sequences = Bucket.of(batch, block_q), len(batch.query_len)
         sequence = np.repeat(np.arange(sequences), batch.query_len)
@@ -112,7 +112,9 @@ class StepIntegers:
         token = batch.context_len[sequence] + np.arange(len(sequence)) - starts[sequence]
         ends = token + 1 if batch.visible_to is None else batch.visible_to
         tables = batch.tables(groups)
-        slots = tables[:, sequence, token // BLOCK_TOKENS] * BLOCK_TOKENS + token % BLOCK_TOKENS
+        slots = np.zeros((groups, len(token)), np.int32)
+        if tables.shape[-1]:  # otherwise there is no cache
+            slots = tables[:, sequence, token // BLOCK_TOKENS] * BLOCK_TOKENS + token % BLOCK_TOKENS
         decoding = batch.phase == DECODE
         rows = batch.decoding_rows  # the first ones
         one_row = _fields(sequence[:rows], np.arange(rows), 1, token[:rows], ends[:rows])
