@@ -91,6 +91,8 @@ LIMITS = {
     "attention in a step, 256 elements: attend_tile": (255, 160 << 10),
     "attention in a step in fp32: attend_tile": (168, 64 << 10),
     "attention in a step in fp32, 256 elements: attend_tile": (255, 160 << 10),
+    **{f"adapters in {name}: {kernel}_rows": (128, 48 << 10) for name in ("fp32", "bf16") for kernel in ("shrink", "expand")},
+    **{f"adapters in fp32, rank 64: {kernel}_rows": (168, 64 << 10) for kernel in ("shrink", "expand")},
     "queries in a grid: extend_queries": (80, 32 << 10),
     "delta rule: delta_rows": (128, 4096),
     "delta rule of channels: delta_rows": (128, 4096),

@@ -15,6 +15,7 @@ from ...graph.ops.products import rows_of
 from ...quant.base import TILE_ROWS
 from ..base import StepBatch
 from ..kv_b import key_stack, value_stack
+from .adapters import CudaAdapters
 from .gates import NO_GATE, OF_OPS, gate_of, limited
 from .kernels import attention as attention_kernels
 from .kernels import elementwise, linear, norm, rope, rows
@@ -101,6 +102,7 @@ class Run:
         wants_hidden: whether hidden states are returned.
         hidden: the hidden states so far, by index.
         drafts: the draft states, if the graph returns them apart.
+        adapters: those of the step, if its sequences have any.
         pairs: the pairs of tokens and experts by the routes that they are grouped by, from `experts_gate_up` to `experts_down`.
     """
 
@@ -111,6 +113,7 @@ class Run:
     wants_hidden: bool
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
     drafts: torch.Tensor | None = None
+    adapters: CudaAdapters | None = None
     pairs: dict[Value, PairTiles | None] = field(default_factory=dict)
 
     @property
