@@ -61,12 +61,14 @@ def launches() -> dict[str, Callable[[], None]]:
     from deepseek_optimizer.backends.cuda.division import Tiles
     from deepseek_optimizer.backends.cuda.gates import SILU, Gate
     from deepseek_optimizer.backends.cuda.kernels import (
+        adapters,
         attention,
         compress,
         compressed_attention,
         elementwise,
         expanded_attention,
         experts,
+        grids,
         heads,
         indexer,
         latent,
@@ -103,6 +105,24 @@ def launches() -> dict[str, Callable[[], None]]:
         tables, ends = empty(1, 256, dtype=torch.int32), empty(tiles * block_q, dtype=torch.int32)
         sizes = {"heads": HEADS, "kv_heads": KV_HEADS, "scale": 0.088, **more}
         return lambda: attention.attention(q, cache, 0, tables, fields, ends, q, **sizes)
+
+    def adapt(dtype: torch.dtype, rank: int) -> Callable[[], None]:
+        """A LoRA adapter of a product of Llama 3.1 8B."""
+        order, fields = empty(64, dtype=torch.int32), empty(8, 3, dtype=torch.int32)
+        addresses, h, narrow = empty(8, 224, 3, dtype=torch.int64), empty(64, rank), dtype == torch.bfloat16
+
+        def launch() -> None:
+            adapters.shrink(x, order, fields, addresses, 3, narrow, h)
+            adapters.expand(h, order, fields, addresses, 3, narrow, x)
+
+        return launch
+
+    def attend_in_step(narrow: bool, head_count: int, head: int, window: int = 0) -> Callable[[], None]:
+        """Attention of an encoder or a vision tower, to the rows of the step."""
+        fields, ends = Tiles(empty(64, 5, dtype=torch.int32), 64, 0), empty(4096, dtype=torch.int32)
+        q = empty(4096, head_count * head)
+        sizes = {"heads": head_count, "kv_heads": head_count, "scale": 0.125, "window": window, "narrow": narrow}
+        return lambda: attention.step_attention(q, q, q, fields, ends, q, **sizes)
 
     def stack(format_name: str, count: int, outputs: int, columns: int) -> DeviceStack:
         tile = LAYOUTS[format_name].tile_words * 4
@@ -226,6 +246,21 @@ def launches() -> dict[str, Callable[[], None]]:
         ),
         "delta rule": delta(16, False),
         "delta rule of channels": delta(32, True),
+        "attention in a step": attend_in_step(True, 16, 64),
+        "attention in a step, windows": attend_in_step(True, 12, 64, 64),
+        "attention in a step, 80 elements": attend_in_step(True, 16, 80),
+        "attention in a step, 256 elements": attend_in_step(True, 12, 192),
+        "attention in a step in fp32": attend_in_step(False, 16, 64),
+        "attention in a step in fp32, 256 elements": attend_in_step(False, 12, 192),
+        **{f"adapters in {name}": adapt(dtype, 16) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))},
+        "adapters in fp32, rank 64": adapt(torch.float32, 64),
+        "queries in a grid": lambda: grids.grid_queries(
+            empty(4096, 768), empty(3, 4096, dtype=torch.int32), *(empty(127, 64) for _ in "ij"), empty(4096, 12 * 192), 12, 0.1
+        ),
+        "keys in a grid": lambda: grids.grid_keys(
+            empty(4096, 768), empty(3, 4096, dtype=torch.int32), empty(4096, 12 * 192), 12, 64, 64
+        ),
+        "padding in a grid": lambda: grids.zero_padding(x, ints, x),
         "attention, decoding in fp32": attend(torch.float32, 1, 1, 128),
         "attention, prefill in fp32": attend(torch.float32, 64, 16, 0),
         **{f"experts {name}": mixture(name, 1, V3) for name in EXPERT_FORMATS},

@@ -1,4 +1,4 @@
-"""The CUDA backend: graphs of dense decoders by Triton's kernels, on packed weights and a paged cache.
+"""The CUDA backend: graphs of decoders, encoders and vision towers by Triton's kernels, on packed weights and a paged cache.
 
 Importing this package loads neither Triton nor the kernels. Its kernels have not run on a card yet (docs/gpu.md), so
 backend="auto" does not choose it.

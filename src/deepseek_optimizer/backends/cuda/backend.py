@@ -15,6 +15,7 @@ from ...quant import products, reference_packer
 from ...quant.packed import PackedMatrix, PackedWeight
 from ...system.memory import FreeMemory, device_memory
 from ..base import DEFAULTS, PHASES, AdapterStore, Capabilities, CompileOptions, FileMapping, Norm
+from .adapters import CudaAdapters
 from .buckets import MOST_ROWS
 from .device import Device, device_of, launching_on
 from .gates import OF_OPS
@@ -62,6 +63,7 @@ class CudaBackend(CudaSizes):
             weight_formats=tuple(LAYOUTS),
             kv_dtypes=tuple(KV_DTYPES),
             attention_modes=("flash", "eager", "sliding"),
+            adapters=True,
         )
 
     @property
@@ -103,7 +105,7 @@ class CudaBackend(CudaSizes):
         return store
 
     def new_adapters(self, graph: Graph, slots: int, rank: int, dtype: str) -> AdapterStore:
-        raise self._missing("adapters")
+        return CudaAdapters(graph, slots, rank, dtype, self.device)
 
     def free_memory(self) -> FreeMemory:
         return device_memory(self.device)

@@ -40,6 +40,7 @@ def weights_on_device(graph: Graph, weights: Mapping[str, PackedWeight | torch.T
     }
     tables = {node.weights[1] for node in graph.nodes if node.op == "hash_router"}
     floats = {node.weights[0] for node in graph.nodes if node.op == "compress"}  # biases of several tokens
+    floats |= {name for node in graph.nodes if node.op == "grid_queries" for name in node.weights}
     copies: dict[int, tuple[torch.Tensor, DeviceMatrix]] = {}  # by id of the tensor, which is kept alive
     for name, shape in weight_shapes(graph).items():
         weight = weights.get(name)

@@ -76,6 +76,7 @@ class CapturedSteps:
         store: DeviceBlocks,
         upload: Callable[[StepIntegers, torch.Tensor], None],
         launch: Callable[[DeviceStep], Results],
+        further: tuple[int, ...] = (),
     ) -> Results:
         """Runs a step.
 
@@ -83,11 +84,12 @@ class CapturedSteps:
             integers: of the step, padded.
             store: the cache, whose memory is allocated.
             upload: begins to copy integers to memory of the device.
-            launch: launches the step's kernels. What it launches may depend on the bucket only.
+            launch: launches the step's kernels. What it launches may depend on the bucket only, and on `further`.
+            further: addresses besides the cache's that kernels are given. Captured steps end when they change.
 
         Returns: the results with the padding rows, valid until the next step.
         """
-        step = self._step(integers, store)
+        step = self._step(integers, store, further)
         upload(integers, step.memory)
         if step.results is None:
             step.results = launch(integers.on(step.memory))
@@ -102,8 +104,8 @@ class CapturedSteps:
         held = self._stores.get(store)
         return tuple(bucket for bucket, step in held.steps.items() if step.replay is not None) if held else ()
 
-    def _step(self, integers: StepIntegers, store: DeviceBlocks) -> _Step:
-        address = store.address
+    def _step(self, integers: StepIntegers, store: DeviceBlocks, further: tuple[int, ...]) -> _Step:
+        address = (*store.address, *further)
         held = self._stores.get(store)
         if held is None or held.address != address:
             held = self._stores[store] = _OfStore(address)

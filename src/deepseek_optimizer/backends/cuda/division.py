@@ -15,6 +15,8 @@ BLOCK = 64  # words of 16 rows that a program of `vector_product` reads at a tim
 MOST_SPLITS = 8
 MOST_CHUNKS = 64
 TILE_FIELDS = 5
+ADAPTER_ROWS = 16  # of a tile of rows with one adapter
+MOST_ADAPTER_SPLITS = 8
 PAIR_FIELDS = 3  # of a tile of pairs, see `kernels.expert_groups.PairTiles`
 HEAD_ROWS = 16  # heads of a program of latent attention, which share one key
 LATENT_ROWS = 32  # of a product of latent attention in prefill: sums of 64 rows with 512 elements do not fit into registers
@@ -75,6 +77,15 @@ def query_rows(group: int, product_rows: int = 64) -> int:
 def most_pair_tiles(pairs: int, experts: int, block_m: int) -> int:
     """The most tiles of up to `block_m` pairs of one expert that `pairs` pairs can need, whatever their experts are."""
     return (pairs + min(pairs, experts) * (block_m - 1)) // block_m
+
+
+def adapter_splits(columns: int) -> int:
+    """The number of parts that the columns of an adapter's first matrix are divided into: a power of two, parts of at least 512
+    columns."""
+    splits = 1
+    while splits < MOST_ADAPTER_SPLITS and columns >= 1024 * splits:
+        splits *= 2
+    return splits
 
 
 def heads_at_once(rows: int, heads: int, rank: int) -> int:

@@ -15,6 +15,7 @@ from ...graph.ops.products import rows_of
 from ...quant.base import TILE_ROWS
 from ..base import StepBatch
 from ..kv_b import key_stack, value_stack
+from .adapters import CudaAdapters
 from .gates import NO_GATE, OF_OPS, gate_of, limited
 from .kernels import attention as attention_kernels
 from .kernels import elementwise, linear, norm, rope, rows
@@ -63,6 +64,11 @@ class Weights:
     vectors: dict[str, torch.Tensor]
     axes: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    @property
+    def narrow(self) -> bool:
+        """Whether products round rows to bf16: with any weights but fp32."""
+        return any(matrix.layout.narrow for matrix in self.matrices.values())
+
     def vector(self, name: str | None) -> torch.Tensor | None:
         return None if name is None else self.vectors[name]
 
@@ -96,6 +102,7 @@ class Run:
         wants_hidden: whether hidden states are returned.
         hidden: the hidden states so far, by index.
         drafts: the draft states, if the graph returns them apart.
+        adapters: those of the step, if its sequences have any.
         pairs: the pairs of tokens and experts by the routes that they are grouped by, from `experts_gate_up` to `experts_down`.
     """
 
@@ -106,6 +113,7 @@ class Run:
     wants_hidden: bool
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
     drafts: torch.Tensor | None = None
+    adapters: CudaAdapters | None = None
     pairs: dict[Value, PairTiles | None] = field(default_factory=dict)
 
     @property
@@ -242,6 +250,15 @@ def _attention(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
         )  # fmt: skip
 
 
+def _encoder_attention(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
+    a, (q, k, v) = node.attrs, inputs
+    for tiles in run.at.phases:
+        attention_kernels.step_attention(
+            q, k, v, tiles, run.at.ends, outputs[0], heads=a["heads"], kv_heads=a["kv_heads"], scale=a["scale"],
+            window=a["window"], narrow=run.weights.narrow,
+        )  # fmt: skip
+
+
 def _select_rows(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
     rows.select_rows(run.at.logit_rows, inputs[0], outputs[0])
 
@@ -281,6 +298,7 @@ DENSE_OPS: Mapping[str, Op] = {
     "columns": _columns,
     "concat": _concat,
     "embedding": _embedding,
+    "encoder_attention": _encoder_attention,
     "gate_up": _gate_up,
     "geglu": _pairwise,
     "gelu": _each,

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from ...errors import BackendError
 from ...graph.analysis import hidden_only
 from ...graph.cache_groups import group_spans
 from ...graph.ir import Graph, Node, Value
+from ...graph.ops.grids import IN_GRIDS
 from ...graph.planner import assign_slots
 from ...quant.packed import PackedWeight
 from ..base import KvStore, Plan, StepBatch, StepOutput
@@ -21,6 +24,8 @@ from ..drafted_round import drafted_round
 from ..reference.checks import check_batch
 from ..reference.device_choice import choose_on_device, greedy_tokens
 from ..sampling import TokenChoice, choose_tokens
+from .adapter_ops import ADAPTER_OPS
+from .adapters import CudaAdapters
 from .bind import weights_on_device
 from .buckets import MOST_ROWS, may_be_captured
 from .captured import CapturedSteps, Results
@@ -28,6 +33,7 @@ from .compressed_ops import COMPRESSED_OPS
 from .device import Device
 from .division import HEAD_ROWS, LATENT_ROWS, query_rows
 from .expert_ops import EXPERT_OPS
+from .grid_ops import GRID_OPS
 from .kernels.rows import select_rows
 from .latent_ops import LATENT_OPS
 from .memory import memory_errors
@@ -40,7 +46,7 @@ from .store import DeviceBlocks
 from .stores import store_class
 from .supported import check_graph_ops
 
-OPS: Mapping[str, Op] = {**DENSE_OPS, **EXPERT_OPS, **LATENT_OPS, **RECURRENT_OPS, **COMPRESSED_OPS}
+OPS: Mapping[str, Op] = {**DENSE_OPS, **EXPERT_OPS, **LATENT_OPS, **RECURRENT_OPS, **COMPRESSED_OPS, **GRID_OPS, **ADAPTER_OPS}
 
 _STEP_REMEDY = (
     "set a smaller kv_cache_memory, which leaves more for steps, or a smaller prefill_chunk or batch_size_range, or load the "
@@ -77,7 +83,9 @@ class CudaPlan:
         self._head = next((node.outputs[0] for node in graph.nodes if node.op == "lm_head"), None)
         self._block_q = _query_rows(graph)
         self._dynamic = {frequencies_name(spec): spec for spec in ropes(graph) if spec.is_dynamic}
-        self._axes = any(spec.axes for spec in ropes(graph))
+        self._both_sides = any(node.op == "encoder_attention" for node in graph.nodes)
+        in_grids = any(node.op in IN_GRIDS for node in graph.nodes)
+        self._axes = in_grids or any(spec.axes for spec in ropes(graph))
         self._staging = device.staging(0)
         self.captured = CapturedSteps(device) if captured and device.captures else None
         self._captured_logits = self._empty(0, graph.logits_width)
@@ -93,6 +101,7 @@ class CudaPlan:
         wanted = store_class(self.graph.cache)
         if store is not None and not isinstance(store, wanted):
             raise BackendError(f"store: the plan needs a {wanted.__name__} of its backend, got a {type(store).__name__}")
+        adapters = self._adapters_of(batch)
         logits = self._given_logits(batch)
         with self._device.step(), memory_errors(f"a step of {len(batch.positions)} tokens on {self.device}", _STEP_REMEDY):
             self._chosen, self._chosen_from = None, None
@@ -100,30 +109,47 @@ class CudaPlan:
                 store.ensure(int(batch.block_table.max()) + 1)
                 if isinstance(store.states, DeviceStates):
                     store.states.ensure()
-            if self.captured is not None and store is not None and may_be_captured(batch):
-                output = self._replayed(batch, store, self.captured, logits)
+            whole = adapters is not None or not self.graph.adapter_sites  # otherwise steps of one bucket differ
+            if self.captured is not None and store is not None and whole and may_be_captured(batch):
+                output = self._replayed(batch, store, self.captured, logits, adapters)
             else:
-                output = self._launched(batch, store, logits)
+                output = self._launched(batch, store, logits, adapters)
             self._device.wait()
             if self._chosen_from is not None:
                 self._chosen = (*self._chosen_from, self._greedy[: len(batch.logit_rows)].tolist())
         return output
 
-    def _launched(self, batch: StepBatch, store: DeviceBlocks | None, given: torch.Tensor | None) -> StepOutput:
+    def _adapters_of(self, batch: StepBatch) -> CudaAdapters | None:
+        """The store of the step's adapters; None: it has none, or the graph takes none."""
+        if not self.graph.adapter_sites or batch.adapter_of is None:
+            return None
+        if not isinstance(batch.adapters, CudaAdapters):
+            found = type(batch.adapters).__name__
+            raise BackendError(f"step.adapters: the plan needs a CudaAdapters of its backend, got a {found}")
+        return batch.adapters
+
+    def _launched(
+        self, batch: StepBatch, store: DeviceBlocks | None, given: torch.Tensor | None, adapters: CudaAdapters | None
+    ) -> StepOutput:
         integers = self._integers(batch, None)
         memory = torch.empty(integers.size, dtype=torch.int32, device=self.device)
         self._upload(integers, memory)
         logits = self._empty(len(batch.logit_rows), self.graph.logits_width) if given is None else given
         asks = batch.last_hidden or batch.draft_states
         results = self._launch(
-            Run(batch, integers.on(memory), store, self._weights, batch.hidden or asks), logits, batch.hidden
+            Run(batch, integers.on(memory), store, self._weights, batch.hidden or asks, adapters=adapters), logits, batch.hidden
         )
         states = self.graph.hidden_states
         hidden = torch.stack([results.hidden[i] for i in range(states)]) if batch.hidden else None
         return _output(batch, logits, results.hidden[states - 1] if asks else None, hidden, results.drafts)
 
     def _replayed(
-        self, batch: StepBatch, store: DeviceBlocks, captured: CapturedSteps, given: torch.Tensor | None
+        self,
+        batch: StepBatch,
+        store: DeviceBlocks,
+        captured: CapturedSteps,
+        given: torch.Tensor | None,
+        adapters: CudaAdapters | None,
     ) -> StepOutput:
         """A step with padding rows, whose results are copied: the next step overwrites them."""
         integers = self._integers(batch, store.scratch)
@@ -132,12 +158,13 @@ class CudaPlan:
             self._captured_logits = self._empty(bucket.logit_rows, self.graph.logits_width)  # more than `reserve` was told
 
         def launch(at: DeviceStep) -> Results:
-            run = Run(None, at, store, self._weights, bucket.states)
+            run = Run(None, at, store, self._weights, bucket.states, adapters=adapters)
             made = self._launch(run, self._captured_logits[: bucket.logit_rows], False)
             made.greedy = greedy_tokens(made.logits).to(torch.int32) if bucket.logit_rows else None
             return made
 
-        results = captured.run(integers, store, self._upload, launch)
+        further = () if adapters is None else (adapters.table.data_ptr(),)
+        results = captured.run(integers, store, self._upload, launch, further)
         rows, tokens = len(batch.logit_rows), len(batch.positions)
         logits = self._empty(rows, self.graph.logits_width) if given is None else given
         logits.copy_(results.logits[:rows])
@@ -149,8 +176,11 @@ class CudaPlan:
         return _output(batch, logits, last, None, drafts)
 
     def _integers(self, batch: StepBatch, scratch: int | None) -> StepIntegers:
+        if self._both_sides:  # each row sees all tokens of its sequence
+            batch = replace(batch, visible_to=np.repeat(batch.query_len, batch.query_len))
         states = bool(self.graph.states)
-        return StepIntegers.of(batch, len(self._spans), self._block_q, self._dynamic, scratch, states, self._axes)
+        slots = batch.adapters.slots if self._adapters_of(batch) is not None and batch.adapters is not None else 0
+        return StepIntegers.of(batch, len(self._spans), self._block_q, self._dynamic, scratch, states, self._axes, slots)
 
     def _upload(self, integers: StepIntegers, memory: torch.Tensor) -> None:
         if integers.size > len(self._staging):
@@ -261,7 +291,8 @@ def _query_rows(graph: Graph) -> int:
         return 1  # each row attends to tokens of its own
     if latent:
         return query_rows(max(latent), LATENT_ROWS)
-    groups = [node.attrs["heads"] // node.attrs["kv_heads"] for node in graph.nodes if node.op == "attention"]
+    plain = [node.attrs for node in graph.nodes if node.op in ("attention", "encoder_attention")]
+    groups = [attrs["heads"] // attrs["kv_heads"] for attrs in plain]
     return query_rows(max(groups, default=1))
 
 

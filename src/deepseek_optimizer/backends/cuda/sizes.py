@@ -16,6 +16,7 @@ from .buckets import MOST_ROWS, rows_bucket
 from .division import (
     HEAD_ROWS,
     PROGRAMS,
+    adapter_splits,
     attention_scratch_bytes,
     expanded_scratch_bytes,
     expert_scratch_bytes,
@@ -93,6 +94,8 @@ def _scratch_bytes(graph: Graph, formats: Mapping[str, str], tokens: int) -> int
             sizes.append(index_scratch_bytes(tokens, -(-graph.max_positions // node.attrs["every"])))
         if node.op == "grouped_linear":  # rows in the order of words
             sizes.append(_VALUE_BYTES * tokens * (node.inputs[0].width + 31 * node.attrs["groups"]))
+        if node.op == "lora_down":
+            sizes.append(_VALUE_BYTES * tokens * node.outputs[0].width * adapter_splits(node.inputs[0].width))
         if node.op in ("linear", "gate_up", "lm_head"):
             products = 2 if node.op == "gate_up" else 1
             parts = [part for part in rows_of(node) if part is not None and part[0] % TILE_ROWS]  # first results are left out

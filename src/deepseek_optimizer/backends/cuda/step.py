@@ -12,7 +12,7 @@ import torch
 
 from ..base import BLOCK_TOKENS, DECODE, StepBatch, reach_of
 from .buckets import Bucket
-from .division import TILE_FIELDS, Tiles
+from .division import ADAPTER_ROWS, PAIR_FIELDS, TILE_FIELDS, Tiles, most_pair_tiles
 
 Integers = npt.NDArray[np.signedinteger[Any]]
 RUN_FIELDS = 5  # of a run, see `Runs`
@@ -37,6 +37,19 @@ class Runs:
 
 
 @dataclass(frozen=True)
+class AdapterRows:
+    """The rows of a step that have an adapter, in tiles of one adapter.
+
+    Attributes:
+        order: int32 [T], the rows by slot.
+        fields: int32 [tiles, PAIR_FIELDS]: slot, first place in `order`, and number of rows, which is 0 in further tiles.
+    """
+
+    order: torch.Tensor
+    fields: torch.Tensor
+
+
+@dataclass(frozen=True)
 class DeviceStep:
     """What kernels read of a step's batch, int32 on the device.
 
@@ -49,8 +62,9 @@ class DeviceStep:
         tables: [G, S, blocks].
         logit_rows: [R].
         frequencies: float32 [S, rot/2] of each RoPE whose frequencies depend on the sequence, by name.
-        axes: [3, T], the position on each axis, of graphs whose RoPE has axes.
+        axes: [3, T], the position on each axis, of graphs whose RoPE has axes, or with patches in a grid.
         runs: of graphs with recurrent states.
+        adapters: of steps with adapters.
     """
 
     phases: tuple[Tiles, ...]
@@ -64,6 +78,7 @@ class DeviceStep:
     frequencies: Mapping[str, torch.Tensor] = field(default_factory=dict)
     axes: torch.Tensor | None = None
     runs: Runs | None = None
+    adapters: AdapterRows | None = None
 
 
 @dataclass(frozen=True)
@@ -75,9 +90,9 @@ class StepIntegers:
     no real sequence has. Further tiles have no rows.
 
     Attributes:
-        arrays: tiles of one row, tiles of prompts, and then as in `DeviceStep`; of `Runs` its three attributes.
+        arrays: tiles of one row, tiles of prompts, and then as in `DeviceStep`; of `Runs` and `AdapterRows` their attributes.
         names: of the frequencies.
-        axes: whether there are positions on axes.
+        axes, adapted: whether there are positions on axes, and adapters.
     """
 
     arrays: tuple[npt.NDArray[Any], ...]
@@ -85,6 +100,7 @@ class StepIntegers:
     bucket: Bucket
     block_q: int
     axes: bool = False
+    adapted: bool = False
 
     @classmethod
     def of(
@@ -96,6 +112,7 @@ class StepIntegers:
         scratch: int | None = None,
         states: bool = False,
         axes: bool = False,
+        slots_of_adapters: int = 0,
     ) -> StepIntegers:
         """The integers of a batch.
 
@@ -104,7 +121,8 @@ class StepIntegers:
             block_q: rows of a tile in prefill.
             dynamic: by name each `RopeSpec` whose frequencies depend on the sequence.
             scratch: the block of padding rows; None: the step is not padded.
-            states, axes: whether there are recurrent states, and RoPE with axes.
+            states, axes: whether there are recurrent states, and positions on axes.
+            slots_of_adapters: their number; 0: the step has no adapters.
         """
         bucket, sequences = Bucket.of(batch, block_q), len(batch.query_len)
         sequence = np.repeat(np.arange(sequences), batch.query_len)
@@ -112,7 +130,9 @@ class StepIntegers:
         token = batch.context_len[sequence] + np.arange(len(sequence)) - starts[sequence]
         ends = token + 1 if batch.visible_to is None else batch.visible_to
         tables = batch.tables(groups)
-        slots = tables[:, sequence, token // BLOCK_TOKENS] * BLOCK_TOKENS + token % BLOCK_TOKENS
+        slots = np.zeros((groups, len(token)), np.int32)
+        if tables.shape[-1]:  # otherwise there is no cache
+            slots = tables[:, sequence, token // BLOCK_TOKENS] * BLOCK_TOKENS + token % BLOCK_TOKENS
         decoding = batch.phase == DECODE
         rows = batch.decoding_rows  # the first ones
         one_row = _fields(sequence[:rows], np.arange(rows), 1, token[:rows], ends[:rows])
@@ -128,7 +148,10 @@ class StepIntegers:
             arrays.append(own if scratch is None else _filled((3, bucket.rows), 0, own))
         if states:
             arrays += _runs(batch, sequence, starts, None if scratch is None else bucket.rows)
-        return cls(tuple(arrays), tuple(dynamic or ()), bucket, block_q, axes)
+        if slots_of_adapters:
+            assert batch.adapter_of is not None  # of the caller's steps
+            arrays += _adapters(batch.adapter_of[sequence], slots_of_adapters, None if scratch is None else bucket.rows)
+        return cls(tuple(arrays), tuple(dynamic or ()), bucket, block_q, axes, slots_of_adapters > 0)
 
     @property
     def size(self) -> int:
@@ -152,10 +175,12 @@ class StepIntegers:
         tiles = Tiles(one_row, 1, self.bucket.blocks, self.bucket.one_row), Tiles(many, self.block_q, 0)
         named, others = rest[: len(self.names)], rest[len(self.names) :]
         frequencies = {name: view.view(torch.float32) for name, view in zip(self.names, named, strict=True)}
+        of_adapters = [others.pop() for _ in range(2 if self.adapted else 0)]
         axes, of_runs = (others[0], others[1:]) if self.axes else (None, others)
         runs = Runs(*of_runs) if of_runs else None
         phases = tuple(each for each in tiles if len(each.fields))
-        return DeviceStep(phases, ids, positions, sequence, ends, slots, tables, logit_rows, frequencies, axes, runs)
+        adapters = AdapterRows(*of_adapters[::-1]) if of_adapters else None
+        return DeviceStep(phases, ids, positions, sequence, ends, slots, tables, logit_rows, frequencies, axes, runs, adapters)
 
 
 def _aligned(size: int) -> int:
@@ -222,6 +247,27 @@ def _runs(batch: StepBatch, sequence: Integers, starts: Integers, padded: int | 
     of_rows = np.concatenate((sequence, np.arange(sequences, sequences + more)))
     runs = np.concatenate((fields, alone))
     return [_filled((padded, RUN_FIELDS), 0, runs), _filled((padded,), 0, of_rows), _filled((padded, 2), 0, saves)]
+
+
+def _adapters(slots: Integers, count: int, padded: int | None) -> list[Integers]:
+    """The arrays of `AdapterRows`.
+
+    Args:
+        slots: of each row, -1: none. count: number of slots.
+        padded: rows of the padded step; None: it is not padded.
+    """
+    order = np.argsort(slots, kind="stable")[np.count_nonzero(slots < 0) :]
+    used, begins, counts = np.unique(slots[order], return_index=True, return_counts=True)
+    tiles = [
+        (slot, begin + first, min(ADAPTER_ROWS, rows - first))
+        for slot, begin, rows in zip(used, begins, counts, strict=True)
+        for first in range(0, rows, ADAPTER_ROWS)
+    ]
+    fields = np.array(tiles, np.int32).reshape(-1, PAIR_FIELDS)
+    if padded is None:
+        return [order.astype(np.int32), fields]
+    most = most_pair_tiles(padded, count, ADAPTER_ROWS)
+    return [_filled((padded,), 0, order), _filled((most, PAIR_FIELDS), 0, fields)]
 
 
 def _filled(shape: tuple[int, ...], value: int, part: Integers) -> Integers:

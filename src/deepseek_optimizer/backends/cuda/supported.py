@@ -1,5 +1,6 @@
-"""What the backend runs so far: graphs of decoders with dense layers or experts; in the cache keys and values, latents, or rows
-and entries of compressed attention, and recurrent states. Anything else is refused by name before anything is compiled.
+"""What the backend runs so far: graphs of encoders, vision towers, and decoders with dense layers or experts; in the cache keys
+and values, latents, or rows and entries of compressed attention, and recurrent states. Anything else is refused by name before
+anything is compiled.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ _MISSING: Mapping[str, Mapping[str, Callable[[Any], object]]] = {
 }  # fmt: skip
 OPS = (
     "add", "add_features", "add_rms_norm", "attention", "cache_write", "clamp", "clamped_swiglu", "columns", "compress",
-    "compressed_attention", "concat", "delta_rule", "draft_out", "embedding", "entries_choose", "experts_down",
-    "experts_gate_up", "gate_up", "geglu", "gelu", "gelu_erf", "grouped_linear", "hash_router", "head_norm", "hidden_out",
-    "index_choose", "index_write", "latent", "latent_write", "layer_norm", "linear", "lm_head", "lookup", "mla_attention",
-    "multiply", "position_scale", "relu", "rms_norm", "rope", "rope_cache", "rope_table", "router", "rows_write", "scale",
-    "scale_by", "select_rows", "short_conv", "sigmoid_gate", "state_in", "stream_collapse", "stream_expand", "stream_weights",
-    "swiglu",
+    "compressed_attention", "concat", "delta_rule", "draft_out", "embedding", "encoder_attention", "entries_choose",
+    "experts_down", "experts_gate_up", "gate_up", "geglu", "gelu", "gelu_erf", "grid_keys", "grid_queries", "grouped_linear",
+    "hash_router", "head_norm", "hidden_out", "index_choose", "index_write", "latent", "latent_write", "layer_norm", "linear",
+    "lm_head", "lookup", "lora_down", "lora_up", "mla_attention", "multiply", "position_scale", "relu", "rms_norm", "rope",
+    "rope_cache", "rope_table", "router", "rows_write", "scale", "scale_by", "select_rows", "short_conv", "sigmoid_gate",
+    "state_in", "stream_collapse", "stream_expand", "stream_weights", "swiglu", "zero_padding",
 )  # fmt: skip
 
 
@@ -52,8 +53,6 @@ def check_graph_ops(graph: Graph, kv_dtype: str | None = None) -> None:
     for node in graph.nodes:
         if (missing := _missing(node)) is not None:
             raise refuse(missing, graph.family)
-    if graph.adapter_sites:
-        raise refuse("adapters", graph.family)
     check_cache(graph, kv_dtype)
 
 

@@ -25,8 +25,10 @@ from .paged import (
     finish_tile,
     launch_merge,
     next_weights,
+    rows_to_read,
     scales_of,
     seen_by_rows,
+    seen_to_both_sides,
     tokens_to_read,
     with_sink,
 )
@@ -37,16 +39,20 @@ _FIELDS = tl.constexpr(TILE_FIELDS)
 
 @triton.jit
 def attend_tile(
-    q, cache, block_tables, tiles, ends, learned, out, partial, stats, block_elements, layer_offset, most_blocks, chunk_blocks,
-    scale, softcap, window, sinks, CHUNKS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr,
-    HEAD: tl.constexpr, HEAD_BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr, TOKENS: tl.constexpr, NARROW: tl.constexpr,
-    SINKS: tl.constexpr, KIND: tl.constexpr, CHUNKED: tl.constexpr, CAUSAL: tl.constexpr,
+    q, cache, row_values, block_tables, tiles, ends, learned, out, partial, stats, block_elements, layer_offset, most_blocks,
+    chunk_blocks, scale, softcap, window, sinks, CHUNKS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    GROUP_ROWS: tl.constexpr, HEAD: tl.constexpr, HEAD_BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr, TOKENS: tl.constexpr,
+    NARROW: tl.constexpr, SINKS: tl.constexpr, KIND: tl.constexpr, CHUNKED: tl.constexpr, CAUSAL: tl.constexpr,
+    IN_STEP: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(scale q K^T) V of a tile and a key head. Grid (tiles, KV_HEADS, CHUNKS).
 
     Args:
         q, out: float32 [T, KV_HEADS * GROUP * HEAD].
         cache: float32, bf16, or codes of a KIND [blocks, block_elements], see `store.CudaStore`.
+        row_values: read if IN_STEP: the step has all tokens of each sequence, there is no cache, and `cache` and `row_values`
+            are the keys and values of its rows, float32 [T, KV_HEADS * HEAD]. Then rows see up to `window` tokens to either
+            side, all if it is 0.
         block_tables: int32 [S, most_blocks].
         tiles: see `division.Tiles`. ends: int32 [T], in tokens of the sequence.
         partial, stats: float32 [tiles, KV_HEADS, GROUP, CHUNKS, HEAD] and [.., 2], written instead of `out` if CHUNKS > 1, for
@@ -76,7 +82,11 @@ def attend_tile(
     q_mask = real[:, None] & (d < HEAD)[None, :]
     rows = tl.load(q + q_place[:, None] + d[None, :], mask=q_mask, other=0.0)
 
-    blocks, sink_blocks, first_block = blocks_to_read(first_token, last_end, window, sinks, CHUNKED)
+    if IN_STEP:
+        blocks, first_block, last_end = rows_to_read(first_token, count, last_end, window)
+        sink_blocks = 0
+    else:
+        blocks, sink_blocks, first_block = blocks_to_read(first_token, last_end, window, sinks, CHUNKED)
     begin = chunk * chunk_blocks
     stop = tl.minimum(begin + chunk_blocks, blocks)
 
@@ -86,8 +96,13 @@ def attend_tile(
     pages = block_tables + sequence * most_blocks
     for start in range(begin * 32, stop * 32, TOKENS):
         t = start + tl.arange(0, TOKENS)
-        key, page, stored = tokens_to_read(t, stop, sink_blocks, first_block, last_end, pages)
-        place = page * block_elements + layer_offset + (kv_head * 32 + t % 32) * HEAD
+        if IN_STEP:
+            key = first_block * 32 + t
+            stored = key < last_end
+            place = ((first_row - first_token + key).to(tl.int64) * KV_HEADS + kv_head) * HEAD
+        else:
+            key, page, stored = tokens_to_read(t, stop, sink_blocks, first_block, last_end, pages)
+            place = page * block_elements + layer_offset + (kv_head * 32 + t % 32) * HEAD
         k = tl.load(cache + place[None, :] + d[:, None], mask=stored[None, :] & (d < HEAD)[:, None], other=0)
         scores = tl.zeros([BLOCK_Q * GROUP_ROWS, TOKENS], tl.float32)
         scores = add_product(scores, rows, numbers_of(k, KIND), NARROW) * scale  # bf16 holds what codes stand for exactly
@@ -95,10 +110,14 @@ def attend_tile(
             scales = scales_of(cache, page * block_elements + layer_offset, KV_HEADS, HEAD) + kv_head * 32 + t % 32
             scores *= tl.load(scales, mask=stored, other=0.0)[None, :]
         scores = capped(scores, softcap)
-        seen = seen_by_rows(key, stored, token, end, window, sinks, CHUNKED)
+        if IN_STEP:
+            seen = seen_to_both_sides(key, stored, token, end, window)
+            values = row_values + place
+        else:
+            seen = seen_by_rows(key, stored, token, end, window, sinks, CHUNKED)
+            values = cache + place + KV_HEADS * 32 * HEAD
         weight, fade, maximum, weights = next_weights(scores, seen, maximum, weights)
-        value_place = place + KV_HEADS * 32 * HEAD
-        v = tl.load(cache + value_place[:, None] + d[None, :], mask=stored[:, None] & (d < HEAD)[None, :], other=0)
+        v = tl.load(values[:, None] + d[None, :], mask=stored[:, None] & (d < HEAD)[None, :], other=0)
         if KIND != "":
             weight *= tl.load(scales + KV_HEADS * 32, mask=stored, other=0.0)[None, :]
         sums = add_product(sums * fade[:, None], weight, numbers_of(v, KIND), NARROW)
@@ -137,11 +156,43 @@ def attention(
     head_block = max(16, triton.next_power_of_2(head))
     partial, stats = chunk_memory(tiles, heads, chunks, head, out)
     attend_tile[(count, kv_heads, chunks)](
-        q, cache, block_tables, tiles.fields, ends, q if learned is None else learned, out, partial, stats, cache.stride(0),
-        layer_offset, blocks, triton.cdiv(tiles.blocks, chunks) if chunks > 1 else blocks, scale, float(softcap), window, sinks,
-        CHUNKS=chunks, KV_HEADS=kv_heads, GROUP=group, GROUP_ROWS=group_rows, HEAD=head, HEAD_BLOCK=head_block, BLOCK_Q=block_q,
-        TOKENS=64 if narrow else 32, NARROW=narrow, SINKS=learned is not None, KIND=kind_of(cache), CHUNKED=chunked,
-        CAUSAL=causal, num_warps=4 if narrow else 8, num_stages=2,
+        q, cache, cache, block_tables, tiles.fields, ends, q if learned is None else learned, out, partial, stats,
+        cache.stride(0), layer_offset, blocks, triton.cdiv(tiles.blocks, chunks) if chunks > 1 else blocks, scale,
+        float(softcap), window, sinks, CHUNKS=chunks, KV_HEADS=kv_heads, GROUP=group, GROUP_ROWS=group_rows, HEAD=head,
+        HEAD_BLOCK=head_block, BLOCK_Q=block_q, TOKENS=64 if narrow else 32, NARROW=narrow, SINKS=learned is not None,
+        KIND=kind_of(cache), CHUNKED=chunked, CAUSAL=causal, IN_STEP=False, num_warps=4 if narrow else 8, num_stages=2,
     )  # fmt: skip
     if chunks > 1:
         launch_merge(partial, stats, tiles, out, learned)
+
+
+def step_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    tiles: Tiles,
+    ends: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    window: int,
+    narrow: bool,
+) -> None:
+    """Attention of rows to all tokens of their sequences, see `attend_tile` with IN_STEP. Rows of other tiles are not written.
+
+    Args:
+        ends: the number of tokens of each row's sequence.
+        narrow: whether operands are rounded to bf16.
+    """
+    count, head, group = len(tiles.fields), q.shape[1] // heads, heads // kv_heads
+    group_rows, head_block = triton.next_power_of_2(group), max(16, triton.next_power_of_2(head))
+    tokens = 64 if narrow and head_block <= 64 else 16 if head_block > 128 and not narrow else 32  # operands are in registers
+    attend_tile[(count, kv_heads, 1)](
+        q, k, v, tiles.fields, tiles.fields, ends, q, out, out, out, 0, 0, 0, 1 << 26, scale, 0.0, window, 0, CHUNKS=1,
+        KV_HEADS=kv_heads, GROUP=group, GROUP_ROWS=group_rows, HEAD=head, HEAD_BLOCK=head_block,
+        BLOCK_Q=max(tiles.block_q, triton.cdiv(16, group_rows)), TOKENS=tokens,
+        NARROW=narrow, SINKS=False, KIND="", CHUNKED=False, CAUSAL=False, IN_STEP=True,
+        num_warps=8 if head_block > 128 or not narrow else 4, num_stages=2,
+    )  # fmt: skip

@@ -52,6 +52,17 @@ def tokens_to_read(t, stop, sink_blocks, first_block, last_end, block_tables):
 
 
 @triton.jit
+def rows_to_read(first_token, count, last_end, window):
+    """Where all tokens of a sequence are rows of the step: the number of blocks of 32 tokens that a tile of `count` rows reads,
+    the first of them, and one past the last token, for windows to both sides."""
+    first_block = 0
+    if window > 0:
+        first_block = tl.maximum(first_token - window, 0) // 32
+        last_end = tl.minimum(last_end, first_token + count + window)
+    return (last_end + 31) // 32 - first_block, first_block, last_end
+
+
+@triton.jit
 def scales_of(cache, layer, KV_HEADS: tl.constexpr, HEAD: tl.constexpr):
     """Pointers to the scales of a layer in blocks of a cache of codes, float32 [2, KV_HEADS, 32].
 
@@ -68,6 +79,15 @@ def seen_by_rows(key, stored, token, end, window, sinks, CHUNKED: tl.constexpr =
     seen = stored[None, :] & (key[None, :] < end[:, None])
     if window > 0:
         seen = seen & ((key[None, :] >= first_seen(token, window, CHUNKED)[:, None]) | (key < sinks)[None, :])
+    return seen
+
+
+@triton.jit
+def seen_to_both_sides(key, stored, token, end, window):
+    """bool [rows, keys]: a row that is token i sees the tokens j < end, with a window those with |i - j| <= window."""
+    seen = stored[None, :] & (key[None, :] < end[:, None])
+    if window > 0:
+        seen = seen & (tl.abs(key[None, :] - token[:, None]) <= window)
     return seen
 
 
