@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,9 @@ from importlib.metadata import distribution, entry_points
 from pathlib import Path
 
 import pytest
+from elftools.elf.elffile import ELFFile
+
+from deepseek_optimizer.backends.cpu import native
 
 ROOT = Path(__file__).resolve().parents[1]
 NATIVE_PLATFORM = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
@@ -83,6 +87,45 @@ def test_auditwheel_accepts_the_wheel(wheel, tmp_path):
     assert "manylinux" in repaired.name
     with zipfile.ZipFile(repaired) as archive:  # no library was copied into the wheel: only system libraries are linked
         assert not any(".libs/" in name for name in archive.namelist())
+
+
+# Names that glibc 2.28 lacks and our sources do not call: GCC's static libraries call the first three where glibc has them,
+# and the others were inline functions before.
+NEWER_BUT_NOT_OURS = {"__libc_single_threaded", "_dl_find_object", "arc4random", "fstat", "fstat64"}
+
+
+@pytest.mark.skipif(not NATIVE_PLATFORM, reason="the native part is for Linux on x86-64 and ARM64")
+def test_the_library_calls_only_what_manylinux_2_28_has():
+    """Wheels of a release are built with glibc 2.28; this one has the symbol versions of the machine that built it."""
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+    glibc = [path for path in set(maps.split()) if re.search(r"/(libc|libm|ld-linux-[\w-]+)\.so\.\d$", path)]
+    oldest: dict[str, tuple[int, ...]] = {}
+    for path in glibc:
+        for name, version in exported(path):
+            oldest[name] = min(version, oldest.get(name, version))
+    imports = imported(native.library_path())
+    assert len(imports) > 50 and len(oldest) > 2000 and imports <= oldest.keys()
+    names = {name: name.removeprefix("__isoc23_") for name in imports}  # what <stdlib.h> of glibc 2.38 makes of strtoul
+    assert {name for name, called in names.items() if oldest.get(called, oldest[name]) > (2, 28)} <= NEWER_BUT_NOT_OURS
+
+
+def imported(path):
+    with open(path, "rb") as file:
+        symbols = ELFFile(file).get_section_by_name(".dynsym").iter_symbols()
+        return {s.name for s in symbols if s.name and s["st_shndx"] == "SHN_UNDEF" and s["st_info"]["bind"] != "STB_WEAK"}
+
+
+def exported(path):
+    """(name, version of glibc) of each symbol, and of its earlier versions that are kept."""
+    with open(path, "rb") as file:
+        elf = ELFFile(file)
+        versions = {v["vd_ndx"]: next(names).name for v, names in elf.get_section_by_name(".gnu.version_d").iter_versions()}
+        numbers = elf.get_section_by_name(".gnu.version")
+        for i, symbol in enumerate(elf.get_section_by_name(".dynsym").iter_symbols()):
+            index = numbers.get_symbol(i)["ndx"]
+            version = versions.get(index & 0x7FFF, "") if isinstance(index, int) else ""
+            if symbol["st_shndx"] != "SHN_UNDEF" and re.fullmatch(r"GLIBC_[\d.]+", version):
+                yield symbol.name, tuple(map(int, version[6:].split(".")))
 
 
 PROBE = """

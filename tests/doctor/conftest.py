@@ -24,7 +24,7 @@ def machine(tmp_path):
             file = root / path.lstrip("/")
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text)
-        given = {"environ": {}, "usable_cpus": 4, "online_cpus": 4, "physical_cores": 4, **fields}
+        given = {"environ": {}, "usable_cpus": 4, "online_cpus": 4, "usable_cores": 4, **fields}
         free = given.pop("available_bytes", 8 * GIB)
         total = read_sizes(root, "/proc/meminfo").get("MemTotal", 0)
         limits = [Limit("machine", "this machine", "memory", total, free), *cgroup_limits(root, {})]

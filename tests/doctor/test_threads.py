@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from deepseek_optimizer.backends.cpu import native
+from deepseek_optimizer.doctor import Machine
 from deepseek_optimizer.doctor.checks import threads
 
 V2 = {"/proc/self/cgroup": "0::/pod/box\n"}
@@ -53,9 +55,23 @@ def test_affinity(case, machine, one):
 
 
 def test_hyper_threads(case, machine, one):
-    both = machine(physical_cores=2)
+    both = machine(usable_cores=2)
     one(threads.check(case(machine=both)), "ok", "2 threads on 4")
     assert "threads=2" in one(threads.check(case(machine=both, fields={"threads": 4})), "note", "4 threads on 2 cores").fix
+
+
+def test_hyper_threads_of_an_affinity_mask(case, machine, one):
+    half = machine(usable_cpus=4, online_cpus=8, usable_cores=2)
+    one(threads.check(case(machine=half, fields={"threads": 4})), "note", "4 threads on 2 cores")
+    assert not [f for f in threads.check(case(machine=half, fields={"threads": 2})) if "idle" in f.what]
+
+
+def test_the_usual_number_is_that_of_the_backend(case, monkeypatch):
+    """On this machine, whatever it is: an affinity mask may leave whole cores or half ones."""
+    monkeypatch.delenv("DSO_THREADS", raising=False)
+    used = native.number(native.library().dso_default_threads())
+    facts = [f.facts for f in threads.check(case(machine=Machine.here())) if "threads" in (f.facts or {})]
+    assert facts and facts[0]["threads"] == used
 
 
 def test_no_hyper_threads_no_note(case):

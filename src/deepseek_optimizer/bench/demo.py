@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..backends.cpu.native import default_threads, unavailable_reason
 from ..system.progress import Progress, show_progress
 from ..versions import versions
 from . import smollm2
@@ -38,7 +39,7 @@ def run(*, rounds: int | None = None, threads: int | None = None, show: bool = T
 
     Args:
         rounds: number of processes per side; None: three, or fewer on a slow machine.
-        threads: for every side; None: all CPUs available to this process.
+        threads: for every side; None: as many as a model uses by default, one per core.
         show: print the answer and the table.
 
     Returns:
@@ -48,7 +49,7 @@ def run(*, rounds: int | None = None, threads: int | None = None, show: bool = T
     from rich.console import Console
 
     console = Console(highlight=False)
-    threads = threads or usable_cpus()
+    threads = threads or (usable_cpus() if unavailable_reason() else default_threads())
     with _step("Downloading SmolLM2-135M-Instruct (93 MB), unless it is cached"):
         gguf = smollm2.fetch()
     with _step("Writing a bf16 checkpoint, the format that Transformers loads fastest, unless it is cached"):

@@ -34,7 +34,7 @@ class Machine:
     environ: environment variables.
     root: directory that system files are read below; tests use their own.
     usable_cpus, online_cpus: CPUs that this process may run on, and all CPUs of the system.
-    physical_cores: CPUs without hyper-threads; None if unknown.
+    usable_cores: cores that these CPUs belong to, of which hyper-threads share one; None without the native library.
     memory: free memory and every limit on it.
     load: load average of the last minute; None if unknown.
     packages: installed distributions by name.
@@ -44,7 +44,7 @@ class Machine:
     root: Path = ROOT
     usable_cpus: int = 1
     online_cpus: int = 1
-    physical_cores: int | None = None
+    usable_cores: int | None = None
     memory: FreeMemory = FreeMemory((Limit("machine", "this machine", "memory", 0, 0),))
     load: float | None = None
     packages: Mapping[str, Package] = field(default_factory=dict)
@@ -56,18 +56,17 @@ class Machine:
         Args:
             for_model: first import what loading a model imports, so that the free memory is right.
         """
-        import psutil
-
         if for_model:
             import transformers.modeling_utils  # noqa: F401
 
+        from ..backends.cpu.native import machine_cpus, unavailable_reason
         from ..bench.hardware import usable_cpus
 
         return cls(
             environ=dict(os.environ),
             usable_cpus=usable_cpus(),
             online_cpus=os.cpu_count() or 1,
-            physical_cores=psutil.cpu_count(logical=False),
+            usable_cores=None if unavailable_reason() else len({cpu.core for cpu in machine_cpus()}),
             memory=free_memory(),
             load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
             packages=dict(installed(PACKAGES)),

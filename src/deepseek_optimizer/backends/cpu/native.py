@@ -425,12 +425,15 @@ def shared_context(isa: str | None, threads: int | None) -> Context:
     """The process's context for these settings, DSO_TOPOLOGY and DSO_NUMA: models with equal settings share one pool. None: as
     for `Context`. Raises ConfigError for an invalid variable."""
     machine, nodes = topology_file(), NODES[memory_nodes()]
-    return _shared_context(isa, threads or (0 if machine else _default_threads()), machine, nodes)
+    return _shared_context(isa, threads or (0 if machine else default_threads()), machine, nodes)
 
 
 @functools.cache
-def _default_threads() -> int:
-    """Read once: the limits are in many files, and operations of training ask for their context at each call."""
+def default_threads() -> int:
+    """As many threads as cores that this process may use, within the control group's quota. Raises BackendError.
+
+    Read once: the limits are in many files, and operations of training ask for their context at each call.
+    """
     return number(library().dso_default_threads())
 
 

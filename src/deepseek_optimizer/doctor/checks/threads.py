@@ -19,14 +19,14 @@ def check(case: Case) -> Iterator[Finding]:
     machine, quota = case.machine, cpu_quota(case.machine.root)
     usable = machine.usable_cpus
     limit = usable if quota is None else min(usable, math.ceil(quota))
-    usual = min(limit, machine.physical_cores or limit)
+    usual = min(limit, machine.usable_cores or limit)
     try:
         threads = case.fields.get("threads") or forced_threads() or usual
     except ConfigError as error:
         yield Finding(NAME, "error", "DSO_THREADS is not a valid number of threads", str(error), "correct or unset DSO_THREADS")
         return
     facts = {
-        "threads": threads, "usable_cpus": usable, "online_cpus": machine.online_cpus, "physical_cores": machine.physical_cores,
+        "threads": threads, "usable_cpus": usable, "online_cpus": machine.online_cpus, "usable_cores": machine.usable_cores,
         "cgroup_cpus": quota, "throttled_periods": throttled_periods(machine.root),
     }  # fmt: skip
     findings = list(_findings(case, threads, limit, usual, quota, facts))
@@ -68,8 +68,8 @@ def _findings(
             "an affinity mask (taskset, cpuset, numactl, a batch system, OMP_PROC_BIND)",
             "widen it if the other CPUs are free", facts,
         )  # fmt: skip
-    cores = machine.physical_cores
-    if cores and limit == machine.online_cpus and cores < threads <= usable:
+    cores = machine.usable_cores
+    if cores and cores < threads <= limit:
         yield Finding(
             NAME, "note", f"{threads} threads on {cores} cores: some are hyper-threads of the same core",
             "two threads of a core share its vector units and its memory bandwidth",
