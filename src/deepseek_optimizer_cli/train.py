@@ -123,7 +123,7 @@ def train(
 
     In chats, the loss covers the assistant's messages only. Checkpoints, loss.json and loss.png are written to the output
     directory during training, and the model at the end. After an interruption, repeat the command with --resume: the result is
-    the same, bit for bit.
+    the same, bit for bit. Started by torchrun, several processes train together; those that it restarts resume by themselves.
     """
     flags = {
         "model": model, "output": output, "lora": lora, "precision": precision, "merge": merge or None, "patience": patience,
@@ -157,9 +157,12 @@ def run_job(config: Any, *, resume: bool, dry_run: bool, as_json: bool) -> None:
     with show_progress("Tokenizing") as progress:
         job = TrainingJob(config, resume=resume, progress=progress)
     if dry_run:
-        print_json(job.plan.to_dict()) if as_json else typer.echo(str(job.plan))
+        if job.args.process_index == 0:
+            print_json(job.plan.to_dict()) if as_json else typer.echo(str(job.plan))
         return
     summary = run_with_bar(job, "run the same command with --resume")
+    if job.args.process_index:
+        return
     print_json(summary.to_dict()) if as_json else typer.echo(_describe(summary, config.model))
 
 
@@ -168,7 +171,8 @@ def run_with_bar(job: Any, again: str) -> Any:
     from deepseek_optimizer.train.checkpoints.directory import checkpoints
     from deepseek_optimizer.train.progress import ProgressBar
 
-    typer.echo(str(job.plan), err=True)
+    if job.args.process_index == 0:
+        typer.echo(str(job.plan), err=True)
     bar = ProgressBar()
     try:
         return job.run([bar])

@@ -67,7 +67,6 @@ def test_gradient_checkpointing_maps_to_recompute(tmp_path):
         ({"torch_compile": True}, ("torch_compile", "activation_memory")),
         ({"torch_compile_mode": "default"}, ("torch_compile", "activation_memory")),
         ({"use_liger_kernel": True}, ("use_liger_kernel", "fused_loss")),
-        ({"fsdp": True, "mtp_loss_weight": 0.3}, ("mtp_loss_weight", "fsdp")),
         ({"deepspeed": {"zero_optimization": {"stage": 2}}}, ("deepspeed", "optim")),
         ({"gradient_checkpointing": True, "activation_memory": "full"}, ("gradient_checkpointing", "activation_memory")),
         ({"save_dtype": "fp32", "master_weights": "stochastic"}, ("save_dtype", "master_weights")),

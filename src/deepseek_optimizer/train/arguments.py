@@ -189,12 +189,6 @@ class DeepSeekTrainingArguments(PlainArguments):
         if self.use_liger_kernel:
             raise ConfigError(f"use_liger_kernel=True cannot be combined with fused_loss={self.fused_loss}: both replace the "
                               "same modules; leave use_liger_kernel=False")  # fmt: skip
-        if self.fsdp and self.optimizer_state == "int8" and self.optim == ADAMW_DEEPSEEK:
-            raise ConfigError('optimizer_state="int8" cannot be combined with fsdp: its scales cover blocks of one shard and '
-                              'cannot be gathered into a checkpoint; use optimizer_state="bf16"')  # fmt: skip
-        if self.fsdp and self.mtp_loss_weight is not None:
-            raise ConfigError(f"mtp_loss_weight={self.mtp_loss_weight} cannot be combined with fsdp, under which the loss is "
-                              "not fused with the head and MTP layers would not be trained; leave fsdp out")  # fmt: skip
         if self.deepspeed:
             raise ConfigError(f'deepspeed cannot be combined with optim="{self.optim}" and bf16={self.bf16}, since DeepSpeed '
                               "brings its own; use fsdp, or Transformers' Trainer")  # fmt: skip

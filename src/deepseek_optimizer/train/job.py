@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -56,6 +57,7 @@ from .trainer import DeepSeekTrainer
 
 SETTINGS = "train.json"
 _FIXED = ("model", "data", "lora", "precision")  # settings that must not change when a run is resumed
+_RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # set by torchrun: how often it has restarted all processes
 _FIXED_ARGUMENTS = ("quantize", "teacher", "teacher_weight")
 
 
@@ -105,6 +107,7 @@ class TrainingJob:
     Args:
         config: the configuration.
         resume: resume from the newest intact checkpoint in `config.output`; start from the beginning if there is none.
+            Processes that torchrun has restarted do so in any case.
         progress: called with the number of tokenized records and the number of all records.
 
     Raises:
@@ -121,6 +124,7 @@ class TrainingJob:
         self.config, self.output = config, Path(config.output)
         if config.lora is not None:
             lora.check_installed()
+        resume = resume or int(os.environ.get(_RESTARTS, "0")) > 0
         self.resumes = (resume and _can_resume(config, self.output)) or _new_run(self.output)
         self.curve = LossCurve(self.output, self.resumes)
         self.args = self._arguments({})  # raises for contradictory settings before the data is read
@@ -353,6 +357,7 @@ class TrainingJob:
             return whole if self.config.lora is None else "adapter"
         adapter = self.output / "adapter"
         self._save_to(adapter, trainer)
+        trainer.accelerator.wait_for_everyone()
         trainer.model = lora.merged(model, str(self.source), str(adapter))
         self._save_to(self.output, trainer)
         return "merged model"

@@ -34,6 +34,7 @@ from .modules.layer import TrainedLayer
 from .modules.linear import TrainedLinear
 from .modules.mla import TrainedLatentAttention
 from .modules.mlp import TrainedMlp
+from .modules.mtp_layer import TrainedMtpLayer
 from .modules.mtp_loss import MtpObjective
 from .modules.norm import TrainedNorm
 from .modules.streams import TrainedHyperConnection, TrainedHyperHead, TrainedStreamLayer
@@ -79,7 +80,7 @@ class Prepared:
 
     def undo(self) -> None:
         """Restores the original classes; weights stay. A module whose class was changed again in the meantime keeps it."""
-        for module, given, own in self._classes:
+        for module, given, own in reversed(self._classes):
             if type(module) is given:
                 module.__class__ = own
                 module.__dict__.pop("saved", None)
@@ -118,7 +119,7 @@ def prepare(
     prepared = Prepared(model, SavedActivations(save_all=activation_memory == "full"))
     modules: list[Any] = list(model.modules())
     for module in modules:
-        mixin = next((m for m in FORWARDS if m.fits(module)), None)
+        mixin = next((m for m in FORWARDS if isinstance(module, m) or m.fits(module)), None)
         if mixin is TrainedCausalLM and not fused_loss:
             mixin = None
         if mixin is TrainedLinear and fp8 is not None and id(module) not in exempt:
@@ -131,6 +132,9 @@ def prepare(
                 module.mtp, module.distillation = mtp, distillation
         elif not isinstance(module, (nn.Embedding, Packed)) and any(True for _ in module.parameters(recurse=False)):
             prepared.others[type(module).__name__] += 1
+    for module in filter(TrainedMtpLayer.fits, modules):
+        _change_class(module, TrainedMtpLayer, prepared)
+        module.saved = prepared.saved
     _check_head(model, prepared)
     _set_attention(model, prepared)
     devices = dict.fromkeys(p.device for p in model.parameters())
@@ -153,12 +157,18 @@ def _reachable(module: nn.Module, mixin: Any, prepared: Prepared) -> bool:
 
 
 def _replace_class(module: Any, mixin: Any, prepared: Prepared) -> None:
+    _change_class(module, mixin, prepared)
+    module.saved = prepared.saved
+    prepared.native[type(module).__name__] += 1
+
+
+def _change_class(module: Any, mixin: Any, prepared: Prepared) -> None:
     own: Any = type(module)
+    if isinstance(module, mixin):  # prepared before it was sharded: FSDP2 made a class of that one
+        return
     given = _subclass(mixin, own)
     module.__class__ = given
-    module.saved = prepared.saved
     prepared._classes.append((module, given, own))
-    prepared.native[own.__name__] += 1
 
 
 @functools.cache

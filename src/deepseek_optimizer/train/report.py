@@ -20,6 +20,7 @@ from .prepare import Prepared, trainable
 
 _MOMENTS: Final = {"bf16": 4.0, "int8": 2.0 + 8 / 256, "fp32": 8.0}  # bytes per weight, both moments; int8: a scale per block
 _CHUNK: Final = 64 << 20  # bytes of the fused head for a chunk of logits and its gradient
+_SAMPLED: Final = 64  # examples whose lengths are used to plan memory
 _REMEDY: Final = (
     'use optimizer_state="int8", activation_memory="recompute", a smaller per_device_train_batch_size or shorter sequences, '
     "or train an adapter (LoRA)"
@@ -143,6 +144,16 @@ def plan_memory(
         rounded=rounded * dtype.itemsize,
         teacher=teacher,
     )
+
+
+def batch_tokens(data: Any, batch_size: int) -> int | None:
+    """Tokens per batch, estimated from the lengths of some examples; None if the data set is a stream."""
+    try:
+        count = len(data)
+        lengths = [len(data[i]["input_ids"]) for i in range(0, count, max(1, count // _SAMPLED))]
+    except (TypeError, KeyError, IndexError):
+        return None
+    return max(lengths, default=0) * batch_size or None
 
 
 def _activations(prepared: Prepared, memory: str, dtype: torch.dtype, tokens: int) -> int:

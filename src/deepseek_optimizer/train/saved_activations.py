@@ -81,6 +81,10 @@ class SavedActivations:
             )
         return result
 
+    def keep(self, result: torch.Tensor) -> None:
+        """Takes back the mark of a result, if it has one: what it is recomputed from may be gone when it is needed."""
+        self._marked.pop(result.data_ptr(), None)
+
     def _gone(self, place: int, result: weakref.ref[torch.Tensor]) -> None:
         """Drops the mark of a result that was freed without being saved; under checkpointing, that is every result."""
         if place in self._marked and self._marked[place].result is result:

@@ -8,14 +8,25 @@ import torch
 import torch.distributed as dist
 
 try:
+    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor, Replicate
 except ImportError:  # torch built without distributed: nothing is sharded
-    DTensor = None  # type: ignore[assignment,misc]
+    DTensor = FSDPModule = None  # type: ignore[assignment,misc]
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This process's shard of a sharded tensor; any other tensor unchanged."""
-    return tensor.to_local() if DTensor is not None and isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is divided among processes."""
+    return DTensor is not None and isinstance(tensor, DTensor)
+
+
+def gathers(module: torch.nn.Module) -> bool:
+    """Whether FSDP2 shards a module's weights, and gathers them only around its calls."""
+    return FSDPModule is not None and isinstance(module, FSDPModule)
 
 
 def total_squares(tensors: Sequence[torch.Tensor], sums: list[float], counts: list[int]) -> tuple[list[float], list[int]]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
 
 from ..errors import ConfigError, TrainingError
@@ -22,7 +23,8 @@ from ..integration.bind.runtime import OptimizerWarning
 from ..quant import WEIGHED
 from ..system.progress import show_progress
 from ..system.threads import one_torch_thread
-from .accumulation import Accumulators
+from . import group
+from .accumulation import Accumulators, sum_in_fp32
 from .arguments import DeepSeekTrainingArguments
 from .balancing import ExpertBalancing
 from .checkpoints.directory import checkpoints
@@ -30,7 +32,7 @@ from .checkpoints.saving import AtomicCheckpoints
 from .checkpoints.state import read_state, write_state
 from .data.packing import pack_for_trainer
 from .fp8.backend import Fp8Products, from_arguments
-from .fsdp import shard_on_cpus
+from .fsdp import reduce_in_fp32, shard_exact_weights, shard_on_cpus
 from .modules.distillation import Distillation
 from .modules.draft_fit import fit_draft_layer
 from .modules.draft_layer import add_draft_layer
@@ -45,11 +47,10 @@ from .optimizer import DeepSeekAdamW
 from .precision import DTYPES, set_training_dtype, weights_in
 from .prepare import Prepared, prepare, trainable
 from .quantization import RoundedWeights, calibration_texts
-from .report import MemoryPlan, TrainingReport, plan_memory
+from .report import MemoryPlan, TrainingReport, batch_tokens, plan_memory
 from .teacher import check_heads, make_teacher
 
 ROUNDING: Final = "rounding.safetensors"  # of a checkpoint: `RoundedWeights.state`
-_SAMPLED: Final = 64  # examples whose lengths are used to plan memory
 
 
 class DeepSeekTrainer(AtomicCheckpoints):
@@ -111,9 +112,10 @@ class DeepSeekTrainer(AtomicCheckpoints):
             self.add_callback(self.balancing)
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Like Trainer's, but `fsdp` also works on CPUs."""
+        """Like Trainer's, but `fsdp` also works on CPUs, and its gradients are averaged in fp32."""
         super().create_accelerator_and_postprocess()
         shard_on_cpus(self)
+        reduce_in_fp32(self)
 
     # ---- preparing and restoring the model ----
 
@@ -175,15 +177,20 @@ class DeepSeekTrainer(AtomicCheckpoints):
             if dtype is not None:
                 self._memory(self._prepared, dtype).check(_bytes_of(self.model) + self._teacher_bytes())
                 set_training_dtype(self.model, dtype)
+                shard_exact_weights(self)
         elif self._prepared is None:
             self._prepared = self._prepare()  # the caller's optimizer holds the parameters, so their dtype stays
-        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        if self._accumulators is None and self.args.gradient_accumulation_steps > 1 and self._own is not None:
-            if self.args.world_size > 1:
-                self._warn_once("with several processes, gradients are accumulated in the dtype of the weights, not in fp32")
-            else:
-                self._accumulators = Accumulators(trainable(self.model))
-        return optimizer
+        return super().create_optimizer(model)
+
+    def _sum_in_fp32(self) -> None:
+        """Before the first step, when weights are sharded if they are to be: sums their gradients in fp32 from now on."""
+        weights = trainable(self.model)
+        if self._own is None or all(weight.dtype == torch.float32 for weight in weights):
+            return
+        if self.args.gradient_accumulation_steps > 1:
+            self._accumulators = self._accumulators or Accumulators(weights)
+        elif isinstance(self.model_wrapped, DistributedDataParallel):
+            self.model_wrapped.register_comm_hook(None, sum_in_fp32)
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
@@ -264,8 +271,9 @@ class DeepSeekTrainer(AtomicCheckpoints):
         return Distillation(teacher, self.args.teacher_weight, getattr(self.data_collator, "pad_token_id", None))
 
     def _stored_states(self) -> StoredStates | None:
-        """The file for the hidden states of a frozen model, if there may be several epochs."""
-        if self.args.max_steps <= 0 and self.args.num_train_epochs <= 1:
+        """The file for the hidden states of a frozen model, if there may be several epochs. None with FSDP, under which all
+        processes must run the model together."""
+        if self.args.fsdp or (self.args.max_steps <= 0 and self.args.num_train_epochs <= 1):
             return None
         folder = Path(str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
@@ -276,7 +284,14 @@ class DeepSeekTrainer(AtomicCheckpoints):
 
     def _memory(self, prepared: Prepared, dtype: torch.dtype) -> MemoryPlan:
         rounded = 0 if self.rounded is None else self.rounded.count
-        return plan_memory(prepared, self.args, dtype, self._batch_tokens(), rounded, self._teacher_bytes())
+        return plan_memory(
+            prepared,
+            self.args,
+            dtype,
+            batch_tokens(self.train_dataset, self.args.train_batch_size),
+            rounded,
+            self._teacher_bytes(),
+        )
 
     def _use_original_weights(self) -> None:
         """For code that reads or writes the weights before rounding; the next pass rounds them again."""
@@ -303,17 +318,12 @@ class DeepSeekTrainer(AtomicCheckpoints):
         with one_torch_thread() if built() and self.args.device.type == "cpu" else contextlib.nullcontext():
             yield
 
-    def _batch_tokens(self) -> int | None:
-        """Tokens per batch, estimated from the lengths of some examples; None if the data set is a stream."""
-        try:
-            data: Any = self.train_dataset
-            count = len(data)
-            lengths = [len(data[i]["input_ids"]) for i in range(0, count, max(1, count // _SAMPLED))]
-        except (TypeError, KeyError, IndexError):
-            return None
-        return max(lengths, default=0) * self.args.train_batch_size or None
-
     # ---- a step ----
+
+    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """Like Trainer's, but sums of gradients over several passes are in fp32."""
+        with contextlib.nullcontext() if self._accumulators is None else self._accumulators.around_pass(model):
+            return super().training_step(model, *args, **kwargs)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Like Trainer's; saves activations for the backward pass according to `activation_memory`."""
@@ -367,11 +377,14 @@ class DeepSeekTrainer(AtomicCheckpoints):
         return self._grad_norm
 
     def gradient_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        if self._accumulators is not None:
+            self._accumulators.reduce()
         if self._own is None:
             grad_norm = super().gradient_norm(model, grad_norm=grad_norm)
             self._non_finite.check_norm(grad_norm)
         elif grad_norm is None:  # max_grad_norm is 0
             grad_norm = self.clip_gradients(model)
+        self._non_finite.bad = group.total(self._non_finite.bad)[0] > 0  # a loss is that of a process, the step is everyone's
         if self._non_finite.bad:
             self._drop_gradients(model)
         return grad_norm
@@ -403,7 +416,8 @@ class DeepSeekTrainer(AtomicCheckpoints):
             logs |= {"skipped_steps": self._non_finite.skipped} if self._non_finite.skipped else {}
             steps, self._logged_steps = self._logged_steps, 0
             if self.mtp is not None and (mean := self.mtp.mean(steps)) is not None:
-                logs["mtp_loss"] = round(mean, 4)
+                shares = 1 if self.args.average_tokens_across_devices else self.args.world_size
+                logs["mtp_loss"] = round(group.total(mean)[0] / shares, 4)
             logs |= self.balancing.statistics()
         if "eval_loss" in logs and isinstance(self.mtp, DraftObjective) and (accepted := self.mtp.accepted()) is not None:
             logs["eval_accepted"] = round(accepted, 4)
@@ -464,10 +478,13 @@ class DeepSeekTrainer(AtomicCheckpoints):
 
 
 class _AroundStep(TrainerCallback):
-    """Calls the trainer before and after each optimizer step."""
+    """Calls the trainer at the begin, and before and after each optimizer step."""
 
     def __init__(self, trainer: DeepSeekTrainer) -> None:
         self._trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._trainer._sum_in_fp32()
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self._trainer._use_original_weights()

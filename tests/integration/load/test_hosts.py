@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-import uuid
 from dataclasses import replace
 from multiprocessing.connection import Connection
 
@@ -23,6 +21,7 @@ from deepseek_optimizer.errors import BackendError
 from deepseek_optimizer.integration.load import rendezvous
 from deepseek_optimizer.integration.load.rendezvous import Place
 from support.divided import save_divisible
+from support.namespaces import ADDRESSES, two_namespaces
 
 pytestmark = pytest.mark.skipif(unavailable_reason() is not None, reason="needs the native backend")
 
@@ -100,39 +99,13 @@ def test_over_the_loopback_device(saved, expected):
 
 @pytest.fixture
 def namespaces():
-    """The prefixes of commands in two network namespaces, which a cable joins: with 0.1 ms of delay each way if possible."""
-    if shutil.which("ip") is None:
-        pytest.skip("network namespaces need the command ip")
-    names = [f"dso-{uuid.uuid4().hex[:8]}" for _ in range(2)]
-
-    def ip(*arguments):
-        return subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
-
-    made = [ip("netns", "add", name) for name in names]
-    if any(run.returncode for run in made):
-        for name in names:
-            ip("netns", "del", name)
-        pytest.skip(f"network namespaces are not permitted here: {made[0].stderr.strip()}")
-    try:
-        cable = ip("link", "add", "dso0", "netns", names[0], "type", "veth", "peer", "name", "dso0", "netns", names[1])
-        if cable.returncode:
-            pytest.skip(f"virtual network devices are not permitted here: {cable.stderr.strip()}")
-        for number, name in enumerate(names, 1):
-            ip("-n", name, "addr", "add", f"10.213.7.{number}/30", "dev", "dso0")
-            for device in ("lo", "dso0"):
-                ip("-n", name, "link", "set", device, "up")
-            if shutil.which("tc") is not None:  # without the kernel's netem, the link has no delay
-                delay = ["tc", "-n", name, "qdisc", "add", "dev", "dso0", "root", "netem", "delay", "0.1ms"]
-                subprocess.run(delay, capture_output=True, check=False)
-        yield [("ip", "netns", "exec", name) for name in names]
-    finally:
-        for name in names:
-            ip("netns", "del", name)
+    with two_namespaces() as prefixes:
+        yield prefixes
 
 
 @pytest.mark.wide
 def test_over_two_network_namespaces(saved, expected, namespaces):
-    check_two(saved, expected, "10.213.7.1", namespaces)
+    check_two(saved, expected, ADDRESSES[0], namespaces)
 
 
 def test_both_sides_prove_that_they_know_the_key():

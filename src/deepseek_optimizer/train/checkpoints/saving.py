@@ -15,14 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import distributed
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from transformers import set_seed
 
 from ...checkpoint.atomic import merged_directory, naming, publish
 from ...checkpoint.shards import is_weights
-from ...errors import CheckpointError, ConfigError, SaveError
+from ...errors import CheckpointError, SaveError
 from ...integration.training.modules import is_tied
 from ...integration.training.trainer import HookedTrainer
 from .converted import ConvertedWeights
@@ -30,6 +30,7 @@ from .directory import checkpoints, locked, newest_intact, remove_unfinished, ro
 from .manifest import write_manifest
 from .random_numbers import random_states, set_random_states
 from .sharded import gathered, scattered, whole
+from .sharded_weights import load_shards
 from .state import read_state, sizes, write_state
 
 OPTIMIZER, SCHEDULER, ARGUMENTS = "optimizer.safetensors", "scheduler.safetensors", "training_args.json"
@@ -245,12 +246,10 @@ class AtomicCheckpoints(ConvertedWeights, HookedTrainer):
         if checkpoint is None:
             return
         file = self._rng_file(checkpoint)
-        if not file.is_file():
-            raise CheckpointError(
-                f"has no {file.name}, so it was trained with fewer than {self.args.world_size} processes; use the same number "
-                "of processes",
-                file=Path(checkpoint),
-            )
+        if not file.is_file():  # trained with fewer processes
+            step = step_of(Path(checkpoint)) or 0
+            set_seed(int(np.random.SeedSequence((self.args.seed, step, self.args.process_index)).generate_state(1)[0]))
+            return
         set_random_states(read_state(file))
 
     def _rng_file(self, directory: str) -> Path:
@@ -260,7 +259,7 @@ class AtomicCheckpoints(ConvertedWeights, HookedTrainer):
         # PEFT converts loaded adapter weights to float32; converting bf16 to float32 and back is exact.
         loaded = self.model if model is None else model
         if self.is_fsdp_enabled:
-            return self._load_shards(Path(resume_from_checkpoint), loaded)
+            return load_shards(Path(resume_from_checkpoint), loaded)
         dtypes = {name: parameter.dtype for name, parameter in loaded.named_parameters()}
         super().load_weights(resume_from_checkpoint, model)
         for name, parameter in loaded.named_parameters():
@@ -271,26 +270,6 @@ class AtomicCheckpoints(ConvertedWeights, HookedTrainer):
         """Like Trainer's, but a tied weight does not count as missing."""
         missing = [name for name in load_result.missing_keys if not is_tied(self.model, name)]
         super().warn_of_other_weights(load_result._replace(missing_keys=missing))
-
-    @staticmethod
-    def _load_shards(directory: Path, model: torch.nn.Module) -> None:
-        """Each process reads all weights and keeps its own shards."""
-        if hasattr(model, "peft_config"):
-            raise ConfigError(
-                "resume_from_checkpoint is not supported for adapters with fsdp; train them without fsdp, so that each process "
-                "has the whole model"
-            )
-        state: dict[str, Any] = {}
-        for file in sorted(directory.glob("*.safetensors")):
-            if file.name.startswith("model"):
-                state |= load_file(file)
-        result = set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=False))
-        missing = [name for name in result.missing_keys if not is_tied(model, name)]
-        if missing or result.unexpected_keys:
-            raise CheckpointError(
-                f"does not fit this model: {len(missing)} tensors are missing, {len(result.unexpected_keys)} are unexpected",
-                file=directory, tensor=next(iter([*missing, *result.unexpected_keys])),
-            )  # fmt: skip
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .. import group
 from ..ops.divergence import linear_divergence
 from .mtp_loss import IGNORED
 
@@ -53,10 +54,10 @@ class Distillation:
         return loss if self.weight == 1 else self.weight * loss + (1 - self.weight) * cross_entropy()
 
     def mean(self) -> float | None:
-        """The mean divergence of the evaluated tokens since the last call; None if there were none."""
-        result = self._sum / self._tokens if self._tokens else None
+        """The mean divergence of the tokens that all processes have evaluated since the last call; None if there were none."""
+        divergence, tokens = group.total(self._sum, self._tokens)
         self._sum, self._tokens = 0.0, 0
-        return result
+        return divergence / tokens if tokens else None
 
     def _counted(self, ids: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """bool [B, S]: the tokens that are not padding. Packed rows have no mask: their padding is the padding tokens at the

@@ -14,6 +14,8 @@ from typing import Any, Final
 
 import torch
 
+from .. import group
+
 _TOKENS: Final = 1 << 14  # several times the 2 H unknowns of a row of eh_proj in most models
 _RIDGE: Final = 1e-3  # times the mean square of the inputs: equations may be fewer than unknowns
 
@@ -24,7 +26,8 @@ _MASSIVE: Final = 4.0
 
 @torch.no_grad()
 def fit_draft_layer(model: Any, batches: Iterable[Mapping[str, Any]], tokens: int = _TOKENS) -> bool:
-    """Sets the weights of a model's first MTP layer.
+    """Sets the weights of a model's first MTP layer. With several processes, all call it, each with its own part of every
+    batch; the result is that of one process with whole batches.
 
     Args:
         model: the model with the layer.
@@ -66,13 +69,14 @@ def _least_squares(model: Any, layer: Any, batches: Iterable[Mapping[str, Any]],
         x = both[follows].double().cpu()
         y = output.hidden_states[model.config.num_hidden_layers - 1][:, 1:][follows].double().cpu()
         norms = y.norm(dim=-1)
-        usual = norms < _MASSIVE * norms.median()
+        usual = norms < _MASSIVE * group.joined(norms).median()
         x, y = x[usual], y[usual]
         squares += x.T @ x
         products += x.T @ y
-        seen += len(x)
+        seen += int(group.total(len(x))[0])
         if seen >= tokens:
             break
+    squares, products = group.summed(squares), group.summed(products)
     ridge = _RIDGE * squares.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
     return torch.linalg.solve(squares + ridge * torch.eye(2 * width, dtype=torch.float64, device="cpu"), products)
 

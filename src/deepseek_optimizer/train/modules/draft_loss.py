@@ -16,6 +16,7 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 
+from .. import group
 from .head_loss import head_loss
 from .mtp import head_of, mtp_states
 from .mtp_loss import IGNORED, labels_ahead, own_targets
@@ -92,18 +93,21 @@ class DraftObjective:
         likely = most_likely(hidden, model.get_output_embeddings()) if likely is None else likely
         likely = likely.roll(1, 1)  # by the token's own row
         likely = torch.where(labels == IGNORED, IGNORED, likely)
-        losses, right = [], []
-        states = mtp_states(model, hidden, input_ids, inputs.get("attention_mask"), positions, steps=self.steps)
-        for step, (depth, layer, state) in enumerate(states):
+        right = []
+
+        def loss(step: int, depth: int, layer: Any, state: torch.Tensor) -> torch.Tensor:
             wanted = labels_ahead(likely, depth + 2, positions)
             wanted = torch.where(place < step - depth, IGNORED, wanted)  # these rows have no state of the draft before
             wanted = own_targets(layer, wanted, model.config.vocab_size)
             items = float(num_items if num_items is not None else max(1, int((wanted != IGNORED).sum())))
             head = head_of(layer, model)
-            losses.append(head_loss(state.flatten(0, 1), head, wanted.flatten(), IGNORED, items))
             if not model.training:
                 correct = (most_likely(state, head) == wanted) & (wanted != IGNORED)
                 right.append(F.pad(correct, (0, step - depth))[:, step - depth :])  # by the row at which drafting begins
+            return head_loss(state.flatten(0, 1), head, wanted.flatten(), IGNORED, items)
+
+        where = (input_ids, inputs.get("attention_mask"), positions)
+        losses = [each for *_, each in mtp_states(model, hidden, *where, steps=self.steps, then=loss)]
         if right:
             self._count(right, labels_ahead(likely, 2, positions) != IGNORED)
         return torch.stack(losses).mean()
@@ -117,11 +121,12 @@ class DraftObjective:
         """Nothing is logged besides the loss, which is the drafts'."""
 
     def accepted(self) -> float | None:
-        """The mean number of drafts up to the first wrong one, of the rows evaluated since the last call; None: there are none.
-        On texts that the model wrote itself with the most likely tokens, it is what decoding accepts a round."""
+        """The mean number of drafts up to the first wrong one, of the rows that all processes have evaluated since the last
+        call; None: there are none. On texts that the model wrote itself with the most likely tokens, it is what decoding
+        accepts a round."""
         counted, self._accepted = self._accepted, []
-        rows = sum(count for _, count in counted)
-        return sum(right for right, _ in counted) / rows if rows else None
+        right, rows = group.total(sum(right for right, _ in counted), sum(count for _, count in counted))
+        return right / rows if rows else None
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -9,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..ops.cross_entropy import linear_cross_entropy
-from .linear import is_plain
+from ..shards import gathers
+from .linear import TrainedLinear, is_plain
 
 _CHUNK_BYTES: Final = 32 << 20
 
@@ -26,8 +28,12 @@ def head_loss(
         ignore_index: label of rows that do not count.
         num_items: divisor of the sum; None: the number of labels that count. If there are none, the loss is 0.
     """
+    op = partial(linear_cross_entropy, labels=labels, ignore_index=ignore_index, num_items=num_items)
     if is_plain(head):
-        return linear_cross_entropy(hidden, head.weight, labels, ignore_index=ignore_index, num_items=num_items)
+        return op(hidden, head.weight)
+    if _is_sharded(head):
+        loss: torch.Tensor = head(hidden, op)
+        return loss
     if not head_is_fused(head):
         total = F.cross_entropy(head(hidden).float(), labels, ignore_index=ignore_index, reduction="sum")
         items = num_items if num_items is not None else int((labels != ignore_index).sum())
@@ -38,7 +44,15 @@ def head_loss(
 
 def head_is_fused(head: nn.Module) -> bool:
     """Whether head and loss can be fused: the head is a plain product, or frozen."""
-    return is_plain(head) or not any(parameter.requires_grad for parameter in head.parameters())
+    return is_plain(head) or _is_sharded(head) or not any(parameter.requires_grad for parameter in head.parameters())
+
+
+def _is_sharded(head: nn.Module) -> bool:
+    """Whether a head is a plain product but for the hooks by which FSDP2 gathers its weight around a call."""
+    others = (
+        head._backward_hooks or head._backward_pre_hooks or len(head._forward_hooks) > 1 or len(head._forward_pre_hooks) > 1
+    )
+    return isinstance(head, TrainedLinear) and head.bias is None and gathers(head) and not others
 
 
 class _FrozenHeadLoss(torch.autograd.Function):

@@ -10,6 +10,7 @@ from torch import nn
 from ...models.families import traits
 from ..ops.add import add
 from .linear import is_untouched
+from .mtp_layer import MTP_CHILDREN
 from .norm import TrainedNorm
 
 _CHILDREN: Final = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -26,7 +27,8 @@ class TrainedLayer(nn.Module):
     @staticmethod
     def fits(module: nn.Module) -> bool:
         config = getattr(getattr(module, "self_attn", None), "config", None)
-        return traits(config).plain_residuals and {name for name, _ in module.named_children()} == _CHILDREN
+        children = {name for name, _ in module.named_children()} - MTP_CHILDREN
+        return traits(config).plain_residuals and children == _CHILDREN
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """[B, S, H] -> [B, S, H]."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -19,9 +22,9 @@ class TrainedLinear(nn.Module):
         """Only `nn.Linear` itself: a subclass may store its weight in another form."""
         return type(module) is nn.Linear and module.weight.is_floating_point()
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """[..., K] -> [..., N]."""
-        return linear(input, self.weight, self.bias)
+    def forward(self, input: torch.Tensor, op: Callable[[torch.Tensor, torch.Tensor], Any] | None = None) -> Any:
+        """[..., K] -> [..., N]; or op(input, weight), for an op that needs the weight gathered (see `gathers`)."""
+        return linear(input, self.weight, self.bias) if op is None else op(input, self.weight)
 
 
 def is_plain(module: nn.Module) -> bool:

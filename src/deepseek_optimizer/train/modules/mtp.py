@@ -10,7 +10,8 @@ the embedding of token i + k + 1; it predicts token i + k + 2. Embedding and hea
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from ...integration.training.modules import attention_name
 from ...models import draft_vocab_size, has_mtp, mtp_layers
 from ..attention_function import DSO_TRAIN
 from ..checkpoints.converted import read_stack
+from .mtp_layer import step as advance
 from .mtp_streams import has_streams, stream_states
 
 RANDOM = "initialized at random, since no checkpoint contains it"  # source of a layer's weights
@@ -144,8 +146,9 @@ def mtp_states(
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
     steps: int | None = None,
-) -> Iterator[tuple[int, nn.Module, torch.Tensor]]:
-    """Yields the depth of each MTP layer, the layer, and its normed states [B, S, H], in order.
+    then: Callable[[int, int, Any, torch.Tensor], Any] | None = None,
+) -> Iterator[tuple[int, nn.Module, Any]]:
+    """Yields the depth of each MTP layer, the layer, and its normed states [B, S, H] or what `then` returns for them, in order.
 
     States at rows whose token lies after the end of the row or text are meaningless; no earlier row attends to them.
 
@@ -156,13 +159,15 @@ def mtp_states(
         steps: number of states; if there are fewer layers, the last one is applied again to its own states, each row to that of
             the row before, as in `engine.speculative.mtp`: it attends to what it computed from the model's states, and after
             these to what it computed from its own. None, as always with streams: one for each layer.
+        then: called with the number of states before, depth, layer and states, while all weights of the layer are there: with
+            FSDP2, those of its own head are not there any more when the states are yielded.
     """
     decoder, config = model.get_decoder(), model.config
     if position_ids is None:
         position_ids = torch.arange(hidden.shape[1], device=hidden.device, dtype=torch.int64)[None]
     if has_streams(model):
         assert steps is None  # `dso draft` refuses these families
-        yield from stream_states(model, hidden, input_ids, attention_mask, position_ids)
+        yield from stream_states(model, hidden, input_ids, attention_mask, position_ids, then)
         return
     where = {"config": config, "inputs_embeds": hidden, "attention_mask": attention_mask, "position_ids": position_ids}
     indexed = {"allow_is_causal_skip": False} if hasattr(config, "index_topk") else {}  # indexers need the mask itself
@@ -177,18 +182,17 @@ def mtp_states(
         layer = layers[depth]
         if step > depth:
             state = state.roll(1, 1)
-        following = layer.embed_tokens(input_ids) if hasattr(layer, "embed_tokens") else embedded
-        both = torch.cat((layer.enorm(following.roll(-(depth + 1), 1)), layer.hnorm(state)), -1)
         attending: dict[str, Any] = {"attention_mask": mask}
         if depth + 1 == len(layers) < steps:  # several passes
             layer.gradient_checkpointing = False  # it would drop the keys and values of earlier passes
             seen = pass_mask(position_ids, attention_mask, step - depth)
             attending = {"attention_mask": _for_attention(seen, layer, state.dtype), cache_name(): passes}
-        state = layer(
-            layer.eh_proj(both), position_ids=position_ids, position_embeddings=rotation, use_cache=False, **attending
+        inputs = {"position_ids": position_ids, "position_embeddings": rotation, "use_cache": False, **attending}
+        following = input_ids if hasattr(layer, "embed_tokens") else embedded
+        state, result = advance(
+            layer, state, following, depth, None if then is None else partial(then, step, depth, layer), **inputs
         )
-        state = layer.shared_head.norm(state)
-        yield depth, layer, state
+        yield depth, layer, result
 
 
 class _Passes:

@@ -33,12 +33,13 @@ def mtp_loss(
         attention_mask, position_ids: as passed to the model.
         num_items: divisor of the sum over tokens, as for the model's own loss; None: the number of labels that count.
     """
-    losses = []
-    states = mtp_states(model, hidden, input_ids, attention_mask, position_ids)
-    for depth, layer, state in states:
+
+    def loss(_: int, depth: int, layer: Any, state: torch.Tensor) -> torch.Tensor:
         targets = own_targets(layer, labels_ahead(labels, depth + 2, position_ids), model.config.vocab_size)
         items = float(num_items if num_items is not None else max(1, int((targets != IGNORED).sum())))
-        losses.append(head_loss(state.flatten(0, 1), head_of(layer, model), targets.flatten(), IGNORED, items))
+        return head_loss(state.flatten(0, 1), head_of(layer, model), targets.flatten(), IGNORED, items)
+
+    losses = [each for *_, each in mtp_states(model, hidden, input_ids, attention_mask, position_ids, then=loss)]
     return torch.stack(losses).mean()
 
 

@@ -7,7 +7,8 @@ weights of its own. Source: `MTPBlock` in DeepSeek's own code for V4.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 
 from ...integration.attention.transformers_sdpa import create_sliding_window_causal_mask
 from ...integration.compat import cache_name
+from .mtp_layer import step
 
 
 class DraftStates:
@@ -57,18 +59,20 @@ def stream_states(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor,
-) -> Iterator[tuple[int, nn.Module, torch.Tensor]]:
+    then: Callable[..., Any] | None,
+) -> Iterator[tuple[int, nn.Module, Any]]:
     """`mtp.mtp_states` of a model with residual streams; `streams` [B, S, n, H] are those after its last layer."""
     decoder, config = model.get_decoder(), model.config
     embedded = decoder.embed_tokens(input_ids)
     where = {"config": config, "inputs_embeds": embedded, "attention_mask": attention_mask, "position_ids": position_ids}
     mask = create_sliding_window_causal_mask(**where, **{cache_name(): None})
     rotation = {"main": decoder.rotary_emb(embedded, position_ids=position_ids, layer_type="main")}
+    inputs = {
+        "input_ids": input_ids, "position_embeddings": rotation, "position_ids": position_ids, "attention_mask": mask,
+        "use_cache": False,
+    }  # fmt: skip
     for depth, layer in enumerate(decoder.layers[config.num_hidden_layers :]):
-        following = layer.embed_tokens(input_ids) if hasattr(layer, "embed_tokens") else embedded
-        following = layer.e_proj(layer.enorm(following.roll(-(depth + 1), 1)))
-        streams = layer(
-            following[:, :, None] + layer.h_proj(layer.hnorm(streams)), input_ids=input_ids, position_embeddings=rotation,
-            position_ids=position_ids, attention_mask=mask, use_cache=False,
-        )  # fmt: skip
-        yield depth, layer, layer.shared_head.norm(layer.hc_head(streams))
+        following = input_ids if hasattr(layer, "embed_tokens") else embedded
+        call = None if then is None else partial(then, depth, depth, layer)
+        streams, result = step(layer, streams, following, depth, call, **inputs)
+        yield depth, layer, result

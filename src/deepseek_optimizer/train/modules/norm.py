@@ -11,6 +11,7 @@ from torch import nn
 from ...integration.training.modules import norm_keeps_dtype
 from ..ops.rms_norm import rms_norm, rms_norm_of_dtype, rms_norm_with_residual
 from ..saved_activations import SavedActivations
+from ..shards import gathers
 
 
 class TrainedNorm(nn.Module):
@@ -38,6 +39,8 @@ class TrainedNorm(nn.Module):
         if x.dtype != weight.dtype and norm is rms_norm:  # some classes return the input's dtype, others that of the product
             result: torch.Tensor = super().forward(x)
             return result
+        if gathers(self):  # the weight is not there when other modules' backward passes would recompute the result
+            return norm(x, weight, epsilon)
         return self.saved.recomputable(norm(x, weight, epsilon), partial(norm, x.detach(), weight.detach(), epsilon))
 
     def with_residual(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -56,15 +56,21 @@ class Moments:
         """m and v in fp32, flat."""
         if self.m_scale is None or self.v_scale is None:
             return self.m.reshape(-1).float(), self.v.reshape(-1).float()
+        m, r = self.read_roots()
+        return m, r * r
+
+    def read_roots(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """With 8 bits, m and sqrt(v) in fp32, flat: what the codes stand for."""
+        assert self.m_scale is not None and self.v_scale is not None
         y, r = _blocks(self.m.reshape(-1).float()) / 127.0, _blocks(self.v.reshape(-1).float()) / 255.0 * self.v_scale[:, None]
         m = y / (2.0 - y.abs()) * self.m_scale[:, None]
         count = self.m.numel()
-        return m.reshape(-1)[:count], (r * r).reshape(-1)[:count]
+        return m.reshape(-1)[:count], r.reshape(-1)[:count]
 
     def write(self, m: torch.Tensor, v: torch.Tensor, key: tuple[int, int, int, int]) -> None:
         """Stores m and v (fp32, flat), rounded to the format; `key`: see `random_bits.keys`."""
-        if self.m_scale is not None and self.v_scale is not None:
-            self._write_blocks(_blocks(m), _blocks(root(v)))
+        if self.m_scale is not None:
+            self.write_roots(m, root(v))
         elif self.m.dtype == torch.bfloat16:
             random = random_bits(m.numel(), key[0], key[1], m.device)
             self.m.copy_(stochastic_round(m, random & 0xFFFF).view_as(self.m))
@@ -73,8 +79,10 @@ class Moments:
             self.m.copy_(m.view_as(self.m))
             self.v.copy_(v.view_as(self.v))
 
-    def _write_blocks(self, m: torch.Tensor, roots: torch.Tensor) -> None:
+    def write_roots(self, m: torch.Tensor, roots: torch.Tensor) -> None:
+        """With 8 bits, stores m and sqrt(v), fp32 and flat. What `read_roots` returned gives the same codes and scales."""
         assert self.m_scale is not None and self.v_scale is not None
+        m, roots = _blocks(m), _blocks(roots)
         torch.amax(m.abs(), 1, out=self.m_scale)
         torch.amax(roots, 1, out=self.v_scale)
         y = m * _inverse(self.m_scale)[:, None]
