@@ -18,7 +18,7 @@ import triton.language as tl
 
 from ..division import TILE_FIELDS, Tiles, chunks_of
 from .codes import kind_of, numbers_of
-from .gates import capped
+from .gates import tanh
 from .paged import (
     blocks_to_read,
     chunk_memory,
@@ -30,7 +30,7 @@ from .paged import (
     tokens_to_read,
     with_sink,
 )
-from .precision import add_product
+from .precision import add_product, nearest_bf16
 
 _FIELDS = tl.constexpr(TILE_FIELDS)
 
@@ -40,7 +40,7 @@ def attend_tile(
     q, cache, block_tables, tiles, ends, learned, out, partial, stats, block_elements, layer_offset, most_blocks, chunk_blocks,
     scale, softcap, window, sinks, CHUNKS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr,
     HEAD: tl.constexpr, HEAD_BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr, TOKENS: tl.constexpr, NARROW: tl.constexpr,
-    SINKS: tl.constexpr, KIND: tl.constexpr, CHUNKED: tl.constexpr, CAUSAL: tl.constexpr,
+    SINKS: tl.constexpr, KIND: tl.constexpr, CHUNKED: tl.constexpr, CAUSAL: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(scale q K^T) V of a tile and a key head. Grid (tiles, KV_HEADS, CHUNKS).
 
@@ -53,7 +53,7 @@ def attend_tile(
             `merge_chunks`.
         learned: float32 [KV_HEADS * GROUP], the score of one more key of each head, whose value is 0; read if SINKS.
         chunk_blocks: blocks of a chunk.
-        softcap: scores s become softcap * tanh(s / softcap), unless it is 0.
+        softcap: if CAPPED, scores s become softcap * tanh(s / softcap).
         KIND: of codes, see `codes.kind_of`; "": keys and values are floats.
         CHUNKED: whether windows are chunks at fixed places.
         CAUSAL: whether rows see no token after their own, whatever `ends` says.
@@ -75,6 +75,8 @@ def attend_tile(
     q_place = ((first_row + query).to(tl.int64) * KV_HEADS + kv_head) * (GROUP * HEAD) + member * HEAD
     q_mask = real[:, None] & (d < HEAD)[None, :]
     rows = tl.load(q + q_place[:, None] + d[None, :], mask=q_mask, other=0.0)
+    if NARROW:
+        rows = nearest_bf16(rows)
 
     blocks, sink_blocks, first_block = blocks_to_read(first_token, last_end, window, sinks, CHUNKED)
     begin = chunk * chunk_blocks
@@ -94,7 +96,8 @@ def attend_tile(
         if KIND != "":
             scales = scales_of(cache, page * block_elements + layer_offset, KV_HEADS, HEAD) + kv_head * 32 + t % 32
             scores *= tl.load(scales, mask=stored, other=0.0)[None, :]
-        scores = capped(scores, softcap)
+        if CAPPED:
+            scores = softcap * tanh(scores / softcap)
         seen = seen_by_rows(key, stored, token, end, window, sinks, CHUNKED)
         weight, fade, maximum, weights = next_weights(scores, seen, maximum, weights)
         value_place = place + KV_HEADS * 32 * HEAD
@@ -135,13 +138,23 @@ def attention(
     group_rows, narrow = triton.next_power_of_2(group), cache.dtype != torch.float32
     block_q = max(tiles.block_q, triton.cdiv(16, group_rows))
     head_block = max(16, triton.next_power_of_2(head))
+    tokens, warps = _sizes(block_q * group_rows, head_block, narrow)
     partial, stats = chunk_memory(tiles, heads, chunks, head, out)
     attend_tile[(count, kv_heads, chunks)](
         q, cache, block_tables, tiles.fields, ends, q if learned is None else learned, out, partial, stats, cache.stride(0),
         layer_offset, blocks, triton.cdiv(tiles.blocks, chunks) if chunks > 1 else blocks, scale, float(softcap), window, sinks,
         CHUNKS=chunks, KV_HEADS=kv_heads, GROUP=group, GROUP_ROWS=group_rows, HEAD=head, HEAD_BLOCK=head_block, BLOCK_Q=block_q,
-        TOKENS=64 if narrow else 32, NARROW=narrow, SINKS=learned is not None, KIND=kind_of(cache), CHUNKED=chunked,
-        CAUSAL=causal, num_warps=4 if narrow else 8, num_stages=2,
+        TOKENS=tokens, NARROW=narrow, SINKS=learned is not None, KIND=kind_of(cache), CHUNKED=chunked, CAUSAL=causal,
+        CAPPED=softcap > 0, num_warps=warps, num_stages=2,
     )  # fmt: skip
     if chunks > 1:
         launch_merge(partial, stats, tiles, out, learned)
+
+
+def _sizes(rows: int, head_block: int, narrow: bool) -> tuple[int, int]:
+    """TOKENS and the number of warps: sums of `rows` rows must fit into registers, and keys and values into shared memory."""
+    if not narrow:
+        return 32, 8
+    if head_block > 256:
+        return 16, 8
+    return 64, 4 if rows * head_block <= 8192 else 8

@@ -150,7 +150,7 @@ def tile_sizes(rows: int, tiles: DeviceTiles, gated: bool) -> dict[str, int]:
     both sums must fit into registers."""
     limit = BLOCK_N if tiles.layout.narrow else _EXACT
     layout, outputs = tiles.layout, limit // 2 if gated and tiles.layout.narrow else limit
-    columns = _MOST_COLUMNS // 2 if layout.minimum or layout.high or layout.codes == "iq4" else _MOST_COLUMNS
+    columns = _MOST_COLUMNS // 2 if layout.minimum or layout.high or layout.codes in ("iq4", "e2m1") else _MOST_COLUMNS
     return {
         "BLOCK_M": min(limit, block_rows(rows)),
         "BLOCK_N": outputs,
