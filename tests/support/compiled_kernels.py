@@ -57,8 +57,12 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device=META)
 
 
-def launches() -> dict[str, Callable[[], None]]:
-    """Calls of the functions that launch kernels, by a name for each; a call may launch several kernels."""
+def launches(capability: int = 100) -> dict[str, Callable[[], None]]:
+    """Calls of the functions that launch kernels, by a name for each; a call may launch several kernels.
+
+    Args:
+        capability: what they need at most; those of products in FP8 need 89.
+    """
     from deepseek_optimizer.backends.cuda.division import Tiles
     from deepseek_optimizer.backends.cuda.gates import GELU, SILU, Gate
     from deepseek_optimizer.backends.cuda.kernels import (
@@ -85,18 +89,18 @@ def launches() -> dict[str, Callable[[], None]]:
     from deepseek_optimizer.backends.cuda.step import Runs
     from deepseek_optimizer.quant.packed import PackedMatrix, PackedStack
 
-    def matrix(format_name: str, outputs: int, columns: int) -> DeviceMatrix:
+    def matrix(format_name: str, outputs: int, columns: int, coded: bool = False) -> DeviceMatrix:
         tile = LAYOUTS[format_name].tile_words * 4
         data = empty(-(-outputs // 16), -(-columns // 32), tile, dtype=torch.uint8)
-        return DeviceMatrix(PackedMatrix(format_name, outputs, columns, data), META)
+        return DeviceMatrix(PackedMatrix(format_name, outputs, columns, data), META, coded)
 
-    def product(format_name: str, count: int, biased: bool = False) -> Callable[[], None]:
-        weights, bias = matrix(format_name, HIDDEN, HIDDEN), empty(HIDDEN) if biased else None
+    def product(format_name: str, count: int, biased: bool = False, coded: bool = False) -> Callable[[], None]:
+        weights, bias = matrix(format_name, HIDDEN, HIDDEN, coded), empty(HIDDEN) if biased else None
         return lambda: linear.linear(empty(count, HIDDEN), weights, bias, empty(count, HIDDEN))
 
-    def gated(format_name: str, count: int, gate: Gate = SILU, inner: int = INNER) -> Callable[[], None]:
+    def gated(format_name: str, count: int, gate: Gate = SILU, inner: int = INNER, coded: bool = False) -> Callable[[], None]:
         """With other gates than SwiGLU also with biases."""
-        first = up = matrix(format_name, inner, HIDDEN)
+        first = up = matrix(format_name, inner, HIDDEN, coded)
         biases = (None, None) if gate is SILU else (empty(inner), empty(inner))
         return lambda: linear.gate_up(empty(count, HIDDEN), first, up, biases, empty(count, inner), gate)
 
@@ -109,17 +113,18 @@ def launches() -> dict[str, Callable[[], None]]:
         tables, ends = empty(1, 256, dtype=torch.int32), empty(tiles * block_q, dtype=torch.int32)
         return lambda: attention.attention(q, cache, 0, tables, fields, ends, q, **sizes)
 
-    def stack(format_name: str, count: int, outputs: int, columns: int) -> DeviceStack:
+    def stack(format_name: str, count: int, outputs: int, columns: int, coded: bool = False) -> DeviceStack:
         tile = LAYOUTS[format_name].tile_words * 4
         data = empty(count, -(-outputs // 16), -(-columns // 32), tile, dtype=torch.uint8)
-        return DeviceStack(PackedStack(format_name, count, outputs, columns, data), META)
+        return DeviceStack(PackedStack(format_name, count, outputs, columns, data), META, coded)
 
     def mixture(
-        format_name: str, tokens: int, sizes: Mixture, gated: bool = True, gate: Gate = SILU, weighed: bool = False
-    ) -> Callable[[], None]:
+        format_name: str, tokens: int, sizes: Mixture, gated: bool = True, gate: Gate = SILU, weighed: bool = False,
+        coded: bool = False,
+    ) -> Callable[[], None]:  # fmt: skip
         """Gate and up of the chosen experts, or their down; with other gates than SwiGLU also with biases."""
-        gate_up = stack(format_name, 2 * sizes.experts, sizes.inner, sizes.hidden)
-        down = stack(format_name, sizes.experts, sizes.hidden, sizes.inner)
+        gate_up = stack(format_name, 2 * sizes.experts, sizes.inner, sizes.hidden, coded)
+        down = stack(format_name, sizes.experts, sizes.hidden, sizes.inner, coded)
         x, routes = empty(tokens, sizes.hidden), empty(tokens, 2 * sizes.top_k)
         hidden = empty(tokens * sizes.top_k, sizes.inner)
         biases = None if gate is SILU else empty(sizes.experts, 2, sizes.inner)
@@ -221,7 +226,15 @@ def launches() -> dict[str, Callable[[], None]]:
         "Gemma 4, decoding": attend(torch.bfloat16, 1, 1, 128, **gemma_4),
         **{f"Gemma 4, decoding in {name}": attend(dtype, 1, 1, 128, **gemma_4) for name, dtype in CODES.items()},
     }
+    coded_rows = {
+        "rows in FP8": product("fp8", 512, coded=True),
+        "rows in FP8, 16 of them": product("fp8", 16, coded=True),
+        "rows in FP8, gated": gated("fp8", 512, coded=True),
+        "rows in FP8, experts": mixture("fp8", 4096, V3, coded=True),
+        "rows in FP8, experts, down": mixture("fp8", 4096, V3, gated=False, coded=True),
+    }
     return {
+        **(coded_rows if capability >= 89 else {}),
         **{f"vector {name}": product(name, 1) for name in LAYOUTS},
         "vector int4 of 4 rows, gated": gated("int4", 4),
         **{f"tile {name}": product(name, 512) for name in LAYOUTS},
@@ -406,7 +419,7 @@ def compiled(capability: int, part: str = "") -> dict[str, dict[str, int]]:
         results[f"{name}: {kernel.__name__}"] = {**_usage(made.asm["cubin"]), "shared": made.metadata.shared}
 
     triton.JITFunction.run = run
-    for name, launch in {**launches(), **training_launches()}.items():  # noqa: B007  `run` reads the name
+    for name, launch in {**launches(capability), **training_launches()}.items():  # noqa: B007  `run` reads the name
         if part in name:
             launch()
     return results
