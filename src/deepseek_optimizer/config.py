@@ -28,7 +28,7 @@ Precision = Literal["auto", "int3", "int4", "q4_1", "int8", "fp8", "bf16", "fp32
 Attention = Literal["flash", "eager", "sliding", "sparse"]
 KvCache = Literal["auto", "fp32", "bf16", "int8", "fp8", "int4"]
 Isa = Literal["avx2", "avx512", "amx", "neon"]
-Activation = Literal["auto", "int8", "int16"]
+Activation = Literal["auto", "int8", "int16", "fp8"]
 Mtp = Literal["auto", "off"]
 Vision = Literal["auto", "off"]
 ContextExtension = Literal["yarn", "dynamic"]
@@ -174,7 +174,9 @@ class DeepSeekConfig(QuantizationConfigMixin):
         cuda_graphs: on backend "cuda", capture small steps as CUDA graphs and replay them, which takes one call of the driver
             instead of one for each kernel. The results have the same bits.
         activation: format of activations in integer products: "int8", "int16", or "auto": the one that the weight format needs.
-            With "int8", attention of models without a plan multiplies in bf16.
+            With "int8", attention of models without a plan multiplies in bf16. "fp8": products of more than four rows with
+            FP8 weights also round rows to E4M3, with a scale for each 128 columns; on backend "cuda", for cards of compute
+            capability 8.9 and later, and in the reference.
         batch_invariant: use one kernel family for prefill and decode, so that results do not depend, bit for bit, on chunking
             or recomputation.
         prefill_chunk: maximum number of tokens in one prefill step; limits the size of the plan's buffers.
@@ -257,7 +259,7 @@ class DeepSeekConfig(QuantizationConfigMixin):
         "isa": _optional(_one_of("avx2", "avx512", "amx", "neon")),
         "backend": _backend,
         "cuda_graphs": _flag,
-        "activation": _one_of("auto", "int8", "int16"),
+        "activation": _one_of("auto", "int8", "int16", "fp8"),
         "batch_invariant": _flag,
         "prefill_chunk": _integer(1, 1 << 20),
         "batch_size_range": _range,

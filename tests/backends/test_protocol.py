@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -125,12 +126,15 @@ def test_kv_dtypes_and_modes(backend, model):
 def test_supported_activations_change_the_result(backend, model):
     if backend.capabilities.activations == ("auto",):
         pytest.skip("it has one kind of activation")
-    graph, weights, ids = graph_of(model), packed_weights(weights_of(model), "int8"), random_ids(model.config, 20)
-    made = {
-        name: runner(backend, graph, weights, options=CompileOptions(activation=name)).logits(ids)
-        for name in backend.capabilities.activations
-    }
-    assert any(not torch.equal(made["auto"], other) for other in made.values())
+    able, graph, ids, changed = backend.capabilities.activations, graph_of(model), random_ids(model.config, 20), set()
+    for format_name, kinds in (("int8", {"int8", "int16"}), ("fp8", {"fp8"})):
+        weights = packed_weights(weights_of(model), format_name)
+        made = {
+            name: runner(backend, graph, weights, options=CompileOptions(activation=name)).logits(ids)
+            for name in kinds.intersection(able) | {"auto"}
+        }
+        changed |= {name for name, logits in made.items() if not torch.equal(made["auto"], logits)}
+    assert changed and ("fp8" in changed) == ("fp8" in able)
 
 
 def test_sizes(spec, backend, model):
@@ -180,7 +184,8 @@ def test_products_of_packed_matrices(backend, format_name, order):
     assert_close_rows(made.flatten(0, 1).double(), exact.flatten(0, 1), FORMAT_TOLERANCE[format_name])
     for activation in backend.capabilities.activations:
         rounded = backend.linear(x, matrix, bias, CompileOptions(activation))
-        tolerance = max(FORMAT_TOLERANCE[format_name], FORMAT_TOLERANCE["int4"] if activation == "int8" else 0)
+        coarse = activation == "int8" or activation == format_name == "fp8"
+        tolerance = max(FORMAT_TOLERANCE[format_name], FORMAT_TOLERANCE["int4"] if coarse else 0)
         assert_close_rows(rounded.flatten(0, 1).double(), exact.flatten(0, 1), tolerance)
         assert activation != "auto" or torch.equal(rounded, made)
     made = backend.linear_gradient(grad, matrix)
@@ -340,6 +345,13 @@ def test_unsupported_options_are_named():
     ):
         with pytest.raises(BackendError, match=f"the reference backend does not support {said}"):
             check_supported(able, *asked)
+    check_supported(able, ["fp8"], "bf16", "flash", "fp8")
+    other = replace(able, name="other", activations=("auto", "int8"))
+    check_supported(other, ["fp8"], "bf16", "flash", "int16")  # which a backend that does not round rows ignores
+    with pytest.raises(
+        BackendError, match="the other backend does not support activation 'fp8'; choose activation among auto, int8"
+    ):
+        check_supported(other, ["fp8"], "bf16", "flash", "fp8")
 
 
 @pytest.mark.parametrize(

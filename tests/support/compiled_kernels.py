@@ -1,7 +1,8 @@
 """Compiles the kernels of backend `cuda` for a card that need not be there, as a program:
 
-    python -m support.compiled_kernels 90        # prints JSON: by kernel registers, stack, shared and local memory
-    python -m support.compiled_kernels 90 mxfp4  # of the launches whose names contain this
+    python -m support.compiled_kernels 90         # prints JSON: by kernel registers, stack, shared and local memory
+    python -m support.compiled_kernels 90 mxfp4   # of the launches whose names contain this
+    python -m support.compiled_kernels constants  # compiles nothing; by kernel, the constants that it is launched with
 
 The functions that launch kernels are called with tensors of a model's shapes and without data. Instead of being launched, the
 kernels are compiled with the same constants, and with the facts about arguments that Triton uses: divisible by 16, or 1.
@@ -16,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +39,6 @@ class Mixture:
 V3, V2_LITE, GPT_OSS = Mixture(7168, 2048, 256, 8), Mixture(2048, 1408, 64, 6), Mixture(2880, 2880, 128, 4)
 NOPE, ROPE, RANK, V_DIM = 128, 64, 512, 128  # of both
 V4_HEADS, V4_HEAD, STREAMS = 128, 512, 4  # of DeepSeek-V4
-EXPERT_FORMATS = ("fp32", "bf16", "int8", "int4", "fp8", "mxfp4")
 CODES = {"int8": torch.int8, "fp8": torch.uint8}  # of caches
 _TYPES = {
     torch.float32: "*fp32",
@@ -56,10 +57,14 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device=META)
 
 
-def launches() -> dict[str, Callable[[], None]]:
-    """Calls of the functions that launch kernels, by a name for each; a call may launch several kernels."""
+def launches(capability: int = 100) -> dict[str, Callable[[], None]]:
+    """Calls of the functions that launch kernels, by a name for each; a call may launch several kernels.
+
+    Args:
+        capability: what they need at most; those of products in FP8 need 89.
+    """
     from deepseek_optimizer.backends.cuda.division import Tiles
-    from deepseek_optimizer.backends.cuda.gates import SILU, Gate
+    from deepseek_optimizer.backends.cuda.gates import GELU, SILU, Gate
     from deepseek_optimizer.backends.cuda.kernels import (
         adapters,
         attention,
@@ -86,24 +91,28 @@ def launches() -> dict[str, Callable[[], None]]:
     from deepseek_optimizer.backends.cuda.step import Runs
     from deepseek_optimizer.quant.packed import PackedMatrix, PackedStack
 
-    def matrix(format_name: str, outputs: int, columns: int) -> DeviceMatrix:
+    def matrix(format_name: str, outputs: int, columns: int, coded: bool = False) -> DeviceMatrix:
         tile = LAYOUTS[format_name].tile_words * 4
         data = empty(-(-outputs // 16), -(-columns // 32), tile, dtype=torch.uint8)
-        return DeviceMatrix(PackedMatrix(format_name, outputs, columns, data), META)
+        return DeviceMatrix(PackedMatrix(format_name, outputs, columns, data), META, coded)
 
-    def product(format_name: str, count: int) -> Callable[[], None]:
-        weights = matrix(format_name, HIDDEN, HIDDEN)
-        return lambda: linear.linear(empty(count, HIDDEN), weights, None, empty(count, HIDDEN))
+    def product(format_name: str, count: int, biased: bool = False, coded: bool = False) -> Callable[[], None]:
+        weights, bias = matrix(format_name, HIDDEN, HIDDEN, coded), empty(HIDDEN) if biased else None
+        return lambda: linear.linear(empty(count, HIDDEN), weights, bias, empty(count, HIDDEN))
 
-    def gated(format_name: str, count: int) -> Callable[[], None]:
-        gate = up = matrix(format_name, INNER, HIDDEN)
-        return lambda: linear.gate_up(empty(count, HIDDEN), gate, up, (None, None), empty(count, INNER))
+    def gated(format_name: str, count: int, gate: Gate = SILU, inner: int = INNER, coded: bool = False) -> Callable[[], None]:
+        """With other gates than SwiGLU also with biases."""
+        first = up = matrix(format_name, inner, HIDDEN, coded)
+        biases = (None, None) if gate is SILU else (empty(inner), empty(inner))
+        return lambda: linear.gate_up(empty(count, HIDDEN), first, up, biases, empty(count, inner), gate)
 
     def attend(kv_dtype: torch.dtype, tiles: int, block_q: int, blocks: int, **more: Any) -> Callable[[], None]:
         fields = Tiles(empty(tiles, 5, dtype=torch.int32), block_q, blocks)
-        q, cache = empty(tiles * block_q, HEADS * HEAD), empty(999, 32 * 32 * 2 * KV_HEADS * HEAD, dtype=kv_dtype)
-        tables, ends = empty(1, 256, dtype=torch.int32), empty(tiles * block_q, dtype=torch.int32)
         sizes = {"heads": HEADS, "kv_heads": KV_HEADS, "scale": 0.088, **more}
+        head = sizes.pop("head", HEAD)
+        q = empty(tiles * block_q, sizes["heads"] * head)
+        cache = empty(999, 32 * 32 * 2 * sizes["kv_heads"] * head, dtype=kv_dtype)
+        tables, ends = empty(1, 256, dtype=torch.int32), empty(tiles * block_q, dtype=torch.int32)
         return lambda: attention.attention(q, cache, 0, tables, fields, ends, q, **sizes)
 
     def adapt(dtype: torch.dtype, rank: int) -> Callable[[], None]:
@@ -124,17 +133,18 @@ def launches() -> dict[str, Callable[[], None]]:
         sizes = {"heads": head_count, "kv_heads": head_count, "scale": 0.125, "window": window, "narrow": narrow}
         return lambda: attention.step_attention(q, q, q, fields, ends, q, **sizes)
 
-    def stack(format_name: str, count: int, outputs: int, columns: int) -> DeviceStack:
+    def stack(format_name: str, count: int, outputs: int, columns: int, coded: bool = False) -> DeviceStack:
         tile = LAYOUTS[format_name].tile_words * 4
         data = empty(count, -(-outputs // 16), -(-columns // 32), tile, dtype=torch.uint8)
-        return DeviceStack(PackedStack(format_name, count, outputs, columns, data), META)
+        return DeviceStack(PackedStack(format_name, count, outputs, columns, data), META, coded)
 
     def mixture(
-        format_name: str, tokens: int, sizes: Mixture, gated: bool = True, gate: Gate = SILU, weighed: bool = False
-    ) -> Callable[[], None]:
+        format_name: str, tokens: int, sizes: Mixture, gated: bool = True, gate: Gate = SILU, weighed: bool = False,
+        coded: bool = False,
+    ) -> Callable[[], None]:  # fmt: skip
         """Gate and up of the chosen experts, or their down; with other gates than SwiGLU also with biases."""
-        gate_up = stack(format_name, 2 * sizes.experts, sizes.inner, sizes.hidden)
-        down = stack(format_name, sizes.experts, sizes.hidden, sizes.inner)
+        gate_up = stack(format_name, 2 * sizes.experts, sizes.inner, sizes.hidden, coded)
+        down = stack(format_name, sizes.experts, sizes.hidden, sizes.inner, coded)
         x, routes = empty(tokens, sizes.hidden), empty(tokens, 2 * sizes.top_k)
         hidden = empty(tokens * sizes.top_k, sizes.inner)
         biases = None if gate is SILU else empty(sizes.experts, 2, sizes.inner)
@@ -144,7 +154,7 @@ def launches() -> dict[str, Callable[[], None]]:
             if gated:
                 experts.gate_up(x, routes, tiles, gate_up, hidden, biases, gate, weighed)
             else:
-                experts.down(hidden, routes, tiles, down, x, biases)
+                experts.down(hidden, routes, tiles, down, x, biases, weighed)
 
         return launch
 
@@ -164,7 +174,7 @@ def launches() -> dict[str, Callable[[], None]]:
 
     def rope_into(dtype: torch.dtype) -> Callable[[], None]:
         codes = cache.view(dtype)
-        return lambda: rope.rope_cache(x, heads, heads, table, x, codes, ints, 0, heads=HEADS, kv_heads=KV_HEADS)
+        return lambda: rope.rope_cache(x, key, key, table, x, codes, ints, 0, heads=HEADS, kv_heads=KV_HEADS)
 
     def write_latents(dtype: torch.dtype) -> Callable[[], None]:
         codes = empty(99, 61 * 32 * (RANK + 2 * ROPE + 16), dtype=dtype)
@@ -223,7 +233,28 @@ def launches() -> dict[str, Callable[[], None]]:
     ints, x, key = empty(64, dtype=torch.int32), empty(64, HIDDEN), empty(64, KV_HEADS * HEAD)
     states, runs = empty(8, 1 << 20), Runs(*(empty(*shape, dtype=torch.int32) for shape in ((8, 5), (64,), (8, 2))))
     cache, table = empty(99, 32 * 2 * KV_HEADS * HEAD, dtype=torch.bfloat16), empty(64, HEAD)
+    gpt_oss = {"heads": 64, "kv_heads": 8, "head": 64, "learned": empty(64), "window": 128}
+    gemma_3 = {"heads": 16, "kv_heads": 8, "head": 256, "window": 1024}
+    gemma_4 = {"heads": 32, "kv_heads": 4, "head": 512}
+    other_heads = {
+        "whole prompts": attend(torch.bfloat16, 64, 16, 0, causal=True),
+        "gpt-oss, prefill": attend(torch.bfloat16, 64, 8, 0, **gpt_oss),
+        "gpt-oss, decoding": attend(torch.bfloat16, 1, 1, 128, **gpt_oss),
+        "Gemma 3, prefill": attend(torch.bfloat16, 64, 32, 0, **gemma_3),
+        "Gemma 3, decoding": attend(torch.bfloat16, 1, 1, 128, **gemma_3),
+        "Gemma 4, prefill": attend(torch.bfloat16, 64, 8, 0, **gemma_4),
+        "Gemma 4, decoding": attend(torch.bfloat16, 1, 1, 128, **gemma_4),
+        **{f"Gemma 4, decoding in {name}": attend(dtype, 1, 1, 128, **gemma_4) for name, dtype in CODES.items()},
+    }
+    coded_rows = {
+        "rows in FP8": product("fp8", 512, coded=True),
+        "rows in FP8, 16 of them": product("fp8", 16, coded=True),
+        "rows in FP8, gated": gated("fp8", 512, coded=True),
+        "rows in FP8, experts": mixture("fp8", 4096, V3, coded=True),
+        "rows in FP8, experts, down": mixture("fp8", 4096, V3, gated=False, coded=True),
+    }
     return {
+        **(coded_rows if capability >= 89 else {}),
         **{f"vector {name}": product(name, 1) for name in LAYOUTS},
         "vector int4 of 4 rows, gated": gated("int4", 4),
         **{f"tile {name}": product(name, 512) for name in LAYOUTS},
@@ -261,22 +292,33 @@ def launches() -> dict[str, Callable[[], None]]:
             empty(4096, 768), empty(3, 4096, dtype=torch.int32), empty(4096, 12 * 192), 12, 64, 64
         ),
         "padding in a grid": lambda: grids.zero_padding(x, ints, x),
+        "short convolution with a bias": lambda: recurrent.short_conv(
+            empty(64, 2048), states, 0, runs, empty(2048, 1, 3), empty(2048), False, empty(64, 2048)
+        ),
+        "vector int4 with a bias": product("int4", 1, True),
+        "vector int4 of few rows, gelu": gated("int4", 1, GELU, 1024),
+        "tile int4 with a bias": product("int4", 512, True),
+        "tile int4, gelu": gated("int4", 512, GELU),
+        **{f"attention of {what}": launch for what, launch in other_heads.items()},
         "attention, decoding in fp32": attend(torch.float32, 1, 1, 128),
         "attention, prefill in fp32": attend(torch.float32, 64, 16, 0),
-        **{f"experts {name}": mixture(name, 1, V3) for name in EXPERT_FORMATS},
-        **{f"experts {name}, grouped": mixture(name, 4096, V3) for name in EXPERT_FORMATS},
+        **{f"experts {name}": mixture(name, 1, V3) for name in LAYOUTS},
+        **{f"experts {name}, grouped": mixture(name, 4096, V3) for name in LAYOUTS},
         "experts mxfp4 of gpt-oss": mixture("mxfp4", 1, GPT_OSS, gate=Gate("clamped", 7.0, 1.702, True)),
         "experts mxfp4 of gpt-oss, grouped": mixture("mxfp4", 4096, GPT_OSS, gate=Gate("clamped", 7.0, 1.702, True)),
         "experts bf16, weighed": mixture("bf16", 1, V3, weighed=True),
         "experts bf16, weighed, grouped": mixture("bf16", 4096, V3, weighed=True),
         "experts int4, down": mixture("int4", 1, V3, gated=False),
         "experts int4, down, grouped": mixture("int4", 4096, V3, gated=False),
-        "experts int3": mixture("int3", 1, V3),
-        "experts int3, grouped": mixture("int3", 4096, V3),
+        "experts int4, down, weighed": mixture("int4", 1, V3, gated=False, weighed=True),
         "experts int4 of V2-Lite, grouped": mixture("int4", 64, V2_LITE),
         "routes": lambda: routing.route(empty(64, V3.experts), empty(V3.experts), None, routed, **routing_of_v3),
         "routes without groups": lambda: routing.route(empty(64, 512), None, None, routed, **plain),
+        "routes with factors": lambda: routing.route(
+            empty(64, 512), None, empty(512), routed, **plain | {"normalize": False}
+        ),
         "sigmoid gate": lambda: elementwise.sigmoid_gate(x, empty(64, 1), x),
+        "sigmoid gate of elements": lambda: elementwise.sigmoid_gate(x, x, x),
         "latents, prefill": attend_latents(torch.bfloat16, 64, 2, 0, 128),
         "latents, prefill in fp32": attend_latents(torch.float32, 64, 2, 0, 128),
         "latents, decoding": attend_latents(torch.bfloat16, 1, 1, 128, 128),
@@ -285,6 +327,10 @@ def launches() -> dict[str, Callable[[], None]]:
         "chosen latents, decoding": attend_latents(torch.bfloat16, 1, 1, 256, 128, 2048),
         "indexer": lambda: indexer.choose(
             empty(64, 64 * 128), empty(64, 64), empty(999, 61 * 32 * (RANK + ROPE + 128), dtype=torch.bfloat16), 0,
+            empty(1, 4096, dtype=torch.int32), ints, ints, empty(64, 2048), 0.1,
+        ),
+        "indexer in fp32": lambda: indexer.choose(
+            empty(64, 64 * 128), empty(64, 64), empty(999, 61 * 32 * (RANK + ROPE + 128)), 0,
             empty(1, 4096, dtype=torch.int32), ints, ints, empty(64, 2048), 0.1,
         ),
         "expanded latents": expand(torch.bfloat16),
@@ -302,8 +348,8 @@ def launches() -> dict[str, Callable[[], None]]:
             empty(64, 64 * 128), empty(64, 64), empty(999, 64 * V4_HEAD * 32, dtype=torch.bfloat16), 0,
             empty(1, 4096, dtype=torch.int32), ints, ints, empty(64, 512), 0.1, 4,
         ),
-        **{f"grouped product {name}": grouped(name, 1) for name in ("bf16", "fp8")},
-        **{f"grouped product {name} of 64 rows": grouped(name, 64) for name in ("bf16", "fp8")},
+        **{f"grouped product {name}": grouped(name, 1) for name in ("bf16", "fp8", "int4", "mxfp4")},
+        **{f"grouped product {name} of 64 rows": grouped(name, 64) for name in ("bf16", "fp8", "int4", "mxfp4")},
         "weights of streams": mix((2 + STREAMS) * STREAMS),
         "weights of streams, collapsing": mix(STREAMS),
         "streams collapsed": lambda: streams.collapse(empty(64, STREAMS * HIDDEN), empty(64, 24), x),
@@ -311,19 +357,33 @@ def launches() -> dict[str, Callable[[], None]]:
         "routes by table": lambda: routing.route(empty(64, 256), None, None, routed, **by_table),
         "columns": lambda: rows.columns(empty(64, 2 * HIDDEN), x, 16, 8, 264),
         "gelu with erf": lambda: elementwise.each("gelu_erf", x, x),
+        "gelu": lambda: elementwise.each("gelu", x, x),
+        "relu": lambda: elementwise.each("relu", x, x),
+        "scale by": lambda: elementwise.each("scale_by", x, x, factor=empty(1)),
+        **{op: partial(elementwise.apply, op, x, x, x) for op in ("add", "multiply")},
+        "geglu": lambda: elementwise.apply("gate", x, x, x, GELU),
         "clamp": lambda: elementwise.each("clamp", x, x, factor=empty(1), limit=empty(1)),
         "layer norm": lambda: norm.layer_norm(x, empty(HIDDEN), empty(HIDDEN), 1e-6, x),
+        "layer norm without a bias": lambda: norm.layer_norm(x, empty(HIDDEN), None, 1e-6, x),
+        "latent without pairs": lambda: latent.latent(latents, empty(RANK), empty(64, ROPE), 1e-6, False, latents),
         "latent": lambda: latent.latent(latents, empty(RANK), empty(64, ROPE), 1e-6, True, latents),
         "latent write": lambda: latent.store(latents, empty(99, 32 * (RANK + ROPE), dtype=torch.bfloat16), ints, 0),
-        "embedding": lambda: rows.embedding(ints, matrix("int4", 128256, HIDDEN), 1.0, x),
+        **{f"embedding {name}": partial(rows.embedding, ints, matrix(name, 128256, HIDDEN), 1.0, x) for name in LAYOUTS},
         "concat": lambda: rows.concat(x, x, empty(64, 2 * HIDDEN)),
         "rows": lambda: rows.select_rows(ints, x, x),
         "norm": lambda: norm.rms_norm(x, empty(HIDDEN), 1e-5, x, delta=x, total=x),
+        "norm of Gemma": lambda: norm.rms_norm(x, empty(HIDDEN), 1e-5, x, unit_offset=True),
+        "norm without weights": lambda: norm.rms_norm(x, None, 1e-5, x),
         "norm of heads": lambda: norm.rms_norm(x, empty(HEAD), 1e-5, x, heads=HEADS),
         "swiglu": lambda: elementwise.apply("gate", x, x, x, SILU),
         "softcap": lambda: elementwise.each("scale", x, x, 1.0, 30.0),
         "position scale": lambda: elementwise.position_scale(x, ints, x, 0.1, 8192),
         "rope table": lambda: rope.rope_table(ints, ints, empty(1, HEAD // 2), 1.0, table),
+        "rope table with axes": lambda: rope.rope_table(ints, ints, empty(1, HEAD // 2), 1.0, table, ints),
+        "rope of pairs": lambda: rope.rope(x, table, HEADS, True, x),
+        "keys and values without rope": lambda: rope.rope_cache(
+            None, key, key, None, None, cache, ints, 0, heads=HEADS, kv_heads=KV_HEADS
+        ),
         "rope and cache": lambda: rope.rope_cache(
             x, key, key, table, x, cache, ints, 0, heads=HEADS, kv_heads=KV_HEADS
         ),
@@ -353,11 +413,14 @@ def training_launches() -> dict[str, Callable[[], None]]:
     return {
         "training, norm": lambda: train_rows.rms_norm(x, weight, 1e-5),
         "training, norm backward": lambda: train_rows.rms_norm_backward(x, x, weight, rstd, True),
+        "training, norm backward of a fixed weight": lambda: train_rows.rms_norm_backward(x, x, weight, rstd, False),
         "training, swiglu": lambda: train_rows.swiglu(x, x),
         "training, swiglu backward": lambda: train_rows.swiglu_backward(x, x, x),
         "training, rope": lambda: train_rows.rope(q, angles, angles, False, False, q),
         "training, rope of V3 backward": lambda: train_rows.rope(part, few, few, True, True, part),
         "training, loss": lambda: train_loss.cross_entropy(logits, labels, 0.5, narrow),
+        "training, loss in fp32": lambda: train_loss.cross_entropy(logits, labels, 0.5, torch.float32),
+        "training, loss without a gradient": lambda: train_loss.cross_entropy(logits, labels, None, narrow),
         **{f"training, adamw in {kind}": update(kind, "split") for kind in ("fp32", "bf16", "int8")},
         "training, adamw without master weights": update("bf16", "stochastic"),
         "training, adamw of fp32 weights": update("int8", "none"),
@@ -391,10 +454,29 @@ def compiled(capability: int, part: str = "") -> dict[str, dict[str, int]]:
         results[f"{name}: {kernel.__name__}"] = {**_usage(made.asm["cubin"]), "shared": made.metadata.shared}
 
     triton.JITFunction.run = run
-    for name, launch in {**launches(), **training_launches()}.items():  # noqa: B007  `run` reads the name
+    for name, launch in {**launches(capability), **training_launches()}.items():  # noqa: B007  `run` reads the name
         if part in name:
             launch()
     return results
+
+
+def constants() -> dict[str, dict[str, list[str]]]:
+    """By kernel and constant, the values that the launches give it."""
+    import triton
+
+    seen: dict[str, dict[str, list[str]]] = {}
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **given: Any) -> None:
+        of_kernel = seen.setdefault(kernel.__name__, {})
+        for param in kernel.params:
+            if param.is_constexpr and param.name in given:
+                values = of_kernel.setdefault(param.name, [])
+                values.extend({str(given[param.name])}.difference(values))
+
+    triton.JITFunction.run = run
+    for launch in {**launches(), **training_launches()}.values():
+        launch()
+    return seen
 
 
 def _number(value: float) -> str:
@@ -414,4 +496,4 @@ def _usage(cubin: bytes) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(compiled(int(sys.argv[1]), *sys.argv[2:3])))
+    print(json.dumps(constants() if sys.argv[1] == "constants" else compiled(int(sys.argv[1]), *sys.argv[2:3])))

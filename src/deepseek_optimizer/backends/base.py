@@ -79,7 +79,8 @@ class CompileOptions:
 
     Attributes:
         activation: format that products with integer weights round their input rows to: "int8", "int16", or "auto", the
-            default of each weight format. Backends that do not round rows ignore it.
+            default of each weight format. Backends that do not round rows ignore it. "fp8": products with FP8 weights round
+            rows to E4M3 in groups of 128 columns (`reference/scaled_rows.py`).
     """
 
     activation: str = "auto"
@@ -565,12 +566,15 @@ class Backend(Sizes, Protocol):
         """Raises CheckpointChangedError if a tensor is in a mapped file that was changed."""
 
 
-def check_supported(capabilities: Capabilities, formats: Sequence[str], kv_dtype: str, attention_mode: str) -> None:
+def check_supported(
+    capabilities: Capabilities, formats: Sequence[str], kv_dtype: str, attention_mode: str, activation: str = "auto"
+) -> None:
     """Raises BackendError, with the alternatives, if a backend does not support one of these."""
     requested = (
         *(("weight format", name, capabilities.weight_formats, "precision") for name in formats),
         ("KV cache dtype", kv_dtype, capabilities.kv_dtypes, "kv_cache"),
         ("attention mode", attention_mode, capabilities.attention_modes, "attention_optimization"),
+        *([("activation", activation, capabilities.activations, "activation")] if activation == "fp8" else []),
     )
     for what, value, supported, field in requested:
         if value not in supported:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+import deepseek_optimizer
+from deepseek_optimizer.backends.cuda.layouts import LAYOUTS
 
 TESTS = Path(__file__).parents[2]
 CARDS = {80: "A100", 90: "H100", 100: "B200"}
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # of a program, at most
 OTHERS = ("q4_1", "fp8", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "iq4_nl", "q5_0", "q5_1", "mxfp4", "int3")  # formats
-EXPERTS = ("fp32", "bf16", "int8", "int4", "fp8", "mxfp4", "int3")
+MORE = ("int4", "mxfp4")  # of grouped products
 CODES = ("int8", "fp8")  # of caches
 # By launch and kernel: registers of a thread and bytes of shared memory, at most, on every card. Kernels that are not listed
 # are small. Products of large tiles and attention of prompts take all 255 registers.
@@ -25,6 +30,9 @@ LIMITS = {
     "vector int8: vector_product": (128, 4096),
     "vector int4: vector_product": (168, 4096),
     "vector int4 of 4 rows, gated: vector_product": (168, 4096),
+    "vector int4 of few rows, gelu: vector_product": (168, 4096),
+    "vector int4 with a bias: vector_product": (168, 4096),
+    **{f"tile int4{what}: tile_product": (255, 112 << 10) for what in (" with a bias", ", gelu")},
     "tile fp32: tile_product": (255, 48 << 10),
     "tile bf16: tile_product": (168, 48 << 10),
     "tile int8: tile_product": (255, 64 << 10),
@@ -40,13 +48,14 @@ LIMITS = {
     **{f"vector {name}: vector_product": (200, 8192) for name in OTHERS},
     **{f"vector {name}: vector_product": (144, 4096) for name in ("q2_k", "q3_k", "int3")},
     **{f"tile {name}: tile_product": (255, 112 << 10) for name in OTHERS},
-    **{f"experts {name}: pair_vector_product": (200, 8192) for name in ("fp8", "mxfp4", "mxfp4 of gpt-oss", "int3")},
-    **{f"experts {name}, grouped: pair_tile_product": (255, 112 << 10) for name in (*EXPERTS, "mxfp4 of gpt-oss")},
+    "experts int4, down, weighed: pair_vector_product": (168, 4096),
+    **{f"experts {name}: pair_vector_product": (200, 8192) for name in (*OTHERS, "mxfp4 of gpt-oss")},
+    **{f"experts {name}, grouped: pair_tile_product": (255, 112 << 10) for name in (*LAYOUTS, "mxfp4 of gpt-oss")},
     "experts bf16, weighed, grouped: pair_tile_product": (255, 112 << 10),
     "experts bf16, weighed, grouped: place_pairs": (80, 8192),
     "experts int4, down, grouped: pair_tile_product": (255, 112 << 10),
     "experts int4 of V2-Lite, grouped: pair_tile_product": (192, 48 << 10),
-    **{f"experts {name}, grouped: place_pairs": (80, 8192) for name in (*EXPERTS, "mxfp4 of gpt-oss")},
+    **{f"experts {name}, grouped: place_pairs": (80, 8192) for name in (*LAYOUTS, "mxfp4 of gpt-oss")},
     "experts int4, down, grouped: place_pairs": (80, 8192),
     "latents, prefill: attend_latents": (208, 96 << 10),
     "latents, prefill: head_tile_product": (168, 48 << 10),
@@ -73,18 +82,20 @@ LIMITS = {
     "indexer of entries: index_scores": (128, 64 << 10),
     "indexer of entries: choose_best": (64, 8192),
     "grouped product bf16 of 64 rows: head_tile_product": (168, 48 << 10),
-    "grouped product fp8: head_vector_product": (200, 8192),
-    "grouped product fp8 of 64 rows: head_tile_product": (255, 112 << 10),
+    **{f"grouped product {name}: head_vector_product": (200, 8192) for name in ("fp8", *MORE)},
+    **{f"grouped product {name} of 64 rows: head_tile_product": (255, 112 << 10) for name in ("fp8", *MORE)},
     "indexer: index_scores": (128, 64 << 10),
     "indexer: choose_best": (64, 8192),
+    "indexer in fp32: index_scores": (255, 64 << 10),
+    "indexer in fp32: choose_best": (64, 8192),
     "attention, prefill: attend_tile": (255, 96 << 10),
     "attention, prefill in fp32: attend_tile": (255, 128 << 10),
     "attention, prefill with a softcap: attend_tile": (255, 96 << 10),
     **{f"attention, prefill in {name}: attend_tile": (255, 96 << 10) for name in CODES},
     **{f"attention, decoding in {name}: attend_tile": (232, 48 << 10) for name in CODES},
-    **{f"latents, prefill in {name}: attend_latents": (255, 96 << 10) for name in CODES},
+    **{f"latents, prefill in {name}: attend_latents": (240, 96 << 10) for name in CODES},
     **{f"latents, prefill in {name}: head_tile_product": (168, 48 << 10) for name in CODES},
-    **{f"latents, decoding in {name}: attend_latents": (255, 64 << 10) for name in CODES},
+    **{f"latents, decoding in {name}: attend_latents": (240, 96 << 10) for name in CODES},
     "attention in a step: attend_tile": (224, 64 << 10),
     "attention in a step, windows: attend_tile": (224, 64 << 10),
     "attention in a step, 80 elements: attend_tile": (255, 96 << 10),
@@ -94,6 +105,13 @@ LIMITS = {
     **{f"adapters in {name}: {kernel}_rows": (128, 48 << 10) for name in ("fp32", "bf16") for kernel in ("shrink", "expand")},
     **{f"adapters in fp32, rank 64: {kernel}_rows": (168, 64 << 10) for kernel in ("shrink", "expand")},
     "queries in a grid: extend_queries": (80, 32 << 10),
+    "attention of whole prompts: attend_tile": (255, 96 << 10),
+    "attention of gpt-oss, prefill: attend_tile": (160, 64 << 10),
+    "attention of gpt-oss, decoding: attend_tile": (128, 24 << 10),
+    "attention of Gemma 3, prefill: attend_tile": (208, 176 << 10),
+    "attention of Gemma 3, decoding: attend_tile": (176, 96 << 10),
+    "attention of Gemma 4, prefill: attend_tile": (255, 112 << 10),
+    **{f"attention of Gemma 4, decoding{what}: attend_tile": (176, 64 << 10) for what in ("", " in int8", " in fp8")},
     "delta rule: delta_rows": (128, 4096),
     "delta rule of channels: delta_rows": (128, 4096),
     "short convolution: convolve": (128, 8192),
@@ -108,32 +126,61 @@ LIMITS = {
     **{f"training, adamw in {name}: train_adamw": (96, 8192) for name in ("fp32", "bf16", "int8")},
 }
 SMALL = (128, 4096)
-# Bytes of stack of a thread, at most, for what does not fit into registers. The cosines of rope_angles and compress_rows are in
-# fp64; an fp32 cache is for checking results.
+# Bytes of stack of a thread, at most, for what does not fit into registers. An fp32 cache is for checking results.
 STACK = {
-    "rope table: rope_angles": 64,
-    **{f"entries of {what}: compress_rows": 64 for what in ("4 tokens", "128 tokens", "an indexer")},
     "expanded latents in fp32: attend_expanded": 64,
     "expanded latents in fp32: expand_keys": 128,
     "attention, prefill in fp32: attend_tile": 128,
     "attention in a step in fp32, 256 elements: attend_tile": 64,
-    "experts mxfp4 of gpt-oss, grouped: pair_tile_product": 64,
-    "latents, decoding in fp8: attend_latents": 32,
 }
 SMALL_STACK = 16
 
 
-# Each takes four minutes and more of a processor.
-@pytest.mark.parametrize("capability", [pytest.param(card, marks=pytest.mark.slow) for card in CARDS])
-def test_what_kernels_take(capability):
+def kernels(what: str) -> dict[str, Any]:
+    """What `support.compiled_kernels` prints; it needs a Triton that does not interpret."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip('Triton is not installed: pip install "deepseek-optimizer[cuda]"')
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "support.compiled_kernels", str(capability)]
+    command = [sys.executable, "-m", "support.compiled_kernels", what]
     paths = os.pathsep.join(filter(None, (str(TESTS), environment.get("PYTHONPATH"))))
     child = subprocess.run(command, env={**environment, "PYTHONPATH": paths}, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
-    found = json.loads(child.stdout)
+    found: dict[str, Any] = json.loads(child.stdout)
+    return found
+
+
+def launched_kernels() -> set[str]:
+    """The kernels that the backend's sources launch: `kernel[grid](...)`."""
+    made, launched = set(), set()
+    for file in (Path(deepseek_optimizer.__file__).parent / "backends" / "cuda").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and any(
+                ast.unparse(each).startswith("triton.jit") for each in node.decorator_list
+            ):
+                made.add(node.name)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript) and isinstance(node.func.value, ast.Name):
+                launched.add(node.func.value.id)
+    return made & launched
+
+
+@pytest.mark.wide
+@pytest.mark.every_run
+def test_the_list_is_complete():
+    """It has each kernel that is launched, with both values of its options and with all formats."""
+    listed = kernels("constants")
+    assert launched_kernels() == listed.keys()
+    options = [(kernel, name) for kernel, given in listed.items() for name in given if {"True", "False"} & set(given[name])]
+    assert len(options) > 30
+    assert not [each for each in options if len(listed[each[0]][each[1]]) < 2]
+    formats = {str(layout) for layout in LAYOUTS.values()}
+    for kernel in ("vector_product", "tile_product", "pair_vector_product", "pair_tile_product", "embedding_rows"):
+        assert formats == set(listed[kernel]["LAYOUT"]), kernel
+
+
+# Each takes ten minutes and more of a processor.
+@pytest.mark.parametrize("capability", [pytest.param(card, marks=pytest.mark.slow) for card in CARDS])
+def test_what_kernels_take(capability):
+    found = kernels(str(capability))
     assert LIMITS.keys() <= found.keys() and len(found) > len(LIMITS)
     over = []
     for name, uses in found.items():

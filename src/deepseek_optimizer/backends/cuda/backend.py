@@ -31,6 +31,8 @@ from .states import DeviceStates
 from .store import KV_DTYPES, CudaStore
 from .supported import check_cache, check_matrix
 
+_FP8 = (8, 9)  # compute capability of cards whose tensor cores multiply E4M3
+
 
 class CudaBackend(CudaSizes):
     """Implements `Backend` with Triton's kernels.
@@ -64,6 +66,7 @@ class CudaBackend(CudaSizes):
             kv_dtypes=tuple(KV_DTYPES),
             attention_modes=("flash", "eager", "sliding"),
             adapters=True,
+            activations=("auto", "fp8"),
         )
 
     @property
@@ -82,11 +85,12 @@ class CudaBackend(CudaSizes):
         """Binds a graph to weights, which are copied to the device as they are packed.
 
         Raises:
-            BackendError: a weight is missing or does not fit, or the graph has an op that this backend does not have yet.
+            BackendError: a weight is missing or does not fit, the graph has an op that this backend does not have yet, or the
+                card cannot multiply FP8 and `options` ask for it.
             GraphError: the graph is invalid.
         """
         check_graph(graph)
-        return CudaPlan(graph, weights, self._seam, self.captures)
+        return CudaPlan(graph, weights, self._seam, self.captures, rounds_to_fp8(self.device, options))
 
     def new_store(
         self, graph: Graph, kv_dtype: str, num_blocks: int, num_states: int = 0
@@ -133,7 +137,7 @@ class CudaBackend(CudaSizes):
         rows = self._rows(x)
         out = rows.new_empty(len(rows), matrix.rows)
         with launching_on(self.device):
-            linear.linear(rows, self._matrix(matrix), self._vector(bias), out)
+            linear.linear(rows, self._matrix(matrix, options), self._vector(bias), out)
         return out.view(*x.shape[:-1], matrix.rows)
 
     def linear_gradient(self, grad: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
@@ -157,7 +161,7 @@ class CudaBackend(CudaSizes):
         hidden = rows.new_empty(len(rows), gate.rows)
         biases = self._vector(gate_bias), self._vector(up_bias)
         with launching_on(self.device):
-            linear.gate_up(rows, self._matrix(gate), self._matrix(up), biases, hidden, OF_OPS[op])
+            linear.gate_up(rows, self._matrix(gate, options), self._matrix(up, options), biases, hidden, OF_OPS[op])
         result = self.linear(hidden, *down, options).view(*x.shape[:-1], down[0].rows)
         if residual:
             with launching_on(self.device):
@@ -199,11 +203,26 @@ class CudaBackend(CudaSizes):
     def _vector(self, vector: torch.Tensor | None) -> torch.Tensor | None:
         return None if vector is None else vector.detach().to(self.device, torch.float32).contiguous()
 
-    def _matrix(self, matrix: PackedMatrix) -> DeviceMatrix:
-        return DeviceMatrix(check_matrix("matrix", matrix, "of a single product"), self.device)
+    def _matrix(self, matrix: PackedMatrix, options: CompileOptions) -> DeviceMatrix:
+        return DeviceMatrix(
+            check_matrix("matrix", matrix, "of a single product"), self.device, rounds_to_fp8(self.device, options)
+        )
 
     def _missing(self, what: str) -> BackendError:
         return BackendError(f'the cuda backend does not have {what} yet; load the model with backend="reference"')
 
     def __repr__(self) -> str:
         return f"CudaBackend({self.detail})"
+
+
+def rounds_to_fp8(device: torch.device, options: CompileOptions) -> bool:
+    """Whether products with FP8 weights round rows to E4M3. Raises BackendError if the card cannot multiply it."""
+    if options.activation != "fp8":
+        return False
+    if device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < _FP8:
+        name = torch.cuda.get_device_name(device)
+        raise BackendError(
+            f'activation="fp8" needs compute capability 8.9 (Ada, Hopper) or later, but {name} has {found[0]}.{found[1]}; with '
+            f'activation="auto", FP8 weights are multiplied in bf16'
+        )
+    return True

@@ -22,9 +22,14 @@ from .supported import check_matrix, check_stack
 EXPERT_PRODUCTS = ("experts_gate_up", "experts_down")
 
 
-def weights_on_device(graph: Graph, weights: Mapping[str, PackedWeight | torch.Tensor], device: torch.device) -> Weights:
+def weights_on_device(
+    graph: Graph, weights: Mapping[str, PackedWeight | torch.Tensor], device: torch.device, coded: bool = False
+) -> Weights:
     """Copies a graph's weights: matrices and stacks as they are packed, once for tied names, and vectors as float32. Matrices
     that stay floats, such as routers', are packed as fp32; of latent attention's, the stacks of `kv_b` are copied instead.
+
+    Args:
+        coded: as of `DeviceMatrix`.
 
     Raises:
         BackendError: a weight is missing or does not fit.
@@ -47,7 +52,7 @@ def weights_on_device(graph: Graph, weights: Mapping[str, PackedWeight | torch.T
         if name in stacks:
             stack = check_stack(name, weight)
             _check_shape(name, stack.shape, stacks[name])
-            bound.stacks[name] = DeviceStack(stack, device)
+            bound.stacks[name] = DeviceStack(stack, device, coded)
         elif name in biases:
             bound.vectors[name] = _ordered_biases(_vector(name, weight, shape), biases[name], device)
         elif name in tables:
@@ -60,11 +65,11 @@ def weights_on_device(graph: Graph, weights: Mapping[str, PackedWeight | torch.T
             if name in latent:
                 _add_absorbed(bound, name, matrix, latent[name], device)
             elif name in grouped:
-                bound.stacks[name] = DeviceStack(grouped_stack(matrix, grouped[name]), device)
+                bound.stacks[name] = DeviceStack(grouped_stack(matrix, grouped[name]), device, coded)
             else:
                 key = id(matrix.data)
                 if key not in copies:
-                    copies[key] = matrix.data, DeviceMatrix(matrix, device)
+                    copies[key] = matrix.data, DeviceMatrix(matrix, device, coded)
                 bound.matrices[name] = copies[key][1]
         else:
             bound.vectors[name] = _vector(name, weight, shape).to(device, torch.float32).contiguous()

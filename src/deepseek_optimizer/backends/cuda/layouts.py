@@ -5,7 +5,7 @@ The tiles are those of `quant/`: `tiles.py` there describes most formats, `block
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...quant import FORMATS
 from ...quant.base import TILE_COLS, TILE_ROWS
@@ -30,6 +30,7 @@ class TileLayout:
             minimum). For the last two, the fp16 factors of a superblock of 8 tiles come before its first tile.
         minimum: whether a minimum is added to the scaled code, stored like the scale, behind it.
         narrow: whether products on tensor cores read rows and weights as bf16; otherwise everything is fp32.
+        coded: whether they read both as E4M3 instead, rows with a scale for each 128 columns (`kernels/coded_rows.py`).
     """
 
     words: int
@@ -42,6 +43,7 @@ class TileLayout:
     scale: str = ""
     minimum: bool = False
     narrow: bool = True
+    coded: bool = False
 
     @property
     def per_word(self) -> int:
@@ -86,3 +88,4 @@ LAYOUTS = {
     "int3": TileLayout(2, "trellis", _tile_words("int3"), 2, high=1, scale="upper"),
     "mxfp4": TileLayout(4, "e2m1", _tile_words("mxfp4"), 4, scale="power"),
 }
+CODED = replace(LAYOUTS["fp8"], coded=True)

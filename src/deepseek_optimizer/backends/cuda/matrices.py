@@ -6,7 +6,7 @@ import torch
 
 from ...quant.base import TILE_ROWS
 from ...quant.packed import PackedMatrix, PackedStack
-from .layouts import LAYOUTS
+from .layouts import CODED, LAYOUTS
 
 
 class DeviceTiles:
@@ -19,9 +19,9 @@ class DeviceTiles:
         groups: tiles in a row of tiles, ceil(cols/32).
     """
 
-    def __init__(self, format_name: str, rows: int, cols: int, words: torch.Tensor) -> None:
+    def __init__(self, format_name: str, rows: int, cols: int, words: torch.Tensor, coded: bool = False) -> None:
         self.format, self.rows, self.cols, self.words = format_name, rows, cols, words
-        self.layout = LAYOUTS[format_name]
+        self.layout = CODED if coded and format_name == "fp8" else LAYOUTS[format_name]
         self.groups = words.shape[-2]
 
     @property
@@ -41,16 +41,17 @@ class DeviceMatrix(DeviceTiles):
     Args:
         matrix: in a format of LAYOUTS, its columns in the model's order.
         device: where its tiles are copied to, unless they are there.
+        coded: whether products round rows to E4M3, if it is in FP8 (`TileLayout.coded`).
     """
 
-    def __init__(self, matrix: PackedMatrix, device: torch.device) -> None:
-        super().__init__(matrix.format, matrix.rows, matrix.cols, _words(matrix.data, device))
+    def __init__(self, matrix: PackedMatrix, device: torch.device, coded: bool = False) -> None:
+        super().__init__(matrix.format, matrix.rows, matrix.cols, _words(matrix.data, device), coded)
 
     def part(self, begin: int, end: int) -> DeviceMatrix:
         """Rows [begin, end) as a view; `begin` is a multiple of 16."""
         part = object.__new__(DeviceMatrix)
         words = self.words[begin // TILE_ROWS : -(-end // TILE_ROWS)]
-        DeviceTiles.__init__(part, self.format, end - begin, self.cols, words)
+        DeviceTiles.__init__(part, self.format, end - begin, self.cols, words, self.layout.coded)
         return part
 
 
@@ -59,11 +60,11 @@ class DeviceStack(DeviceTiles):
 
     Args:
         stack: in a format of LAYOUTS.
-        device: where its tiles are copied to, unless they are there.
+        device, coded: as of `DeviceMatrix`.
     """
 
-    def __init__(self, stack: PackedStack, device: torch.device) -> None:
-        super().__init__(stack.format, stack.rows, stack.cols, _words(stack.data, device))
+    def __init__(self, stack: PackedStack, device: torch.device, coded: bool = False) -> None:
+        super().__init__(stack.format, stack.rows, stack.cols, _words(stack.data, device), coded)
 
     @property
     def count(self) -> int:

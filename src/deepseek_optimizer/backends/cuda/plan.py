@@ -65,14 +65,20 @@ class CudaPlan:
         graph, weights: as in `Backend.compile`.
         device: the device that it runs on.
         captured: whether small steps are captured and replayed, if the device supports it.
+        coded: whether products of more than four rows with FP8 weights round rows to E4M3.
     """
 
     def __init__(
-        self, graph: Graph, weights: Mapping[str, PackedWeight | torch.Tensor], device: Device, captured: bool = True
+        self,
+        graph: Graph,
+        weights: Mapping[str, PackedWeight | torch.Tensor],
+        device: Device,
+        captured: bool = True,
+        coded: bool = False,
     ) -> None:
         check_graph_ops(graph)
         self.graph, self.device, self._device = graph, device.device, device
-        self._weights = weights_on_device(graph, weights, self.device)
+        self._weights = weights_on_device(graph, weights, self.device, coded)
         self._formats = {name: weight.format for name in graph.weights() if isinstance(weight := weights[name], PackedWeight)}
         self._spans = group_spans(graph)
         self._only_hidden = hidden_only(graph)
@@ -279,6 +285,8 @@ class CudaPlan:
         if matrices:
             row["weights"] = matrices
             row["format"] = ",".join(dict.fromkeys(self._formats[name] for name in matrices))
+            if any(tiles.layout.coded for name in matrices for tiles in self._weights.tiles_of(name)):
+                row["activation"] = "e4m3"
             row["bytes"] = sum(tiles.words.nbytes for name in matrices for tiles in self._weights.tiles_of(name))
         return row
 

@@ -20,7 +20,7 @@ from .adapters import ReferenceAdapters
 from .dense_attention import attend
 from .ops import FUNCTIONS, layer_norm, rms_norm
 from .plan import ReferencePlan, value_bytes
-from .scaled_rows import DTYPES
+from .scaled_rows import DTYPES, in_fp8
 from .states import state_bytes
 from .store import Store, make_store, store_block_bytes
 
@@ -77,6 +77,7 @@ class ReferenceBackend(ReferenceSizes):
             weight_formats=tuple(FORMATS),
             kv_dtypes=tuple(DTYPES),
             attention_modes=("flash", "eager", "sliding", "sparse"),
+            activations=("auto", "fp8"),
             adapters=True,
         )
 
@@ -107,7 +108,8 @@ class ReferenceBackend(ReferenceSizes):
                 needed = stacks.get(name, shape)
             if given != needed:
                 raise BackendError(f"weight {name!r} has shape {given}, but the graph needs {needed}")
-        return ReferencePlan(graph, weights, self.device, self.dtype, self.rounding)
+        rounding = "e4m3" if options.activation == "fp8" else self.rounding
+        return ReferencePlan(graph, weights, self.device, self.dtype, rounding)
 
     def new_store(self, graph: Graph, kv_dtype: str, num_blocks: int, num_states: int = 0) -> Store:
         """An empty cache of `num_blocks` blocks and `num_states` slots; kv_dtype is "fp32", "bf16", "int8", "fp8" or "int4"."""
@@ -139,6 +141,8 @@ class ReferenceBackend(ReferenceSizes):
     def linear(
         self, x: torch.Tensor, matrix: PackedMatrix, bias: torch.Tensor | None = None, options: CompileOptions = DEFAULTS
     ) -> torch.Tensor:
+        if options.activation == "fp8" and matrix.format == "fp8":
+            x = in_fp8(x)
         return products.linear(x, matrix, bias)
 
     def linear_gradient(self, grad: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:

@@ -24,6 +24,7 @@ from . import choose, compressed, grids, latent, moe, ops, recurrent
 from .adapters import kv_b_of_sequences
 from .checks import check_batch
 from .device_choice import choose_on_device
+from .scaled_rows import in_fp8
 from .step import Step
 from .weights import as_dense, rounding_of
 
@@ -145,6 +146,8 @@ class ReferencePlan:
             kind = "q16"
         if kind is None:
             return x
+        if kind == "e4m3":
+            return in_fp8(x)
         from ...quant.activations import fake_quantize
 
         return fake_quantize(x.float(), kind).to(x.dtype)

@@ -81,5 +81,10 @@ def dequantized_groups(codes: torch.Tensor, scales: torch.Tensor, kv_dtype: str 
     return _numbers(codes, kv_dtype) * scales.repeat_interleave(LATENT_GROUP, -1)[..., : codes.shape[-1]]
 
 
+def in_fp8(x: torch.Tensor) -> torch.Tensor:
+    """Rows rounded to E4M3 with a scale for each 128 elements, as products in FP8 read them: float [..., n] of x's dtype."""
+    return dequantized_groups(*quantized_groups(x.float(), "fp8"), "fp8").to(x.dtype)
+
+
 def _numbers(codes: torch.Tensor, kv_dtype: str) -> torch.Tensor:
     return codes.float() if kv_dtype == "int8" else codes.view(torch.float8_e4m3fn).float()

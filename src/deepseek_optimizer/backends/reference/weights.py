@@ -20,9 +20,11 @@ def as_dense(weight: PackedWeight | torch.Tensor, device: torch.device, dtype: t
 
 
 def rounding_of(format_name: str | None, requested: str | None) -> str | None:
-    """The rounding of rows before a product with a weight of this format; None for no rounding."""
-    if requested not in (None, "format", "bf16", "q8", "q16"):
-        raise BackendError(f"unknown rounding {requested!r}; choose one of None, 'format', 'bf16', 'q8', 'q16'")
+    """The rounding of rows before a product with a weight of this format; None for no rounding. "e4m3" is of FP8 weights."""
+    if requested not in (None, "format", "bf16", "q8", "q16", "e4m3"):
+        raise BackendError(f"unknown rounding {requested!r}; choose one of None, 'format', 'bf16', 'q8', 'q16', 'e4m3'")
+    if requested == "e4m3":
+        return requested if format_name == "fp8" else None
     if requested != "format":
         return requested
     if format_name is None:

@@ -31,10 +31,11 @@ def formats_of(model: Any, graph: Graph) -> list[str]:
 
 
 def check_settings(capabilities: Capabilities, model: Any, graph: Graph, config: DeepSeekConfig) -> None:
-    """Raises BackendError, with the alternatives, if a backend does not have a format or the attention mode of a model."""
+    """Raises BackendError, with the alternatives, if a backend does not have a format, the attention mode or the
+    activation format of a model."""
     formats = formats_of(model, graph)
     mode = "eager" if config.attention_optimization == "eager" else config.attention.kind
-    check_supported(capabilities, formats, kv_dtype(config, formats), mode)
+    check_supported(capabilities, formats, kv_dtype(config, formats), mode, config.activation)
 
 
 def check_runnable(model: Any, config: DeepSeekConfig, device: torch.device) -> None:

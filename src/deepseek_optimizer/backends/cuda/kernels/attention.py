@@ -18,7 +18,7 @@ import triton.language as tl
 
 from ..division import TILE_FIELDS, Tiles, chunks_of
 from .codes import kind_of, numbers_of
-from .gates import capped
+from .gates import tanh
 from .paged import (
     blocks_to_read,
     chunk_memory,
@@ -32,7 +32,7 @@ from .paged import (
     tokens_to_read,
     with_sink,
 )
-from .precision import add_product
+from .precision import add_product, nearest_bf16
 
 _FIELDS = tl.constexpr(TILE_FIELDS)
 
@@ -43,7 +43,7 @@ def attend_tile(
     chunk_blocks, scale, softcap, window, sinks, CHUNKS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     GROUP_ROWS: tl.constexpr, HEAD: tl.constexpr, HEAD_BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr, TOKENS: tl.constexpr,
     NARROW: tl.constexpr, SINKS: tl.constexpr, KIND: tl.constexpr, CHUNKED: tl.constexpr, CAUSAL: tl.constexpr,
-    IN_STEP: tl.constexpr,
+    CAPPED: tl.constexpr, IN_STEP: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(scale q K^T) V of a tile and a key head. Grid (tiles, KV_HEADS, CHUNKS).
 
@@ -59,7 +59,7 @@ def attend_tile(
             `merge_chunks`.
         learned: float32 [KV_HEADS * GROUP], the score of one more key of each head, whose value is 0; read if SINKS.
         chunk_blocks: blocks of a chunk.
-        softcap: scores s become softcap * tanh(s / softcap), unless it is 0.
+        softcap: if CAPPED, scores s become softcap * tanh(s / softcap).
         KIND: of codes, see `codes.kind_of`; "": keys and values are floats.
         CHUNKED: whether windows are chunks at fixed places.
         CAUSAL: whether rows see no token after their own, whatever `ends` says.
@@ -81,6 +81,8 @@ def attend_tile(
     q_place = ((first_row + query).to(tl.int64) * KV_HEADS + kv_head) * (GROUP * HEAD) + member * HEAD
     q_mask = real[:, None] & (d < HEAD)[None, :]
     rows = tl.load(q + q_place[:, None] + d[None, :], mask=q_mask, other=0.0)
+    if NARROW:
+        rows = nearest_bf16(rows)
 
     if IN_STEP:
         blocks, first_block, last_end = rows_to_read(first_token, count, last_end, window)
@@ -109,7 +111,8 @@ def attend_tile(
         if KIND != "":
             scales = scales_of(cache, page * block_elements + layer_offset, KV_HEADS, HEAD) + kv_head * 32 + t % 32
             scores *= tl.load(scales, mask=stored, other=0.0)[None, :]
-        scores = capped(scores, softcap)
+        if CAPPED:
+            scores = softcap * tanh(scores / softcap)
         if IN_STEP:
             seen = seen_to_both_sides(key, stored, token, end, window)
             values = row_values + place
@@ -154,13 +157,14 @@ def attention(
     group_rows, narrow = triton.next_power_of_2(group), cache.dtype != torch.float32
     block_q = max(tiles.block_q, triton.cdiv(16, group_rows))
     head_block = max(16, triton.next_power_of_2(head))
+    tokens, warps = _sizes(block_q * group_rows, head_block, narrow)
     partial, stats = chunk_memory(tiles, heads, chunks, head, out)
     attend_tile[(count, kv_heads, chunks)](
         q, cache, cache, block_tables, tiles.fields, ends, q if learned is None else learned, out, partial, stats,
         cache.stride(0), layer_offset, blocks, triton.cdiv(tiles.blocks, chunks) if chunks > 1 else blocks, scale,
         float(softcap), window, sinks, CHUNKS=chunks, KV_HEADS=kv_heads, GROUP=group, GROUP_ROWS=group_rows, HEAD=head,
-        HEAD_BLOCK=head_block, BLOCK_Q=block_q, TOKENS=64 if narrow else 32, NARROW=narrow, SINKS=learned is not None,
-        KIND=kind_of(cache), CHUNKED=chunked, CAUSAL=causal, IN_STEP=False, num_warps=4 if narrow else 8, num_stages=2,
+        HEAD_BLOCK=head_block, BLOCK_Q=block_q, TOKENS=tokens, NARROW=narrow, SINKS=learned is not None, KIND=kind_of(cache),
+        CHUNKED=chunked, CAUSAL=causal, CAPPED=softcap > 0, IN_STEP=False, num_warps=warps, num_stages=2,
     )  # fmt: skip
     if chunks > 1:
         launch_merge(partial, stats, tiles, out, learned)
@@ -193,6 +197,15 @@ def step_attention(
         q, k, v, tiles.fields, tiles.fields, ends, q, out, out, out, 0, 0, 0, 1 << 26, scale, 0.0, window, 0, CHUNKS=1,
         KV_HEADS=kv_heads, GROUP=group, GROUP_ROWS=group_rows, HEAD=head, HEAD_BLOCK=head_block,
         BLOCK_Q=max(tiles.block_q, triton.cdiv(16, group_rows)), TOKENS=tokens,
-        NARROW=narrow, SINKS=False, KIND="", CHUNKED=False, CAUSAL=False, IN_STEP=True,
+        NARROW=narrow, SINKS=False, KIND="", CHUNKED=False, CAUSAL=False, CAPPED=False, IN_STEP=True,
         num_warps=8 if head_block > 128 or not narrow else 4, num_stages=2,
     )  # fmt: skip
+
+
+def _sizes(rows: int, head_block: int, narrow: bool) -> tuple[int, int]:
+    """TOKENS and the number of warps: sums of `rows` rows must fit into registers, and keys and values into shared memory."""
+    if not narrow:
+        return 32, 8
+    if head_block > 256:
+        return 16, 8
+    return 64, 4 if rows * head_block <= 8192 else 8

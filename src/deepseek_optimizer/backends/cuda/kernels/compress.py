@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .angles import cos_and_sin
 from .rope import store_as
 
 _TOKENS = 8  # that a program reads at a time
@@ -87,8 +88,9 @@ def compress_rows(
     turned = (pair >= 0) & (pair < ROT // 2)
     position = (entry * EVERY).to(tl.float32)
     angle = (position * tl.load(frequencies + pair, mask=turned, other=0.0)).to(tl.float64)
-    cos = tl.where(turned, (tl.cos(angle) * scaling).to(tl.float32), 1.0)
-    sin = tl.where(turned, (tl.sin(angle) * scaling).to(tl.float32), 0.0)
+    cos, sin = cos_and_sin(angle)
+    cos = tl.where(turned, (cos * scaling).to(tl.float32), 1.0)
+    sin = tl.where(turned, (sin * scaling).to(tl.float32), 0.0)
     last = end - 1
     block = tl.load(targets + of * most_blocks + last // 32).to(tl.int64)
     place = cache + block * block_elements + offset + last % 32 // EVERY * WIDTH + 2 * j

@@ -7,8 +7,8 @@ after it (V_h s_h): `latent_attention` does both, for as many heads at a time as
 
 Decoding divides the blocks of a tile into chunks, as `attention.py` does. Scores and sums are fp32. Unless the cache is fp32,
 queries, the softmax's weights, and codes of latents times their scales are rounded to bf16 for products on tensor cores. With
-an fp32 cache nothing is rounded; operands are in registers, so programs have 16 rows, and multiply PART elements of 16 latents
-at a time.
+codes or an fp32 cache, programs have 16 rows, as operands are in registers. With an fp32 cache nothing is rounded, and PART
+elements of 16 latents are multiplied at a time.
 
 Source: DeepSeek-V2, section 2.1.
 """
@@ -33,7 +33,7 @@ _FIELDS = tl.constexpr(TILE_FIELDS)
 
 @triton.jit
 def scaled_latents(codes, cache, layer, key, stored, RANK: tl.constexpr, ROPE: tl.constexpr, KIND: tl.constexpr):
-    """What codes [tokens, RANK_BLOCK] stand for, float32.
+    """What codes [tokens, RANK_BLOCK] stand for, rounded to bf16 for products.
 
     Args:
         layer: where the layer begins in each token's block, in bytes, [tokens].
@@ -45,7 +45,7 @@ def scaled_latents(codes, cache, layer, key, stored, RANK: tl.constexpr, ROPE: t
     place = latent_scales(cache, layer, RANK, ROPE) + key % 32 * GROUPS
     scales = tl.load(place[:, None] + group, mask=stored[:, None] & (group < GROUPS), other=0.0)
     grouped = tl.reshape(numbers_of(codes, KIND), [TOKENS, BLOCKS, codes.shape[1] // BLOCKS])
-    return tl.reshape(grouped * scales[:, :, None], [TOKENS, codes.shape[1]])
+    return nearest_bf16(tl.reshape(grouped * scales[:, :, None], [TOKENS, codes.shape[1]]))
 
 
 @triton.jit
@@ -159,7 +159,8 @@ def attend(
     """
     (_, heads, rank), count = absorbed.shape, len(tiles.fields)
     narrow = cache.dtype != torch.float32
-    head_rows = min(HEAD_ROWS if narrow else max(1, 16 // tiles.block_q), triton.next_power_of_2(heads))
+    plain = cache.dtype == torch.bfloat16
+    head_rows = min(HEAD_ROWS if plain else max(1, 16 // tiles.block_q), triton.next_power_of_2(heads))
     head_blocks, top_k = triton.cdiv(heads, head_rows), 0 if chosen is None else chosen.shape[1]
     blocks = tiles.blocks if chosen is None else min(tiles.blocks, triton.cdiv(top_k, 32))
     chunks = chunks_of(tiles.planned, blocks, head_blocks)
@@ -172,7 +173,7 @@ def attend(
         absorbed if chosen is None else chosen, CHUNKS=chunks, HEAD_ROWS=head_rows, NOPE=q.shape[2] - rope, ROPE=rope,
         ROPE_BLOCK=max(16, triton.next_power_of_2(rope)), RANK=rank, RANK_BLOCK=max(16, triton.next_power_of_2(rank)),
         BLOCK_Q=block_q, TOKENS=32 if narrow else 16, PART=32, NARROW=narrow, KIND=kind_of(cache), TOP_K=top_k,
-        num_warps=4 if cache.dtype == torch.bfloat16 and block_q * head_rows <= 16 else 8, num_stages=2,
+        num_warps=4 if plain and block_q * head_rows <= 16 else 8, num_stages=2,
     )  # fmt: skip
     if chunks > 1:
         launch_merge(partial, stats, tiles, absorbed)

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from ..gates import NO_GATE, Gate
 from ..matrices import DeviceMatrix, DeviceTiles
+from .coded_rows import coded_rows, coded_sums
 from .epilogue import finished
 from .precision import add_product, nearest_bf16
 from .tiles import decode, load_codes, load_scales
@@ -68,7 +69,7 @@ def weight_values(low, high, scale, minimum, part: tl.constexpr, LAYOUT: tl.cons
 
 
 @triton.jit
-def tile_sums(
+def word_sums(
     ordered, source, real, words, up_words, n, outputs, groups, LAYOUT: tl.constexpr, GATED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
@@ -104,6 +105,18 @@ def tile_sums(
 
 
 @triton.jit
+def tile_sums(
+    ordered, source, real, words, up_words, n, outputs, groups, LAYOUT: tl.constexpr, GATED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """See `word_sums`, or with `LAYOUT.coded` `coded_sums`; `ordered` is what `ordered_rows` writes."""
+    if LAYOUT.coded:
+        return coded_sums(ordered, source, real, words, up_words, n, outputs, groups, LAYOUT, GATED, BLOCK_M, BLOCK_N)
+    else:
+        return word_sums(ordered, source, real, words, up_words, n, outputs, groups, LAYOUT, GATED, BLOCK_M, BLOCK_N, BLOCK_J)
+
+
+@triton.jit
 def tile_product(
     ordered, words, up_words, bias, up_bias, out, out_stride, rows, outputs, groups, LAYOUT: tl.constexpr, GATE: tl.constexpr,
     BIASED: tl.constexpr, UP_BIASED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr,
@@ -133,7 +146,10 @@ def block_rows(rows: int) -> int:
 
 
 def ordered_rows(x: torch.Tensor, columns: int, tiles: DeviceTiles) -> torch.Tensor:
-    """The first columns of x, float32 [M, >= columns], as products with these matrices read them; see `order_rows`."""
+    """The first columns of x, float32 [M, >= columns], as products with these matrices read them; see `order_rows` and
+    `coded_rows`."""
+    if tiles.layout.coded:
+        return coded_rows(x, columns, tiles)
     rows, layout, row_words = len(x), tiles.layout, tiles.row_words
     ordered = torch.empty(
         (rows, layout.per_word, row_words), dtype=torch.bfloat16 if layout.narrow else torch.float32, device=x.device
@@ -150,7 +166,7 @@ def tile_sizes(rows: int, tiles: DeviceTiles, gated: bool) -> dict[str, int]:
     both sums must fit into registers."""
     limit = BLOCK_N if tiles.layout.narrow else _EXACT
     layout, outputs = tiles.layout, limit // 2 if gated and tiles.layout.narrow else limit
-    columns = _MOST_COLUMNS // 2 if layout.minimum or layout.high or layout.codes == "iq4" else _MOST_COLUMNS
+    columns = _MOST_COLUMNS // 2 if layout.minimum or layout.high or layout.codes in ("iq4", "e2m1") else _MOST_COLUMNS
     return {
         "BLOCK_M": min(limit, block_rows(rows)),
         "BLOCK_N": outputs,

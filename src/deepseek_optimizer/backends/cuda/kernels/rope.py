@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .angles import cos_and_sin
 from .codes import codes_of, kind_of, scale_of
 from .paged import scales_of
 from .precision import nearest_bf16
@@ -44,8 +45,9 @@ def rope_angles(
     position = tl.load(source, mask=inside if AXES else token < tokens, other=0).to(tl.float32)
     angle = (position * tl.load(frequencies + row * HALF + i, mask=inside, other=0.0)).to(tl.float64)
     place = out + token * (2 * HALF) + i
-    tl.store(place, (tl.cos(angle) * scaling).to(tl.float32), mask=inside)
-    tl.store(place + HALF, (tl.sin(angle) * scaling).to(tl.float32), mask=inside)
+    cos, sin = cos_and_sin(angle)
+    tl.store(place, (cos * scaling).to(tl.float32), mask=inside)
+    tl.store(place + HALF, (sin * scaling).to(tl.float32), mask=inside)
 
 
 def rope_table(
