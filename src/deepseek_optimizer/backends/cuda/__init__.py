@@ -14,7 +14,7 @@ from ...errors import BackendError
 from ...graph.ir import Graph
 from ...system.cuda_device import why_no_cuda
 from ..base import Backend, Sizes
-from ..registry import BY_NAME, BackendSettings, BackendSpec
+from ..registry import BY_NAME, BackendSettings, BackendSpec, find
 
 __all__ = ["SPEC", "unavailable_reason"]
 
@@ -40,7 +40,7 @@ def _create(device: torch.device, settings: BackendSettings) -> Backend:
         raise BackendError(f"the cuda backend cannot run: {reason}")
     from .backend import CudaBackend  # imports Triton
 
-    return CudaBackend(device, settings.cuda_graphs)
+    return CudaBackend(device, settings.cuda_graphs, host=lambda: find("cpu").create(torch.device("cpu"), settings))
 
 
 def _sizes() -> Sizes:

@@ -23,6 +23,7 @@ from .division import (
     latent_scratch_bytes,
     product_scratch_bytes,
 )
+from .host_graph import divide
 from .layouts import LAYOUTS
 from .store import KV_DTYPES
 from .stores import block_elements
@@ -122,6 +123,7 @@ class CudaSizes:
     def buffer_bytes(
         self, graph: Graph, formats: Mapping[str, str], options: CompileOptions, tokens: int, logit_rows: int
     ) -> int:
+        graph, _ = divide(graph, options.host_experts)
         heads = [value for node in graph.nodes if node.op == "lm_head" for value in node.outputs]
         rows = {True: logit_rows, False: tokens}
         logits = sum(_VALUE_BYTES * value.width * rows[value.selected] for value in heads)
