@@ -39,8 +39,11 @@ def _create(device: torch.device, settings: BackendSettings) -> Backend:
     if reason is not None:
         raise BackendError(f"the cuda backend cannot run: {reason}")
     from .backend import CudaBackend  # imports Triton
+    from .cost_table import card_of, division_for
 
-    return CudaBackend(device, settings.cuda_graphs, host=lambda: find("cpu").create(torch.device("cpu"), settings))
+    division, source = division_for(card_of(device))
+    host = lambda: find("cpu").create(torch.device("cpu"), settings)  # noqa: E731
+    return CudaBackend(device, settings.cuda_graphs, host=host, division=division, source=source)
 
 
 def _sizes() -> Sizes:

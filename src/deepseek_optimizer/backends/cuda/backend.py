@@ -17,6 +17,7 @@ from ...system.memory import FreeMemory, device_memory
 from ..base import DEFAULTS, PHASES, AdapterStore, Backend, Capabilities, CompileOptions, FileMapping, Norm
 from .buckets import MOST_ROWS
 from .device import Device, device_of, launching_on
+from .division import DEFAULT, Division
 from .gates import OF_OPS
 from .kernels import elementwise, linear, norm
 from .kernels.precision import EMULATED
@@ -39,6 +40,7 @@ class CudaBackend(CudaSizes):
         captured: whether plans capture small steps (`DeepSeekConfig.cuda_graphs`).
         seam: what plans ask of the device; None: the device itself.
         host: creates the backend for experts in the host's memory, at their first use; None: there is none.
+        division, source: how kernels divide their work, and where that is from (`cost_table.division_for`); None: the default.
 
     Raises:
         BackendError: another device.
@@ -54,12 +56,15 @@ class CudaBackend(CudaSizes):
         captured: bool = True,
         seam: Device | None = None,
         host: Callable[[], Backend] | None = None,
+        division: Division | None = None,
+        source: str = "",
     ) -> None:
         if device.type != "cuda" and not EMULATED:
             raise BackendError(f"the cuda backend cannot run on {device}; move the model with model.to('cuda')")
         self.device, self._seam = device, seam or device_of(device)
         self.captures = captured and self._seam.captures
         self._create_host = host
+        self.division, self._source = division or DEFAULT, source
         self._host: Backend | None = None
 
     @property
@@ -83,7 +88,8 @@ class CudaBackend(CudaSizes):
         )
         graphs = f"; steps of up to {MOST_ROWS} rows as CUDA graphs" if self.captures else ""
         host = f"; experts on the CPU ({self._host.detail})" if self._host is not None else ""
-        return f"Triton{where}{graphs}{host}"
+        tuned = f"; {self._source}" if self._source else ""
+        return f"Triton{where}{graphs}{tuned}{host}"
 
     def compile(
         self, graph: Graph, weights: Mapping[str, PackedWeight | torch.Tensor], options: CompileOptions = DEFAULTS
@@ -96,7 +102,11 @@ class CudaBackend(CudaSizes):
             GraphError: the graph is invalid.
         """
         check_graph(graph)
-        return CudaPlan(graph, weights, self._seam, self.captures, options, self._on_host)
+        return CudaPlan(graph, weights, self._seam, self.captures, options, self._on_host, self.division)
+
+    def divided(self, division: Division) -> CudaBackend:
+        """A backend of the same device that divides work in another way, to measure it. No experts run on the CPU."""
+        return CudaBackend(self.device, self.captures, self._seam, division=division)
 
     def _on_host(self) -> Backend:
         """The backend of experts in the host's memory."""

@@ -12,6 +12,7 @@ import torch
 from ...errors import BackendError, NotEnoughMemoryError
 from .buckets import Bucket
 from .device import Device
+from .division import DEFAULT, Division
 from .step import DeviceStep, StepIntegers
 from .store import DeviceBlocks
 
@@ -92,6 +93,7 @@ class CapturedSteps:
         store: DeviceBlocks,
         upload: Callable[[StepIntegers, torch.Tensor], None],
         launch: Callable[[DeviceStep], Pieces],
+        division: Division = DEFAULT,
     ) -> Results:
         """Runs a step.
 
@@ -101,16 +103,17 @@ class CapturedSteps:
             upload: begins to copy integers to memory of the device.
             launch: launches the step's kernels. What it launches may depend on the bucket only. Each piece is captured for
                 itself; what the host does between them is not, and is done in every step.
+            division: of the plan.
 
         Returns: the results with the padding rows, valid until the next step.
         """
         step = self._step(integers, store)
         upload(integers, step.memory)
         if step.results is None:
-            step.results = launched(launch(integers.on(step.memory)))
+            step.results = launched(launch(integers.on(step.memory, division)))
             return step.results
         if step.replay is None:
-            step.replay, step.results = self._captured(launch(integers.on(step.memory)))
+            step.replay, step.results = self._captured(launch(integers.on(step.memory, division)))
         step.replay()
         return step.results
 

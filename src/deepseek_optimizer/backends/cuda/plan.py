@@ -26,7 +26,7 @@ from .buckets import MOST_ROWS, may_be_captured
 from .captured import CapturedSteps, Pieces, Results, launched
 from .compressed_ops import COMPRESSED_OPS
 from .device import Device
-from .division import HEAD_ROWS, LATENT_ROWS, query_rows
+from .division import DEFAULT, HEAD_ROWS, LATENT_ROWS, Division, query_rows
 from .expert_ops import EXPERT_OPS
 from .host_experts import HostExperts
 from .host_graph import divide
@@ -63,6 +63,7 @@ class CudaPlan:
         captured: whether small steps are captured and replayed, if the device supports it.
         options: as in `Backend.compile`.
         host: creates the backend that computes `options.host_experts`.
+        division: how work is divided, in all steps.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class CudaPlan:
         captured: bool = True,
         options: CompileOptions = DEFAULTS,
         host: Callable[[], Backend] | None = None,
+        division: Division = DEFAULT,
     ) -> None:
         check_graph_ops(graph)
         graph, layers = divide(graph, options.host_experts)
@@ -81,7 +83,8 @@ class CudaPlan:
             assert host is not None  # `CudaBackend` has one
             self._host = HostExperts(layers, weights, host(), device, options)
         self.graph, self.device, self._device = graph, device.device, device
-        self._weights = weights_on_device(graph, weights, self.device)
+        self._weights = weights_on_device(graph, weights, self.device, division)
+        self.division = division
         self._formats = {name: weight.format for name in graph.weights() if isinstance(weight := weights[name], PackedWeight)}
         self._spans = group_spans(graph)
         self._only_hidden = hidden_only(graph)
@@ -132,7 +135,7 @@ class CudaPlan:
         self._upload(integers, memory)
         logits = self._empty(len(batch.logit_rows), self.graph.logits_width) if given is None else given
         asks = batch.last_hidden or batch.draft_states
-        run = Run(batch, integers.on(memory), store, self._weights, batch.hidden or asks)
+        run = Run(batch, integers.on(memory, self.division), store, self._weights, batch.hidden or asks)
         results = launched(self._pieces(run, logits, batch.hidden))
         states = self.graph.hidden_states
         hidden = torch.stack([results.hidden[i] for i in range(states)]) if batch.hidden else None
@@ -153,7 +156,7 @@ class CudaPlan:
             made.greedy = greedy_tokens(made.logits).to(torch.int32) if bucket.logit_rows else None
             return made
 
-        results = captured.run(integers, store, self._upload, launch)
+        results = captured.run(integers, store, self._upload, launch, self.division)
         rows, tokens = len(batch.logit_rows), len(batch.positions)
         logits = self._empty(rows, self.graph.logits_width) if given is None else given
         logits.copy_(results.logits[:rows])
@@ -273,7 +276,7 @@ class CudaPlan:
             self._host.reserve(tokens)
 
     def buffer_bytes(self, tokens: int, logit_rows: int) -> int:
-        return plan_bytes(self.graph, self._formats, tokens, logit_rows, self.captured is not None)
+        return plan_bytes(self.graph, self._formats, tokens, logit_rows, self.captured is not None, self.division)
 
     def describe(self) -> list[dict[str, Any]]:
         return [self._description(node) for node in self.graph.nodes]
