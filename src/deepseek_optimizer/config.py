@@ -173,6 +173,9 @@ class DeepSeekConfig(QuantizationConfigMixin):
             device.
         cuda_graphs: on backend "cuda", capture small steps as CUDA graphs and replay them, which takes one call of the driver
             instead of one for each kernel. The results have the same bits.
+        cpu_expert_layers: on backend "cuda", the routed experts of this many layers, the first ones, stay in the host's memory
+            and run on the CPU; 0: none. None: as many as do not fit in the device's free memory beside the other weights, the
+            cache (`kv_cache_memory`, or 8,192 tokens) and the buffers.
         activation: format of activations in integer products: "int8", "int16", or "auto": the one that the weight format needs.
             With "int8", attention of models without a plan multiplies in bf16. "fp8": products of more than four rows with
             FP8 weights also round rows to E4M3, with a scale for each 128 columns; on backend "cuda", for cards of compute
@@ -228,6 +231,7 @@ class DeepSeekConfig(QuantizationConfigMixin):
     isa: Isa | None = None
     backend: str = "auto"
     cuda_graphs: bool = True
+    cpu_expert_layers: int | None = None
     activation: Activation = "auto"
     batch_invariant: bool = False
     prefill_chunk: int = 512
@@ -259,6 +263,7 @@ class DeepSeekConfig(QuantizationConfigMixin):
         "isa": _optional(_one_of("avx2", "avx512", "amx", "neon")),
         "backend": _backend,
         "cuda_graphs": _flag,
+        "cpu_expert_layers": _optional(_integer(0, 1 << 16)),
         "activation": _one_of("auto", "int8", "int16", "fp8"),
         "batch_invariant": _flag,
         "prefill_chunk": _integer(1, 1 << 20),

@@ -19,6 +19,7 @@ from .checkpoint.atomic import atomic_file
 from .errors import DataError
 from .system.memory import free_memory
 from .system.processor import cpu_name, usable_cpus
+from .system.user_cache import user_cache
 
 VERSION = 1
 AUTO = "auto"
@@ -85,7 +86,7 @@ def model_identity(path: Path) -> dict[str, Any]:
 
 def directory() -> Path:
     """Where profiles are, in XDG_CACHE_HOME or ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepseek-optimizer" / "profiles"
+    return user_cache() / "profiles"
 
 
 def place(machine: Mapping[str, Any], model: Mapping[str, Any], options: Mapping[str, Any]) -> Path:

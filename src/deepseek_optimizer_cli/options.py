@@ -119,6 +119,18 @@ Device = Annotated[
         **_MODEL,
     ),
 ]
+CpuExpertLayers = Annotated[
+    int | None,
+    typer.Option(
+        "--cpu-expert-layers",
+        "--n-cpu-moe",
+        min=0,
+        metavar="N",
+        help="On a CUDA device: run the routed experts of the first N layers on the CPU, from the host's memory. Default: "
+        "those that do not fit on the device.",
+        **_MODEL,
+    ),
+]
 Profile = Annotated[
     str | None,
     typer.Option(
@@ -289,7 +301,9 @@ _MODEL_FIELDS: dict[str, Any] = {
 _PARALLEL: dict[str, Any] = {
     "tensor_parallel": TensorParallel, "expert_parallel": ExpertParallel, "pipeline_parallel": PipelineParallel,
 }  # fmt: skip
-_LOAD_OPTIONS: dict[str, Any] = {"device": Device, "profile": Profile, **_PARALLEL}
+_LOAD_OPTIONS: dict[str, Any] = {
+    "device": Device, "cpu_expert_layers": CpuExpertLayers, "profile": Profile, **_PARALLEL,
+}  # fmt: skip
 
 
 def takes_model_fields(command: Callable[..., None]) -> Callable[..., None]:

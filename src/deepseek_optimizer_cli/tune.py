@@ -49,9 +49,23 @@ def tune(
     html: Annotated[
         Path | None, typer.Option("--html", dir_okay=False, metavar="FILE", help="Write the report to this HTML file.")
     ] = None,
+    device: o.Device = None,
+    kernels: Annotated[
+        bool,
+        typer.Option(
+            "--kernels",
+            help="With --device cuda: instead of settings, measure how this card's kernels divide their work best. Later loads "
+            "on this card use what is found, whatever the model. Not run on a card yet.",
+        ),
+    ] = False,
     as_json: o.AsJson = False,
 ) -> None:
     """Find the settings of a model that serve a trace of requests best on this machine. Nothing else should run meanwhile."""
+    if kernels:
+        _tune_kernels(model, device or "cuda", fields, as_json)
+        return
+    if device is not None:
+        raise ValueError("--device is for --kernels: settings are searched for the CPU")
     import datetime
 
     from rich.console import Console
@@ -97,6 +111,25 @@ def tune(
         print_json(report)
     else:
         show_sections(Console(highlight=False), sections(found, goal, profile.trace, path)[:2])
+
+
+def _tune_kernels(model: str, device: str, fields: dict[str, Any], as_json: bool) -> None:
+    """`dso tune --kernels`."""
+    from deepseek_optimizer.backends.cuda.cost_table import card_of
+    from deepseek_optimizer.optimized_model import load_model
+    from deepseek_optimizer.tune.kernels import tune_kernels
+
+    from .model import no_bars_in_pipes, print_json
+
+    no_bars_in_pipes()
+    loaded = load_model(model, device=device, backend="cuda", **fields)
+    found = tune_kernels(loaded, card_of(loaded.device), _note)
+    if as_json:
+        print_json(found.to_dict())
+        return
+    for gain in found.gains:
+        typer.echo(f"{gain.setting}: {gain.before} -> {gain.after}, {gain.gain:.1%} faster")
+    typer.echo(f"{'nothing is faster than before' if not found.gains else 'done'}; written to {found.path}")
 
 
 def _note(text: str) -> None:

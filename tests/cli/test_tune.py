@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
-from deepseek_optimizer import load_model
+from deepseek_optimizer import load_model, optimized_model
 from deepseek_optimizer.backends import cpu
+from deepseek_optimizer.backends.cuda import cost_table, tuning
+from deepseek_optimizer.backends.cuda.division import DEFAULT
 from deepseek_optimizer.profiles import find, read
+from deepseek_optimizer.tune import kernels
 
 
 @pytest.mark.skipif(cpu.unavailable_reason() is not None, reason="needs the native backend")
@@ -43,8 +47,30 @@ def test_a_search(dso, tiny_model, tmp_path, monkeypatch):
         (("--goal", "beauty"), "--goal must be one of latency, throughput, memory"),
         (("--threads", "2"), "--threads is searched; leave it out"),
         (("--trace", "nowhere.jsonl"), "nowhere.jsonl"),
+        (("--device", "cuda"), "--device is for --kernels: settings are searched for the CPU"),
     ],
 )
 def test_errors_before_loading(dso, options, message):
     result = dso("tune", "no-model", *options)
     assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_kernels(dso, monkeypatch, tmp_path):
+    """What is found is shown; the search itself needs a card."""
+    gains, loaded = [tuning.Gain("tile_warps", 4, 8, 0.25)], {}
+
+    def load(model, **options):
+        loaded.update(options, model=model)
+        return SimpleNamespace(device="cuda:0")
+
+    monkeypatch.setattr(optimized_model, "load_model", load)
+    monkeypatch.setattr(cost_table, "card_of", lambda device: device)
+    found = lambda model, card, note: kernels.TunedKernels(DEFAULT, DEFAULT, gains, tmp_path / "found.json")  # noqa: E731
+    monkeypatch.setattr(kernels, "tune_kernels", found)
+    result = dso("tune", "a-model", "--kernels", "--precision", "int4")
+    assert result.exit_code == 0 and "tile_warps: 4 -> 8, 25.0% faster" in result.stdout
+    assert f"written to {tmp_path / 'found.json'}" in result.stdout.replace("\n", "")
+    assert loaded == {"model": "a-model", "device": "cuda", "backend": "cuda", "precision": "int4"}
+    gains.clear()
+    assert "nothing is faster than before" in dso("tune", "a-model", "--kernels").stdout
+    assert json.loads(dso("tune", "a-model", "--kernels", "--json").stdout.splitlines()[-1])["gains"] == []

@@ -34,9 +34,10 @@ def test_specs_are_consistent(spec: OpSpec) -> None:
 
 
 def test_parameter_names_are_only_in_bias_and_biases() -> None:
-    """`Graph.weights` and `Graph.renamed` rely on this. `beside` is set later, by lowering, and names another node's weight."""
+    """`Graph.weights` and `Graph.renamed` rely on this. `beside` and `weight` are set by lowering, and name another node's
+    weight."""
     for spec in OPS.values():
-        assert {a.name for a in spec.attrs if a.type in (NAME, NAMES)} <= {"bias", "biases", "beside"}
+        assert {a.name for a in spec.attrs if a.type in (NAME, NAMES)} <= {"bias", "biases", "beside", "weight"}
 
 
 def test_origins() -> None:

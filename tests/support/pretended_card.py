@@ -35,6 +35,9 @@ def pretend(monkeypatch, *, triton=True, capability=(9, 0), free=80_000_000_000,
         "device_count": lambda: int(found),
         "get_device_capability": lambda device: capability,
         "get_device_name": lambda device: "a card",
+        "get_device_properties": lambda device: SimpleNamespace(
+            name="a card", major=capability[0], minor=capability[1], multi_processor_count=132
+        ),
         "mem_get_info": lambda device: (free, 80_000_000_000),
         "memory_reserved": lambda device: 0,
         "memory_allocated": lambda device: 0,

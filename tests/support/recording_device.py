@@ -19,8 +19,9 @@ class RecordingDevice:
     since other graphs use it too.
 
     Attributes:
-        events: in order, "upload", "download", "capture", "replay N" (the Nth captured step) and "wait"; outside of a capture
-            also the name of every kernel that was launched, and "torch.NAME" for every operation of torch, other than views.
+        events: in order, "upload", "download", "mark", "arrived" (the host waited for a mark), "capture", "replay N" (the Nth
+            captured step) and "wait"; outside of a capture also the name of every kernel that was launched, and "torch.NAME"
+            for every operation of torch, other than views.
     """
 
     captures = True
@@ -60,6 +61,10 @@ class RecordingDevice:
             made = source.clone()
         self._arriving.append(lambda: host.copy_(made))
 
+    def mark(self) -> Callable[[], None]:
+        self.events.append("mark")
+        return self._arrive
+
     def capture(self, launch: Callable[[], None]) -> Callable[[], None]:
         self.events.append("capture")
         self._tape = tape = []
@@ -79,6 +84,13 @@ class RecordingDevice:
 
     def wait(self) -> None:
         self.events.append("wait")
+        self._copy_arriving()
+
+    def _arrive(self) -> None:
+        self.events.append("arrived")
+        self._copy_arriving()
+
+    def _copy_arriving(self) -> None:
         with _disable_current_modes():
             while self._arriving:
                 self._arriving.pop()()

@@ -55,6 +55,7 @@ class Capabilities:
         drafted_calls: whether `Plan.decode_drafted` runs several rounds natively.
         dense_operations: whether `feed_forward`, `norm` and `attend` are faster than the operations of torch that they replace
             in models without a plan.
+        host_experts: whether plans may have experts in the host's memory (`CompileOptions.host_experts`).
     """
 
     name: str
@@ -71,6 +72,7 @@ class Capabilities:
     decode_calls: bool = False
     drafted_calls: bool = False
     dense_operations: bool = False
+    host_experts: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,12 @@ class CompileOptions:
         activation: format that products with integer weights round their input rows to: "int8", "int16", or "auto", the
             default of each weight format. Backends that do not round rows ignore it. "fp8": products with FP8 weights round
             rows to E4M3 in groups of 128 columns (`reference/scaled_rows.py`).
+        host_experts: names of the weights of `experts_gate_up` nodes that the CPU computes from the host's memory, together
+            with their `experts_down`. Backends on the CPU ignore it.
     """
 
     activation: str = "auto"
+    host_experts: tuple[str, ...] = ()
 
 
 DEFAULTS = CompileOptions()

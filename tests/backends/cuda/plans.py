@@ -51,9 +51,18 @@ def stepwise(made: Runner, ids: list[int]) -> torch.Tensor:
 
 
 def check_mixed_steps(backend: CudaBackend, model: Any) -> None:
-    """Sequences that decode, one of them with a draft, beside prompts, of which one begins with a cached prefix."""
+    """See `check_mixed_steps_of`."""
+    check_mixed_steps_of(pair(backend, model), model)
+
+
+def check_mixed_steps_of(runners: list[Runner], model: Any) -> None:
+    """Sequences that decode, one of them with a draft, beside prompts, of which one begins with a cached prefix.
+
+    Args:
+        runners: of this backend and of the reference.
+    """
     results = []
-    for made in pair(backend, model):
+    for made in runners:
         sequences = [made.sequence() for _ in range(4)]
         ids = [random_ids(model.config, count, seed) for seed, count in enumerate((34, 5, 9, 12))]
         parts = [Part(s, t[:-2]) for s, t in zip(sequences, ids, strict=True)][:3]

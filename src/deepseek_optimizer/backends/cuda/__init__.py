@@ -14,7 +14,7 @@ from ...errors import BackendError
 from ...graph.ir import Graph
 from ...system.cuda_device import why_no_cuda
 from ..base import Backend, Sizes
-from ..registry import BY_NAME, BackendSettings, BackendSpec
+from ..registry import BY_NAME, BackendSettings, BackendSpec, find
 
 __all__ = ["SPEC", "unavailable_reason"]
 
@@ -39,8 +39,11 @@ def _create(device: torch.device, settings: BackendSettings) -> Backend:
     if reason is not None:
         raise BackendError(f"the cuda backend cannot run: {reason}")
     from .backend import CudaBackend  # imports Triton
+    from .cost_table import card_of, division_for
 
-    return CudaBackend(device, settings.cuda_graphs)
+    division, source = division_for(card_of(device))
+    host = lambda: find("cpu").create(torch.device("cpu"), settings)  # noqa: E731
+    return CudaBackend(device, settings.cuda_graphs, host=host, division=division, source=source)
 
 
 def _sizes() -> Sizes:

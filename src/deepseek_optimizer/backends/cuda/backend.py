@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -14,10 +14,11 @@ from ...graph.validate import check_graph
 from ...quant import products, reference_packer
 from ...quant.packed import PackedMatrix, PackedWeight
 from ...system.memory import FreeMemory, device_memory
-from ..base import DEFAULTS, PHASES, AdapterStore, Capabilities, CompileOptions, FileMapping, Norm
+from ..base import DEFAULTS, PHASES, AdapterStore, Backend, Capabilities, CompileOptions, FileMapping, Norm
 from .adapters import CudaAdapters
 from .buckets import MOST_ROWS
 from .device import Device, device_of, launching_on
+from .division import DEFAULT, Division
 from .gates import OF_OPS
 from .kernels import elementwise, linear, norm
 from .kernels.precision import EMULATED
@@ -41,6 +42,8 @@ class CudaBackend(CudaSizes):
         device: a CUDA device; in Triton's interpreter (TRITON_INTERPRET=1) the CPU too.
         captured: whether plans capture small steps (`DeepSeekConfig.cuda_graphs`).
         seam: what plans ask of the device; None: the device itself.
+        host: creates the backend for experts in the host's memory, at their first use; None: there is none.
+        division, source: how kernels divide their work, and where that is from (`cost_table.division_for`); None: the default.
 
     Raises:
         BackendError: another device.
@@ -50,11 +53,22 @@ class CudaBackend(CudaSizes):
     isa = threads = note = None
     maps_files = False
 
-    def __init__(self, device: torch.device, captured: bool = True, seam: Device | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        captured: bool = True,
+        seam: Device | None = None,
+        host: Callable[[], Backend] | None = None,
+        division: Division | None = None,
+        source: str = "",
+    ) -> None:
         if device.type != "cuda" and not EMULATED:
             raise BackendError(f"the cuda backend cannot run on {device}; move the model with model.to('cuda')")
         self.device, self._seam = device, seam or device_of(device)
         self.captures = captured and self._seam.captures
+        self._create_host = host
+        self.division, self._source = division or DEFAULT, source
+        self._host: Backend | None = None
 
     @property
     def capabilities(self) -> Capabilities:
@@ -67,6 +81,7 @@ class CudaBackend(CudaSizes):
             attention_modes=("flash", "eager", "sliding"),
             adapters=True,
             activations=("auto", "fp8"),
+            host_experts=self._create_host is not None,
         )
 
     @property
@@ -77,7 +92,9 @@ class CudaBackend(CudaSizes):
             else f"'s interpreter on {self.device}"
         )
         graphs = f"; steps of up to {MOST_ROWS} rows as CUDA graphs" if self.captures else ""
-        return f"Triton{where}{graphs}"
+        host = f"; experts on the CPU ({self._host.detail})" if self._host is not None else ""
+        tuned = f"; {self._source}" if self._source else ""
+        return f"Triton{where}{graphs}{tuned}{host}"
 
     def compile(
         self, graph: Graph, weights: Mapping[str, PackedWeight | torch.Tensor], options: CompileOptions = DEFAULTS
@@ -85,12 +102,26 @@ class CudaBackend(CudaSizes):
         """Binds a graph to weights, which are copied to the device as they are packed.
 
         Raises:
-            BackendError: a weight is missing or does not fit, the graph has an op that this backend does not have yet, or the
-                card cannot multiply FP8 and `options` ask for it.
+            BackendError: a weight is missing or does not fit, or the graph has an op that this backend does not have yet; or
+                experts are to run on the CPU, and there is no backend for it; or the card cannot multiply FP8 and `options`
+                ask for it.
             GraphError: the graph is invalid.
         """
         check_graph(graph)
-        return CudaPlan(graph, weights, self._seam, self.captures, rounds_to_fp8(self.device, options))
+        coded = rounds_to_fp8(self.device, options)
+        return CudaPlan(graph, weights, self._seam, self.captures, options, self._on_host, self.division, coded)
+
+    def divided(self, division: Division) -> CudaBackend:
+        """A backend of the same device that divides work in another way, to measure it. No experts run on the CPU."""
+        return CudaBackend(self.device, self.captures, self._seam, division=division)
+
+    def _on_host(self) -> Backend:
+        """The backend of experts in the host's memory."""
+        if self._host is None:
+            if self._create_host is None:
+                raise BackendError("experts cannot run on the CPU: the cuda backend was created without a backend for it")
+            self._host = self._create_host()
+        return self._host
 
     def new_store(
         self, graph: Graph, kv_dtype: str, num_blocks: int, num_states: int = 0
@@ -115,8 +146,8 @@ class CudaBackend(CudaSizes):
         return device_memory(self.device)
 
     def thread_context(self) -> AbstractContextManager[None]:
-        """Does nothing: steps run on the device."""
-        return nullcontext()
+        """That of the CPU's backend if it computes experts; steps on the device need none."""
+        return nullcontext() if self._host is None else self._host.thread_context()
 
     def pack(
         self,

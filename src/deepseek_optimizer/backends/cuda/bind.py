@@ -14,6 +14,7 @@ from ...quant import pack
 from ...quant.packed import PackedMatrix, PackedWeight
 from ...quant.transposed_stack import biases_of
 from ..kv_b import key_stack, value_stack
+from .division import DEFAULT, Division
 from .kv_b import absorbed_stacks, grouped_stack
 from .matrices import DeviceMatrix, DeviceStack
 from .ops import Weights, frequencies_name, ropes
@@ -23,7 +24,11 @@ EXPERT_PRODUCTS = ("experts_gate_up", "experts_down")
 
 
 def weights_on_device(
-    graph: Graph, weights: Mapping[str, PackedWeight | torch.Tensor], device: torch.device, coded: bool = False
+    graph: Graph,
+    weights: Mapping[str, PackedWeight | torch.Tensor],
+    device: torch.device,
+    division: Division = DEFAULT,
+    coded: bool = False,
 ) -> Weights:
     """Copies a graph's weights: matrices and stacks as they are packed, once for tied names, and vectors as float32. Matrices
     that stay floats, such as routers', are packed as fp32; of latent attention's, the stacks of `kv_b` are copied instead.
@@ -73,6 +78,8 @@ def weights_on_device(
                 bound.matrices[name] = copies[key][1]
         else:
             bound.vectors[name] = _vector(name, weight, shape).to(device, torch.float32).contiguous()
+    for tiles in (*bound.matrices.values(), *bound.stacks.values()):
+        tiles.division = division
     for spec in ropes(graph):
         if not spec.is_dynamic:
             frequencies = torch.tensor(spec.inv_freq, dtype=torch.float32, device=device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from ...errors import BackendError, NotEnoughMemoryError
 from .buckets import Bucket
 from .device import Device
+from .division import DEFAULT, Division
 from .step import DeviceStep, StepIntegers
 from .store import DeviceBlocks
 
@@ -35,6 +36,22 @@ class Results:
     drafts: torch.Tensor | None = None
     greedy: torch.Tensor | None = None
     held: tuple[torch.Tensor, ...] = ()
+
+
+# A step in pieces: each is launched by asking for the next item, and followed by what the host does. Most steps are one piece.
+Pieces = Generator[Sequence[Callable[[], None]], None, Results]
+
+
+def launched(pieces: Pieces) -> Results:
+    """Launches a step, with what the host does between its pieces."""
+    while True:
+        try:
+            actions = next(pieces)
+        except StopIteration as end:
+            results: Results = end.value
+            return results
+        for act in actions:
+            act()
 
 
 @dataclass
@@ -75,8 +92,9 @@ class CapturedSteps:
         integers: StepIntegers,
         store: DeviceBlocks,
         upload: Callable[[StepIntegers, torch.Tensor], None],
-        launch: Callable[[DeviceStep], Results],
+        launch: Callable[[DeviceStep], Pieces],
         further: tuple[int, ...] = (),
+        division: Division = DEFAULT,
     ) -> Results:
         """Runs a step.
 
@@ -84,18 +102,20 @@ class CapturedSteps:
             integers: of the step, padded.
             store: the cache, whose memory is allocated.
             upload: begins to copy integers to memory of the device.
-            launch: launches the step's kernels. What it launches may depend on the bucket only, and on `further`.
+            launch: launches the step's kernels. What it launches may depend on the bucket only, and on `further`. Each piece is
+                captured for itself; what the host does between them is not, and is done in every step.
             further: addresses besides the cache's that kernels are given. Captured steps end when they change.
+            division: of the plan.
 
         Returns: the results with the padding rows, valid until the next step.
         """
         step = self._step(integers, store, further)
         upload(integers, step.memory)
         if step.results is None:
-            step.results = launch(integers.on(step.memory))
+            step.results = launched(launch(integers.on(step.memory, division)))
             return step.results
         if step.replay is None:
-            step.replay, step.results = self._captured(lambda: launch(integers.on(step.memory)))
+            step.replay, step.results = self._captured(launch(integers.on(step.memory, division)))
         step.replay()
         return step.results
 
@@ -118,14 +138,32 @@ class CapturedSteps:
         steps.move_to_end(bucket)
         return steps[bucket]
 
-    def _captured(self, launch: Callable[[], Results]) -> tuple[Callable[[], None], Results]:
+    def _captured(self, pieces: Pieces) -> tuple[Callable[[], None], Results]:
         made: list[Results] = []
-        try:
-            replay = self._device.capture(lambda: made.append(launch()))
-        except (torch.OutOfMemoryError, NotEnoughMemoryError):
-            raise
-        except RuntimeError as error:
-            raise BackendError(
-                f"a step cannot be captured as a CUDA graph ({error}); load the model with cuda_graphs=False"
-            ) from error
+        acts: list[Callable[[], None]] = []
+
+        def piece() -> None:
+            try:
+                between.extend(next(pieces))
+            except StopIteration as end:
+                made.append(end.value)
+
+        while not made:
+            between: list[Callable[[], None]] = []
+            try:
+                acts.append(self._device.capture(piece))
+            except (torch.OutOfMemoryError, NotEnoughMemoryError):
+                raise
+            except RuntimeError as error:
+                raise BackendError(
+                    f"a step cannot be captured as a CUDA graph ({error}); load the model with cuda_graphs=False"
+                ) from error
+            acts += between
+        if len(acts) == 1:
+            return acts[0], made[0]
+
+        def replay() -> None:
+            for act in acts:
+                act()
+
         return replay, made[0]

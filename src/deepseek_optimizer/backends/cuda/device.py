@@ -42,6 +42,10 @@ class Device(Protocol):
     def download(self, source: torch.Tensor, host: torch.Tensor) -> None:
         """Begins to copy from the device to memory of `staging`, which has been written when `wait` has returned."""
 
+    def mark(self) -> Callable[[], None]:
+        """Marks what has been asked for so far. Returns a function that returns when all of it has been done, while the device
+        goes on with what was asked for since."""
+
     def capture(self, launch: Callable[[], None]) -> Callable[[], None]:
         """Records what a function launches, without running it.
 
@@ -105,6 +109,12 @@ class CudaDevice:
     def download(self, source: torch.Tensor, host: torch.Tensor) -> None:
         host.copy_(source, non_blocking=True)
 
+    def mark(self) -> Callable[[], None]:
+        event: Any = torch.cuda.Event()
+        event.record(self._stream)
+        wait: Callable[[], None] = event.synchronize
+        return wait
+
     def capture(self, launch: Callable[[], None]) -> Callable[[], None]:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
@@ -140,6 +150,9 @@ class InterpreterDevice:
 
     def download(self, source: torch.Tensor, host: torch.Tensor) -> None:
         host.copy_(source)
+
+    def mark(self) -> Callable[[], None]:
+        return self.wait
 
     def capture(self, launch: Callable[[], None]) -> Callable[[], None]:
         raise NotImplementedError("Triton's interpreter has no graphs")

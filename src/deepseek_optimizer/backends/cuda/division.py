@@ -1,6 +1,7 @@
 """How work is divided among programs, and the scratch memory that this takes. No Triton is imported here.
 
-Nothing is measured yet: these are counts that fill a card of about a hundred processors.
+What depends on the card is a `Division`: `cost_table.py` has one for each generation of cards, and what was measured on this
+one. Everything else was chosen so that operands fit into registers and shared memory of all of them.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-PROGRAMS = 512  # about four for each processor of a card
+PROGRAMS = 512  # of `DEFAULT`: about four for each processor of a card
 MOST_ROWS = 4  # of x in `vector_product`; more are multiplied on tensor cores
 BLOCK = 64  # words of 16 rows that a program of `vector_product` reads at a time, at most: 4 KiB
 MOST_SPLITS = 8
@@ -23,21 +24,58 @@ LATENT_ROWS = 32  # of a product of latent attention in prefill: sums of 64 rows
 _EXPANDED_BYTES = 128 << 20  # of the keys and values that latent attention expands at a time, unless 64 tokens take more
 _LATENT_BYTES = 128 << 20  # of the queries in the space of latents, at most, unless HEAD_ROWS heads take more
 _SCORE_BYTES = 64 << 20  # of an indexer's scores, at most, unless one row takes more
-_CHUNK_BLOCKS = 8  # of the cache in a chunk, at least: 256 tokens
+
+
+@dataclass(frozen=True)
+class Division:
+    """What is tuned for a card. A plan keeps the division that it was compiled with, so no step changes how another one adds.
+
+    Attributes:
+        programs: that matrices and attention are divided into, if they are large enough.
+        most_splits: of a matrix's columns in `vector_product`, a power of two.
+        vector_warps: of a program of `vector_product`.
+        block_n: outputs of a program of `tile_product`, a power of two of at most 64.
+        tile_warps, tile_stages: of such a program: warps, and loads that are under way while tensor cores multiply.
+        chunk_blocks: blocks of the cache in a chunk of attention, at least.
+    """
+
+    programs: int = PROGRAMS
+    most_splits: int = MOST_SPLITS
+    vector_warps: int = 4
+    block_n: int = 64
+    tile_warps: int = 4
+    tile_stages: int = 2
+    chunk_blocks: int = 8
+
+    def splits(self, tile_rows: int, row_words: int) -> int:
+        """The number of parts that a matrix's columns are divided into in `vector_product`: a power of two. Every part has at
+        least two blocks.
+
+        Args:
+            tile_rows: rows of tiles.
+            row_words: words of a row of the matrix.
+        """
+        splits = 1
+        while splits < self.most_splits and tile_rows * splits < self.programs and row_words >= 4 * splits * BLOCK:
+            splits *= 2
+        return splits
+
+    def chunks(self, tiles: int, blocks: int, kv_heads: int) -> int:
+        """The number of parts that the blocks of each of `tiles` tiles are divided into: 1 where there are enough programs."""
+        return max(1, min(-(-blocks // self.chunk_blocks), MOST_CHUNKS, self.programs // (tiles * kv_heads)))
+
+
+DEFAULT = Division()
 
 
 def splits_of(tile_rows: int, row_words: int) -> int:
-    """The number of parts that a matrix's columns are divided into in `vector_product`: a power of two. Every part has at least
-    two blocks.
+    """`Division.splits` of the default."""
+    return DEFAULT.splits(tile_rows, row_words)
 
-    Args:
-        tile_rows: rows of tiles.
-        row_words: words of a row of the matrix.
-    """
-    splits = 1
-    while splits < MOST_SPLITS and tile_rows * splits < PROGRAMS and row_words >= 4 * splits * BLOCK:
-        splits *= 2
-    return splits
+
+def chunks_of(tiles: int, blocks: int, kv_heads: int) -> int:
+    """`Division.chunks` of the default."""
+    return DEFAULT.chunks(tiles, blocks, kv_heads)
 
 
 @dataclass(frozen=True)
@@ -51,18 +89,14 @@ class Tiles:
         blocks: blocks that the longest sequence has, rounded up; 0: tiles are not divided into chunks.
         planned: number of tiles that the division into chunks is for, at least as many as there are. It does not depend on
             how many padding rows a step has.
+        division: of the plan.
     """
 
     fields: torch.Tensor
     block_q: int
     blocks: int
     planned: int = 1
-
-
-def chunks_of(tiles: int, blocks: int, kv_heads: int) -> int:
-    """The number of parts that the blocks of each of `tiles` tiles are divided into: 1 where there are enough programs."""
-    wanted = min(-(-blocks // _CHUNK_BLOCKS), MOST_CHUNKS, PROGRAMS // (tiles * kv_heads))
-    return max(1, wanted)
+    division: Division = DEFAULT
 
 
 def query_rows(group: int, product_rows: int = 64) -> int:
@@ -134,12 +168,12 @@ def rows_at_once(keys: int) -> int:
     return max(1, _SCORE_BYTES // (4 * keys))
 
 
-def attention_scratch_bytes(heads: int, kv_heads: int, head_dim: int) -> int:
+def attention_scratch_bytes(heads: int, kv_heads: int, head_dim: int, division: Division = DEFAULT) -> int:
     """The most bytes that unfinished results of chunks take."""
-    return 4 * PROGRAMS * (heads // kv_heads) * (head_dim + 2)
+    return 4 * division.programs * (heads // kv_heads) * (head_dim + 2)
 
 
-def latent_scratch_bytes(rows: int, heads: int, rank: int, nope: int) -> int:
+def latent_scratch_bytes(rows: int, heads: int, rank: int, nope: int, division: Division = DEFAULT) -> int:
     """The most bytes that latent attention of up to `rows` rows takes: queries mapped to latents, both operands in the order of
     words, and unfinished results of chunks.
 
@@ -148,7 +182,7 @@ def latent_scratch_bytes(rows: int, heads: int, rank: int, nope: int) -> int:
     """
     latents = rows * heads_at_once(rows, heads, rank)
     ordered = rows * heads * _padded(nope) + latents // rank * _padded(rank)
-    return 4 * (latents * rank + ordered + PROGRAMS * min(HEAD_ROWS, heads) * (rank + 2))
+    return 4 * (latents * rank + ordered + division.programs * min(HEAD_ROWS, heads) * (rank + 2))
 
 
 def index_scratch_bytes(rows: int, keys: int) -> int:
@@ -168,15 +202,23 @@ def expert_scratch_bytes(tokens: int, top_k: int, experts: int, outputs: int, co
     return 4 * (grouped + (tokens if gated else pairs) * _padded(columns) + (0 if gated else pairs * outputs))
 
 
-def product_scratch_bytes(rows: int, outputs: int, columns: int, tile_rows: int, row_words: int, products: int) -> int:
+def product_scratch_bytes(
+    rows: int,
+    outputs: int,
+    columns: int,
+    tile_rows: int,
+    row_words: int,
+    products: int,
+    division: Division = DEFAULT,
+) -> int:
     """The most bytes that a product of up to `rows` rows takes: sums of splits, or rows in the order of words.
 
     Args:
         outputs, columns: size of the matrix.
-        tile_rows, row_words: as in `splits_of`.
+        tile_rows, row_words: as in `Division.splits`.
         products: 2 for gate and up, otherwise 1.
     """
-    splits = splits_of(tile_rows, row_words)
+    splits = division.splits(tile_rows, row_words)
     partial = 0 if splits == 1 else 4 * products * splits * min(rows, MOST_ROWS) * outputs
     return max(partial, 4 * rows * _padded(columns))
 

@@ -8,7 +8,7 @@ import torch
 
 from ...graph.ir import Node
 from .gates import gate_of
-from .kernels import elementwise, experts, linear, routing
+from .kernels import elementwise, experts, linear, routing, rows
 from .ops import Op, Run, Values
 
 _ROUTING = ("top_k", "groups", "top_groups", "scoring", "group_score", "normalize", "scale")
@@ -50,6 +50,12 @@ def _down(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
     experts.down(hidden, routes, run.pairs.pop(node.inputs[1]), stack, outputs[0], _biases(run, node), weighed)
 
 
+def _send(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
+    """What is copied to the host; the copy is `HostExperts.send`."""
+    x, routes = inputs
+    rows.concat(x, routes, outputs[0])
+
+
 def _biases(run: Run, node: Node) -> torch.Tensor | None:
     (name,) = node.attrs.get("biases", (None,))
     return run.weights.vector(name)
@@ -63,6 +69,7 @@ def _sigmoid_gate(run: Run, node: Node, inputs: Values, outputs: Values) -> None
 EXPERT_OPS: Mapping[str, Op] = {
     "experts_down": _down,
     "experts_gate_up": _gate_up,
+    "experts_send": _send,
     "hash_router": _hash_router,
     "router": _router,
     "sigmoid_gate": _sigmoid_gate,

@@ -6,6 +6,7 @@ import torch
 
 from ...quant.base import TILE_ROWS
 from ...quant.packed import PackedMatrix, PackedStack
+from .division import DEFAULT
 from .layouts import CODED, LAYOUTS
 
 
@@ -17,7 +18,10 @@ class DeviceTiles:
         words: the tiles, int32 [.., ceil(rows/16), groups, tile_words].
         layout: how kernels read them.
         groups: tiles in a row of tiles, ceil(cols/32).
+        division: how products with them are divided.
     """
+
+    division = DEFAULT
 
     def __init__(self, format_name: str, rows: int, cols: int, words: torch.Tensor, coded: bool = False) -> None:
         self.format, self.rows, self.cols, self.words = format_name, rows, cols, words
@@ -52,6 +56,7 @@ class DeviceMatrix(DeviceTiles):
         part = object.__new__(DeviceMatrix)
         words = self.words[begin // TILE_ROWS : -(-end // TILE_ROWS)]
         DeviceTiles.__init__(part, self.format, end - begin, self.cols, words, self.layout.coded)
+        part.division = self.division
         return part
 
 

@@ -17,7 +17,7 @@ from ...graph.ir import Graph, Node, Value
 from ...graph.ops.grids import IN_GRIDS
 from ...graph.planner import assign_slots
 from ...quant.packed import PackedWeight
-from ..base import KvStore, Plan, StepBatch, StepOutput
+from ..base import DEFAULTS, Backend, CompileOptions, KvStore, Plan, StepBatch, StepOutput
 from ..decode_one import decode_one
 from ..decoding import DecodeCall, Decoded, DraftedCall, DraftedRounds
 from ..drafted_round import drafted_round
@@ -28,12 +28,14 @@ from .adapter_ops import ADAPTER_OPS
 from .adapters import CudaAdapters
 from .bind import weights_on_device
 from .buckets import MOST_ROWS, may_be_captured
-from .captured import CapturedSteps, Results
+from .captured import CapturedSteps, Pieces, Results, launched
 from .compressed_ops import COMPRESSED_OPS
 from .device import Device
-from .division import HEAD_ROWS, LATENT_ROWS, query_rows
+from .division import DEFAULT, HEAD_ROWS, LATENT_ROWS, Division, query_rows
 from .expert_ops import EXPERT_OPS
 from .grid_ops import GRID_OPS
+from .host_experts import HostExperts
+from .host_graph import divide
 from .kernels.rows import select_rows
 from .latent_ops import LATENT_OPS
 from .memory import memory_errors
@@ -65,6 +67,9 @@ class CudaPlan:
         graph, weights: as in `Backend.compile`.
         device: the device that it runs on.
         captured: whether small steps are captured and replayed, if the device supports it.
+        options: as in `Backend.compile`.
+        host: creates the backend that computes `options.host_experts`.
+        division: how work is divided, in all steps.
         coded: whether products of more than four rows with FP8 weights round rows to E4M3.
     """
 
@@ -74,11 +79,20 @@ class CudaPlan:
         weights: Mapping[str, PackedWeight | torch.Tensor],
         device: Device,
         captured: bool = True,
+        options: CompileOptions = DEFAULTS,
+        host: Callable[[], Backend] | None = None,
+        division: Division = DEFAULT,
         coded: bool = False,
     ) -> None:
         check_graph_ops(graph)
+        graph, layers = divide(graph, options.host_experts)
+        self._host: HostExperts | None = None
+        if layers:
+            assert host is not None  # `CudaBackend` has one
+            self._host = HostExperts(layers, weights, host(), device, options)
         self.graph, self.device, self._device = graph, device.device, device
-        self._weights = weights_on_device(graph, weights, self.device, coded)
+        self._weights = weights_on_device(graph, weights, self.device, division, coded)
+        self.division = division
         self._formats = {name: weight.format for name in graph.weights() if isinstance(weight := weights[name], PackedWeight)}
         self._spans = group_spans(graph)
         self._only_hidden = hidden_only(graph)
@@ -111,6 +125,8 @@ class CudaPlan:
         logits = self._given_logits(batch)
         with self._device.step(), memory_errors(f"a step of {len(batch.positions)} tokens on {self.device}", _STEP_REMEDY):
             self._chosen, self._chosen_from = None, None
+            if self._host is not None:
+                self._host.begin(batch)
             if store is not None:
                 store.ensure(int(batch.block_table.max()) + 1)
                 if isinstance(store.states, DeviceStates):
@@ -142,9 +158,8 @@ class CudaPlan:
         self._upload(integers, memory)
         logits = self._empty(len(batch.logit_rows), self.graph.logits_width) if given is None else given
         asks = batch.last_hidden or batch.draft_states
-        results = self._launch(
-            Run(batch, integers.on(memory), store, self._weights, batch.hidden or asks, adapters=adapters), logits, batch.hidden
-        )
+        run = Run(batch, integers.on(memory, self.division), store, self._weights, batch.hidden or asks, adapters=adapters)
+        results = launched(self._pieces(run, logits, batch.hidden))
         states = self.graph.hidden_states
         hidden = torch.stack([results.hidden[i] for i in range(states)]) if batch.hidden else None
         return _output(batch, logits, results.hidden[states - 1] if asks else None, hidden, results.drafts)
@@ -163,14 +178,14 @@ class CudaPlan:
         if bucket.logit_rows > len(self._captured_logits):
             self._captured_logits = self._empty(bucket.logit_rows, self.graph.logits_width)  # more than `reserve` was told
 
-        def launch(at: DeviceStep) -> Results:
+        def launch(at: DeviceStep) -> Pieces:
             run = Run(None, at, store, self._weights, bucket.states, adapters=adapters)
-            made = self._launch(run, self._captured_logits[: bucket.logit_rows], False)
+            made = yield from self._pieces(run, self._captured_logits[: bucket.logit_rows], False)
             made.greedy = greedy_tokens(made.logits).to(torch.int32) if bucket.logit_rows else None
             return made
 
         further = () if adapters is None else (adapters.table.data_ptr(),)
-        results = captured.run(integers, store, self._upload, launch, further)
+        results = captured.run(integers, store, self._upload, launch, further, self.division)
         rows, tokens = len(batch.logit_rows), len(batch.positions)
         logits = self._empty(rows, self.graph.logits_width) if given is None else given
         logits.copy_(results.logits[:rows])
@@ -195,17 +210,32 @@ class CudaPlan:
         integers.write(host.numpy())
         self._device.upload(host, memory)
 
-    def _launch(self, run: Run, logits: torch.Tensor, all_hidden: bool) -> Results:
-        """Executes the nodes. Nothing waits for the device.
+    def _pieces(self, run: Run, logits: torch.Tensor, all_hidden: bool) -> Pieces:
+        """Executes the nodes, in one piece, or in several with what the host does for experts that it computes. Nothing else
+        waits for the device.
 
         Args:
             logits: what the logits are written to.
             all_hidden: whether all hidden states are returned, and not the last one alone.
         """
         unwanted = self._only_earlier if run.wants_hidden else self._only_hidden
+        between: list[Callable[[], None]] = []
         for i, node in enumerate(self.graph.nodes):
-            if all_hidden or i not in unwanted:
-                self._execute(run, node, logits)
+            if i in unwanted and not all_hidden:
+                continue
+            if node.op == "experts_receive":
+                assert self._host is not None
+                between.append(self._host.receive(node.attrs["weight"], self._rows(node.outputs[0], run.at)))
+                continue
+            if between:
+                yield between
+                between = []
+            self._execute(run, node, logits)
+            if node.op == "experts_send":
+                assert self._host is not None
+                between.append(self._host.send(self._rows(node.outputs[0], run.at)))
+        if between:
+            yield between
         if self._head is not None and not self._head.selected:
             select_rows(run.at.logit_rows, self._rows(self._head, run.at), logits)
         return Results(logits, run.hidden, run.drafts, held=tuple(self._buffers))
@@ -262,7 +292,9 @@ class CudaPlan:
         return drafted_round(self, batch, drafter, pending, store, call)
 
     def check_weights(self) -> None:
-        """Does nothing: the weights are copies on the device."""
+        """Of weights in the host's memory; the others are copies on the device."""
+        if self._host is not None:
+            self._host.check_weights()
 
     def reserve(self, tokens: int, logit_rows: int) -> None:
         tokens, logit_rows = reserved_rows(tokens, logit_rows, self.captured is not None)
@@ -272,9 +304,11 @@ class CudaPlan:
         for index, slot in enumerate(self._slots):
             if index not in kept:
                 self._grow(index, slot.repeat * (logit_rows if slot.selected else tokens))
+        if self._host is not None:
+            self._host.reserve(tokens)
 
     def buffer_bytes(self, tokens: int, logit_rows: int) -> int:
-        return plan_bytes(self.graph, self._formats, tokens, logit_rows, self.captured is not None)
+        return plan_bytes(self.graph, self._formats, tokens, logit_rows, self.captured is not None, self.division)
 
     def describe(self) -> list[dict[str, Any]]:
         return [self._description(node) for node in self.graph.nodes]
@@ -288,6 +322,8 @@ class CudaPlan:
             if any(tiles.layout.coded for name in matrices for tiles in self._weights.tiles_of(name)):
                 row["activation"] = "e4m3"
             row["bytes"] = sum(tiles.words.nbytes for name in matrices for tiles in self._weights.tiles_of(name))
+        if node.op == "experts_receive" and self._host is not None:
+            row |= {"kernel": "cpu", **self._host.describe(node.attrs["weight"])}
         return row
 
 

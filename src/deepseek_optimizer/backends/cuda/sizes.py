@@ -14,8 +14,9 @@ from ..base import CompileOptions
 from ..reference.states import state_bytes
 from .buckets import MOST_ROWS, rows_bucket
 from .division import (
+    DEFAULT,
     HEAD_ROWS,
-    PROGRAMS,
+    Division,
     adapter_splits,
     attention_scratch_bytes,
     expanded_scratch_bytes,
@@ -24,6 +25,7 @@ from .division import (
     latent_scratch_bytes,
     product_scratch_bytes,
 )
+from .host_graph import divide
 from .layouts import LAYOUTS
 from .store import KV_DTYPES
 from .stores import block_elements
@@ -47,7 +49,9 @@ def reserved_rows(tokens: int, logit_rows: int, captured: bool) -> tuple[int, in
     return max(tokens, rows_bucket(min(tokens, MOST_ROWS))), max(logit_rows, rows_bucket(min(logit_rows, MOST_ROWS)))
 
 
-def plan_bytes(graph: Graph, formats: Mapping[str, str], tokens: int, logit_rows: int, captured: bool) -> int:
+def plan_bytes(
+    graph: Graph, formats: Mapping[str, str], tokens: int, logit_rows: int, captured: bool, division: Division = DEFAULT
+) -> int:
     """Bytes of a plan's buffers, and of the largest scratch memory of a kernel, which they share.
 
     With captured steps, also what is theirs: their logits, and as their memory is apart from that of other steps, the same
@@ -62,20 +66,20 @@ def plan_bytes(graph: Graph, formats: Mapping[str, str], tokens: int, logit_rows
         returned = {node.op: node.inputs[0].width for node in graph.nodes if node.op in ("hidden_out", "draft_out")}
         hidden = sum(returned.values())  # the last hidden states, and draft states where these are others
         logits = graph.logits_width * rows_bucket(min(logit_rows, MOST_ROWS))
-        held = _VALUE_BYTES * (logits + hidden * padded) + _scratch_bytes(graph, formats, padded)
-    return slots + held + _scratch_bytes(graph, formats, tokens)
+        held = _VALUE_BYTES * (logits + hidden * padded) + _scratch_bytes(graph, formats, padded, division)
+    return slots + held + _scratch_bytes(graph, formats, tokens, division)
 
 
-def _scratch_bytes(graph: Graph, formats: Mapping[str, str], tokens: int) -> int:
+def _scratch_bytes(graph: Graph, formats: Mapping[str, str], tokens: int, division: Division) -> int:
     """Of one kernel; an upper bound for matrices whose format is not among `formats`."""
     sizes, shapes = [0], weight_shapes(graph)
     for node in graph.nodes:
         if node.op == "attention":
             a = node.attrs
-            sizes.append(attention_scratch_bytes(a["heads"], a["kv_heads"], a["head_dim"]))
+            sizes.append(attention_scratch_bytes(a["heads"], a["kv_heads"], a["head_dim"], division))
         if node.op == "mla_attention":
             a = node.attrs
-            sizes.append(latent_scratch_bytes(tokens, a["heads"], a["rank"], a["nope"]))
+            sizes.append(latent_scratch_bytes(tokens, a["heads"], a["rank"], a["nope"], division))
             if tokens > MOST_ROWS:
                 width = a["nope"] + a["v_dim"]
                 sizes.append(expanded_scratch_bytes(tokens, graph.max_positions, a["heads"], width, a["rank"]))
@@ -89,7 +93,7 @@ def _scratch_bytes(graph: Graph, formats: Mapping[str, str], tokens: int) -> int
             sizes.append(_VALUE_BYTES * tokens * (node.attrs["experts"] + 32 + node.inputs[0].width))
         if node.op == "compressed_attention":
             a = node.attrs
-            sizes.append(_VALUE_BYTES * PROGRAMS * min(HEAD_ROWS, a["heads"]) * (a["head_dim"] + 2))
+            sizes.append(_VALUE_BYTES * division.programs * min(HEAD_ROWS, a["heads"]) * (a["head_dim"] + 2))
         if node.op == "entries_choose":
             sizes.append(index_scratch_bytes(tokens, -(-graph.max_positions // node.attrs["every"])))
         if node.op == "grouped_linear":  # rows in the order of words
@@ -104,16 +108,17 @@ def _scratch_bytes(graph: Graph, formats: Mapping[str, str], tokens: int) -> int
                 rows, cols = shapes[name]
                 tile_rows, groups = tile_counts(rows, cols)
                 words = LAYOUTS[formats.get(name, "fp32")].words
-                taken = product_scratch_bytes(tokens, rows, cols, tile_rows, groups * words, products)
+                taken = product_scratch_bytes(tokens, rows, cols, tile_rows, groups * words, products, division)
                 more = (rows if apart else 0) + max((end - begin + TILE_ROWS for begin, end, _ in parts), default=0)
                 sizes.append(taken + _VALUE_BYTES * tokens * more)
     return max(sizes)
 
 
 class CudaSizes:
-    """Implements `Sizes`, for plans that capture small steps unless `captures` is set to False."""
+    """Implements `Sizes`, for plans that capture small steps, and with the default division, unless the attributes are set."""
 
     captures = True
+    division = DEFAULT
 
     def block_bytes(self, graph: Graph, kv_dtype: str) -> int:
         check_cache(graph, kv_dtype)
@@ -125,7 +130,8 @@ class CudaSizes:
     def buffer_bytes(
         self, graph: Graph, formats: Mapping[str, str], options: CompileOptions, tokens: int, logit_rows: int
     ) -> int:
+        graph, _ = divide(graph, options.host_experts)
         heads = [value for node in graph.nodes if node.op == "lm_head" for value in node.outputs]
         rows = {True: logit_rows, False: tokens}
         logits = sum(_VALUE_BYTES * value.width * rows[value.selected] for value in heads)
-        return plan_bytes(graph, formats, tokens, logit_rows, self.captures) + logits
+        return plan_bytes(graph, formats, tokens, logit_rows, self.captures, self.division) + logits

@@ -12,7 +12,7 @@ import torch
 
 from ..base import BLOCK_TOKENS, DECODE, StepBatch, reach_of
 from .buckets import Bucket
-from .division import ADAPTER_ROWS, PAIR_FIELDS, TILE_FIELDS, Tiles, most_pair_tiles
+from .division import ADAPTER_ROWS, DEFAULT, PAIR_FIELDS, TILE_FIELDS, Division, Tiles, most_pair_tiles
 
 Integers = npt.NDArray[np.signedinteger[Any]]
 RUN_FIELDS = 5  # of a run, see `Runs`
@@ -165,14 +165,19 @@ class StepIntegers:
             memory[begin : begin + array.size] = array.ravel()
             begin += _aligned(array.size)
 
-    def on(self, memory: torch.Tensor) -> DeviceStep:
-        """Views of memory [size] that has been written."""
+    def on(self, memory: torch.Tensor, division: Division = DEFAULT) -> DeviceStep:
+        """Views of memory [size] that has been written.
+
+        Args:
+            division: of the plan.
+        """
         views, begin = [], 0
         for array in self.arrays:
             views.append(memory[begin : begin + array.size].view(array.shape))
             begin += _aligned(array.size)
         one_row, many, ids, positions, sequence, ends, slots, tables, logit_rows, *rest = views
-        tiles = Tiles(one_row, 1, self.bucket.blocks, self.bucket.one_row), Tiles(many, self.block_q, 0)
+        planned = self.bucket.one_row
+        tiles = Tiles(one_row, 1, self.bucket.blocks, planned, division), Tiles(many, self.block_q, 0, division=division)
         named, others = rest[: len(self.names)], rest[len(self.names) :]
         frequencies = {name: view.view(torch.float32) for name, view in zip(self.names, named, strict=True)}
         of_adapters = [others.pop() for _ in range(2 if self.adapted else 0)]

@@ -45,6 +45,7 @@ _PRODUCT = (
     Attr("first", INT, "number of the weight's first expert", 0, step_field="offset"),
     Attr("of", INT, "with a part of the experts, number of all; 0: the weight has all", 0, step_field="groups"),
 )
+_WEIGHT = Attr("weight", NAME, "of the `experts_gate_up` that the host computes")
 _PHASES = "With `grouped` (rule `experts`), the rows of one expert are multiplied together. The results are the same."
 
 
@@ -191,5 +192,29 @@ SPECS = (
         rows="tokens",
         code=47,
         doc="The part of `hash_router` after the product.",
+    ),
+    OpSpec(
+        name="experts_send",
+        origin="lowering",
+        inputs=(Operand("x", "[T, H]"), _ROUTES),
+        outputs=(Operand("z", "[T, H + 2 * top_k]"),),
+        attrs=(_WEIGHT,),
+        fits=lambda n, g: sum(v.width for v in n.inputs) == n.outputs[0].width,
+        rows="tokens",
+        doc="""
+            Each row of z contains the elements of x, then those of routes: what the host needs to compute the experts with this
+            weight. Backend `cuda` puts this op and `experts_receive` in the place of `experts_gate_up` and `experts_down` whose
+            weights are in the host's memory.
+        """,
+    ),
+    OpSpec(
+        name="experts_receive",
+        origin="lowering",
+        inputs=(Operand("z", "[T, H + 2 * top_k]"),),
+        outputs=(Operand("y", "[T, H]"),),
+        attrs=(_WEIGHT,),
+        fits=lambda n, g: n.outputs[0].width <= n.inputs[0].width,
+        rows="tokens",
+        doc="y = what the host has computed from z: the result of `experts_down`.",
     ),
 )

@@ -59,7 +59,11 @@ class Packed(nn.Module):
         return read
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        """Refuses casts: tiles have no other dtype, and casting only the other parameters (norms, biases) would be partial."""
+        self._refuse_casts(fn)
+        return super()._apply(fn, recurse)
+
+    def _refuse_casts(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Tiles have no other dtype, and casting only the other parameters (norms, biases) would be partial."""
         wanted = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
         if wanted != self.dtype:
             formats = ", ".join(dict.fromkeys(weight.format for weight in self.held().values()))
@@ -67,7 +71,6 @@ class Packed(nn.Module):
                 f"the model's weights are packed as {formats} and cannot be cast from {self.dtype} to {wanted}; "
                 f"load the original checkpoint with dtype={wanted}, or with another precision"
             )
-        return super()._apply(fn, recurse)
 
 
 def empty_tiles(rows: int, cols: int, format_name: str, device: Any, count: tuple[int, ...] = ()) -> nn.Parameter:

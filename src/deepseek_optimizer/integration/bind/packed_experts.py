@@ -48,6 +48,8 @@ class PackedExperts(Packed):
         down_proj: uint8 [E, ...tiles of H x I].
         gate_up_proj_bias, down_proj_bias: float [E, 2 I] and [E, H], as in Transformers' module; None: there are none.
         product, gradient: as in `PackedLinear`.
+        on_host: whether the stacks stay in the host's memory if the model goes to a device, whose backend lets the CPU compute
+            them. Biases go with the model.
         listener: called with each expert's index, its inputs x, float [tokens, H], and the inputs of its down projection,
             h = act(gate x) * (up x), float [tokens, I]; for calibration.
     """
@@ -77,11 +79,23 @@ class PackedExperts(Packed):
         self.down_proj = empty_tiles(hidden_dim, intermediate_dim, down_format, device, (num_experts,))
         self.register_parameter("gate_up_proj_bias", None)
         self.register_parameter("down_proj_bias", None)
-        self.act_fn, self.layout = act_fn, layout
+        self.act_fn, self.layout, self.on_host = act_fn, layout, False
         self.product: Product = linear
         self.gradient: Gradient = linear_gradient
         self.listener: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None
         self._is_hf_initialized = True  # weights are loaded, never initialized at random
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        if not self.on_host:
+            return super()._apply(fn, recurse)
+        self._refuse_casts(fn)
+        own = self._parameters
+        self._parameters = {name: value for name, value in own.items() if name.endswith("_bias")}
+        try:
+            nn.Module._apply(self, fn, recurse)
+        finally:
+            self._parameters = {**own, **self._parameters}
+        return self
 
     @property
     def gate_up(self) -> PackedStack:
@@ -125,12 +139,12 @@ class PackedExperts(Packed):
         if self.listener is not None:
             self.listener(expert, x, h)
         y: torch.Tensor = PackedProduct.apply(h, down.matrix(expert), *how)
-        return y if self.down_proj_bias is None else y + self.down_proj_bias[expert].to(y.dtype)
+        return y if self.down_proj_bias is None else y + self.down_proj_bias[expert].to(y)
 
     def _with_biases(self, expert: int, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.gate_up_proj_bias is None:
             return gate, up
-        bias = self.gate_up_proj_bias[expert, None].to(gate.dtype)
+        bias = self.gate_up_proj_bias[expert, None].to(gate)
         of_gate, of_up = bias[0].chunk(2) if self.layout == "rows" else biases_of(bias, self.intermediate_dim)[0]
         return gate + of_gate, up + of_up
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -48,6 +49,7 @@ from .graphs import (
     whole_graph,
     with_eps_of,
 )
+from .host_experts import Placement, host_experts
 from .lora_layers import LowRank, added_by
 from .module_tree import ModuleTree
 from .modules import Packed
@@ -55,6 +57,8 @@ from .packed_model import OptimizerWarning as OptimizerWarning
 from .packed_model import PackedModel, packed_model_of
 from .runnable import check_settings, formats_of, kv_dtype
 from .swap import matrices_of, weights_of
+
+_log = logging.getLogger(__name__)
 
 
 def groups_of(graph: Graph) -> Groups:
@@ -78,6 +82,7 @@ class Runtime(PackedModel):
         graph, rules: the graph, and what the fusion rules changed in it.
         in_mode: number of layers whose attention was changed by the config's attention mode.
         draft_vocabularies: for each of `mtp_plans` the tokens that it has logits for; None: all.
+        placement: where routed experts are, if the model went to a device.
         speculation: `engine.speculative.draft_length.SpeculationReport` of the last request that used drafts.
     """
 
@@ -95,6 +100,7 @@ class Runtime(PackedModel):
         super().__init__(model, config, manifest, methods=methods, make_report=make_report, bytes_before=bytes_before)
         self.graph, self.rules, self.in_mode = planned_graph(model, config)
         self.speculation: SpeculationReport | None = None
+        self.placement: Placement | None = None
         for note in (*(notes or ()), *filter(None, (extension_note(config, model.config),))):
             self.warn_once(note)
         self._plan: Plan | None = None
@@ -177,8 +183,8 @@ class Runtime(PackedModel):
 
     @property
     def compile_options(self) -> CompileOptions:
-        """The options of `Backend.compile` from the config."""
-        return CompileOptions(activation=self.config.activation)
+        """The options of `Backend.compile` from the config, and from where experts are."""
+        return CompileOptions(self.config.activation, host_experts(self.model))
 
     @property
     def arena(self) -> Arena:
@@ -263,6 +269,12 @@ class Runtime(PackedModel):
     def kv_dtype(self) -> str:
         """Storage format of the KV cache."""
         return kv_dtype(self.config, formats_of(self.model, self.graph))
+
+    def placed(self, placement: Placement) -> None:
+        """Call after the model was loaded to a device, or moved there: says where its experts are."""
+        self.placement = placement if placement.why else None
+        if self.placement is not None:
+            _log.info("%s", placement)
 
     def rebind(self) -> None:
         """Discards the compiled plans; the next call compiles them from the modules' current storage."""

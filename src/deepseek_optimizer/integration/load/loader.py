@@ -37,6 +37,7 @@ from ..bind.classes import check_causal
 from ..bind.context_extension import extended
 from ..bind.dtypes import kept_in_fp32, model_dtype
 from ..bind.graphs import whole_graph
+from ..bind.host_experts import place_experts, stays_on_host
 from ..bind.runnable import check_runnable
 from ..bind.swap import expected_tensors, order_columns, swap_on_meta
 from ..compat import causal_lm_class
@@ -99,7 +100,8 @@ def load(
         texts = None
         if settings.kl_budget is not None and manifest is None:
             texts = calibration_tokens(settings, load_tokenizer(checkpoint), model.config.max_position_embeddings)
-        _check_memory(model, checkpoint, target, settings.kv_cache_memory)
+        placement = place_experts(model, settings, target, mapped=manifest is not None)
+        placement.mark()
         calibration, notes = calibration_for(
             checkpoint, settings, *expected_tensors(model), model.config.max_position_embeddings
         )
@@ -123,6 +125,7 @@ def load(
         model.to(target)  # buffers; the weights are there
     mark_quantized(model, with_backend(settings, backend_asked_for))
     bind(model.eval(), settings, earlier=manifest, bytes_before=total, notes=notes)
+    model.dso.placed(placement)
     model.dso.mappings.update(checkpoint.mappings())
     if texts is not None:
         adapt(model, texts)
@@ -339,7 +342,7 @@ def _fill(model: Any, weights: Iterable[tuple[str, PackedWeight | torch.Tensor]]
     """Sets a model's weights. Each goes to the device before the next one is read."""
     for name, value in weights:
         path, _, leaf = name.rpartition(".")
-        module, data = model.get_submodule(path), value.data.to(device)
+        module, data = model.get_submodule(path), value.data if stays_on_host(model, name) else value.data.to(device)
         if leaf in module._buffers:
             module._buffers[leaf] = data
         else:

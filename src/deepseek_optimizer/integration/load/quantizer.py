@@ -231,6 +231,11 @@ class PackingQuantizer(HfQuantizer):
         device = _only_device(device_map)
         check_runnable(model, self.quantization_config, device)
         if device.type != "cpu":
+            if self.quantization_config.cpu_expert_layers:
+                raise ConfigError(
+                    f"cpu_expert_layers={self.quantization_config.cpu_expert_layers}: from_pretrained puts all weights on one "
+                    "device; use load_model with device=..., or load the model on the CPU and move it with model.to('cuda')"
+                )
             held = (*model.parameters(), *model.buffers())
             check_memory(held, device, self.quantization_config.kv_cache_memory)
 

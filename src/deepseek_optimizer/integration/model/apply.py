@@ -8,14 +8,15 @@ import torch
 
 from ...errors import BackendError
 from ...system.cuda_device import why_no_cuda
+from ..bind.host_experts import place_experts
 from ..bind.instance_method import InstanceMethod
 from ..bind.runnable import check_runnable
-from ..memory.weights import check_memory
 
 
 class Apply(InstanceMethod):
     """`model._apply`, which `.to()` calls: after a move to another device another backend computes; otherwise the runtime
-    discards what was made from the parameters' old storage. Packed weights move to a CUDA device as they are.
+    discards what was made from the parameters' old storage. Packed weights move to a CUDA device as they are, except experts
+    that stay on the host (`host_experts.py`).
 
     Raises (nothing has moved then):
         BackendError: the backend that the settings name cannot run on that device.
@@ -26,12 +27,16 @@ class Apply(InstanceMethod):
         model = self.runtime.model
         before = model.device
         target = _target(fn, before)
+        placement = None
         if target.type == "cuda" and target != before:
             check_runnable(model, self.runtime.config, target)
-            check_memory([*model.parameters(), *model.buffers()], target, self.runtime.config.kv_cache_memory)
+            placement = place_experts(model, self.runtime.config, target)
+            placement.mark()
         torch.nn.Module._apply(model, fn, recurse)
         if model.device != before:
             self.runtime.move()
+            if placement is not None:
+                self.runtime.placed(placement)
         else:
             self.runtime.rebind()
         return model

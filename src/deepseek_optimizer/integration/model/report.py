@@ -48,12 +48,16 @@ class ExpertsRow:
         layers: number of such layers.
         experts, chosen: experts per layer, and how many of them each token uses.
         bytes: size of all experts.
+        on_cpu: number of layers whose experts the CPU computes for a model on a device, the first ones.
+        placement: where the experts are, and why; "" if there was nothing to decide.
     """
 
     layers: int
     experts: int
     chosen: int
     bytes: int
+    on_cpu: int = 0
+    placement: str = ""
 
 
 @dataclass(frozen=True)
@@ -158,6 +162,8 @@ class Report:
             table.add_row("calibrated on", "no text; `dso convert` calibrates, which makes 4-bit weights better")
         if (e := self.experts) is not None:
             table.add_row("experts", f"{e.layers} layers of {e.experts}, {e.chosen} per token, {e.bytes / 1e6:,.1f} MB")
+            if e.placement:
+                table.add_row("", e.placement)
         if self.mtp_layers:
             table.add_row("MTP layers", f"{self.mtp_layers}, for drafts: generate(use_mtp=True)")
         table.add_row("attention", _attention_text(self.attention))
@@ -263,12 +269,13 @@ def _matrices(weight: PackedWeight) -> int:
     return weight.count if isinstance(weight, PackedStack) else 1
 
 
-def _experts(graph: Graph, matrices: Mapping[str, PackedWeight]) -> ExpertsRow | None:
+def _experts(graph: Graph, matrices: Mapping[str, PackedWeight], placement: Any) -> ExpertsRow | None:
     routers = [node for node in graph.nodes if node.op in ("router", "hash_router")]
     if not routers:
         return None
     size = sum(weight.nbytes for weight in matrices.values() if isinstance(weight, PackedStack))
-    return ExpertsRow(len(routers), routers[0].attrs["experts"], routers[0].attrs["top_k"], size)
+    where = (0, "") if placement is None else (placement.on_host, str(placement))
+    return ExpertsRow(len(routers), routers[0].attrs["experts"], routers[0].attrs["top_k"], size, *where)
 
 
 def _kept_larger(config: Any, graph: Graph, matrices: Mapping[str, PackedWeight]) -> list[str]:
@@ -319,7 +326,7 @@ def make_report(runtime: Any) -> Report:
         kv_limit=size.bytes,
         kv_limit_why=size.why,
         latent=isinstance(graph.cache, LatentSpec),
-        experts=_experts(whole, matrices),
+        experts=_experts(whole, matrices, runtime.placement),
         mtp_layers=loaded_mtp_layers(runtime.model),
         config=runtime.config.to_dict(),
         warnings=(*runtime.notes, *_kept_larger(runtime.config, whole, matrices)),

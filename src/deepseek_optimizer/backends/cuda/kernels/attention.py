@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..division import TILE_FIELDS, Tiles, chunks_of
+from ..division import TILE_FIELDS, Tiles
 from .codes import kind_of, numbers_of
 from .gates import tanh
 from .paged import (
@@ -153,7 +153,7 @@ def attention(
 ) -> None:
     """See `attend_tile`. Rows of other tiles are not written."""
     count, head, group = len(tiles.fields), q.shape[1] // heads, heads // kv_heads
-    chunks, blocks = chunks_of(tiles.planned, tiles.blocks, kv_heads), block_tables.shape[1]
+    chunks, blocks = tiles.division.chunks(tiles.planned, tiles.blocks, kv_heads), block_tables.shape[1]
     group_rows, narrow = triton.next_power_of_2(group), cache.dtype != torch.float32
     block_q = max(tiles.block_q, triton.cdiv(16, group_rows))
     head_block = max(16, triton.next_power_of_2(head))

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..division import HEAD_ROWS, TILE_FIELDS, Tiles, chunks_of
+from ..division import HEAD_ROWS, TILE_FIELDS, Tiles
 from .paged import chunk_memory, finish_tile, launch_merge, next_weights, with_sink
 from .precision import add_product, nearest_bf16
 
@@ -137,7 +137,7 @@ def attention(
     head_rows = min(HEAD_ROWS if narrow else max(1, 16 // tiles.block_q), triton.next_power_of_2(heads))
     head_blocks, block_q = triton.cdiv(heads, head_rows), max(tiles.block_q, triton.cdiv(16, head_rows))
     blocks = rows_blocks(tiles.blocks, window, every, top_k)
-    chunks = chunks_of(tiles.planned, blocks, head_blocks)
+    chunks = tiles.division.chunks(tiles.planned, blocks, head_blocks)
     partial, stats = chunk_memory(tiles, heads, chunks, head, out)
     chunk_blocks = triton.cdiv(blocks, chunks) if chunks > 1 else rows_blocks(window_tables.shape[1], window, every, top_k)
     attend_rows[(count, head_blocks, chunks)](

@@ -145,7 +145,8 @@ def _products(
         sizes = tile_sizes(tiles.block_m, stack, gate is not NO_GATE) | {"BLOCK_M": tiles.block_m}
         pair_tile_product[(len(tiles.fields), triton.cdiv(stack.rows, sizes["BLOCK_N"]))](
             ordered_rows(x, stack.cols, stack), routes, tiles.order, tiles.fields, stack.words, biases, out, stack.rows,
-            stack.groups, stack.matrix_words, **constants, **sizes, num_warps=4, num_stages=2,
+            stack.groups, stack.matrix_words, **constants, **sizes, num_warps=stack.division.tile_warps,
+            num_stages=stack.division.tile_stages,
         )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..division import HEAD_ROWS, TILE_FIELDS, Tiles, chunks_of, heads_at_once
+from ..division import HEAD_ROWS, TILE_FIELDS, Tiles, heads_at_once
 from ..matrices import DeviceStack
 from .codes import kind_of, latent_keys, latent_scales, numbers_of
 from .heads import HeadInputs
@@ -163,7 +163,7 @@ def attend(
     head_rows = min(HEAD_ROWS if plain else max(1, 16 // tiles.block_q), triton.next_power_of_2(heads))
     head_blocks, top_k = triton.cdiv(heads, head_rows), 0 if chosen is None else chosen.shape[1]
     blocks = tiles.blocks if chosen is None else min(tiles.blocks, triton.cdiv(top_k, 32))
-    chunks = chunks_of(tiles.planned, blocks, head_blocks)
+    chunks = tiles.division.chunks(tiles.planned, blocks, head_blocks)
     block_q = max(tiles.block_q, triton.cdiv(16, head_rows))
     partial, stats = chunk_memory(tiles, heads, chunks, rank, absorbed)
     table_blocks = block_tables.shape[1]

@@ -164,11 +164,11 @@ def ordered_rows(x: torch.Tensor, columns: int, tiles: DeviceTiles) -> torch.Ten
 def tile_sizes(rows: int, tiles: DeviceTiles, gated: bool) -> dict[str, int]:
     """BLOCK_M, BLOCK_N and BLOCK_J of products of this number of rows. With gate and up, programs have half as many outputs:
     both sums must fit into registers."""
-    limit = BLOCK_N if tiles.layout.narrow else _EXACT
+    limit = min(BLOCK_N, tiles.division.block_n) if tiles.layout.narrow else _EXACT
     layout, outputs = tiles.layout, limit // 2 if gated and tiles.layout.narrow else limit
     columns = _MOST_COLUMNS // 2 if layout.minimum or layout.high or layout.codes in ("iq4", "e2m1") else _MOST_COLUMNS
     return {
-        "BLOCK_M": min(limit, block_rows(rows)),
+        "BLOCK_M": min(BLOCK_N if tiles.layout.narrow else _EXACT, block_rows(rows)),
         "BLOCK_N": outputs,
         "BLOCK_J": max(_FEWEST_WORDS, min(BLOCK_J, columns // layout.per_word)),
     }
@@ -188,5 +188,6 @@ def launch_tile(
     tile_product[(triton.cdiv(rows, sizes["BLOCK_M"]), triton.cdiv(matrix.rows, sizes["BLOCK_N"]))](
         ordered_rows(x, matrix.cols, matrix), matrix.words, second.words, out if bias is None else bias,
         out if up_bias is None else up_bias, out, out.stride(0), rows, matrix.rows, matrix.groups, LAYOUT=matrix.layout,
-        GATE=gate, BIASED=bias is not None, UP_BIASED=up_bias is not None, **sizes, num_warps=4, num_stages=2,
+        GATE=gate, BIASED=bias is not None, UP_BIASED=up_bias is not None, **sizes, num_warps=matrix.division.tile_warps,
+        num_stages=matrix.division.tile_stages,
     )  # fmt: skip

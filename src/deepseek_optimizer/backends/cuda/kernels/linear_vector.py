@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..division import BLOCK, splits_of
+from ..division import BLOCK
 from ..gates import NO_GATE, Gate
 from ..layouts import TileLayout
 from ..matrices import DeviceMatrix
@@ -105,7 +105,7 @@ def launch_vector(
     gate: Gate = NO_GATE,
 ) -> None:
     """See `vector_product`: x float32 [M, K] with 0 < M <= MOST_ROWS, out float32 [M, N]."""
-    rows, splits = len(x), splits_of(matrix.words.shape[0], matrix.row_words)
+    rows, splits = len(x), matrix.division.splits(matrix.tile_rows, matrix.row_words)
     blocks = triton.cdiv(matrix.row_words, splits * BLOCK)
     second = matrix if up is None else up
     partial = out
@@ -115,7 +115,7 @@ def launch_vector(
         x, x.stride(0), matrix.words, second.words, x if bias is None else bias, x if up_bias is None else up_bias, out,
         out.stride(0), partial, rows, matrix.rows, matrix.cols, matrix.groups, blocks * BLOCK, LAYOUT=matrix.layout,
         GATE=gate, BIASED=bias is not None, UP_BIASED=up_bias is not None, SPLITS=splits,
-        ROWS=triton.next_power_of_2(rows), BLOCK=block_words(rows, matrix.layout), num_warps=4,
+        ROWS=triton.next_power_of_2(rows), BLOCK=block_words(rows, matrix.layout), num_warps=matrix.division.vector_warps,
     )  # fmt: skip
     if splits > 1:
         launch_finish(partial, bias, up_bias, gate, out)
