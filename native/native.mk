@@ -3,7 +3,7 @@
 #               optimized build. GCC aligns no frames for stack-use-after-return for AVX-512 (its bug 110027). The sanitized build
 #               has the variants that this processor can run, if that is AVX2 only: the others would be compiled for nothing.
 # test-arm:     cross-builds for ARM64 and runs the native tests under qemu-user, on five CPU models (ARM_MODELS: on some). Needs
-#               Debian's g++-aarch64-linux-gnu and qemu-user.
+#               Debian's g++-aarch64-linux-gnu and qemu-user. test-arm-short: the part of it that CI runs.
 # test-amx:     builds the kernels for AMX and runs the native tests that reach them: on this processor's tiles, else on emulated ones,
 #               which need AVX-512 with VNNI and BF16; an error that names what is missing where neither runs.
 # bench-amx:    measures them against vectors, and from how many tokens on they are faster: benchmarks/results/amx-CPU.json.
@@ -13,7 +13,7 @@
 CMAKE ?= $(or $(shell command -v cmake),$(BIN)/cmake)
 NATIVE_JOBS ?= $(shell nproc)
 
-.PHONY: native test-native test-native-tsan test-native-long test-arm test-amx bench-amx test-windows test-macos
+.PHONY: native test-native test-native-tsan test-native-long test-arm test-arm-short test-amx bench-amx test-windows test-macos
 
 $(BIN)/cmake: $(VENV)/.created
 	$(BIN)/python -m pip install --quiet cmake ninja
@@ -60,11 +60,22 @@ bench-amx: env $(filter $(BIN)/cmake,$(CMAKE))
 	CMAKE=$(CMAKE) $(BIN)/python -m benchmarks.amx $(BENCH_ARGS)
 
 ARM_MODELS ?=
-test-arm: $(filter $(BIN)/cmake,$(CMAKE))
-	@command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null || { echo "make test-arm needs g++-aarch64-linux-gnu and qemu-user"; exit 1; }
-	$(CMAKE) -S . -B build/native-arm -DDSO_TESTS=ON -DDSO_OPTIMIZE=-O2 -DCMAKE_TOOLCHAIN_FILE=build_tools/cmake/aarch64-linux-gnu.cmake
+ARM := -DDSO_TESTS=ON -DCMAKE_TOOLCHAIN_FILE=build_tools/cmake/aarch64-linux-gnu.cmake
+.PHONY: arm-tools
+arm-tools:
+	@command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null || { echo "testing ARM64 needs Debian's g++-aarch64-linux-gnu and qemu-user: apt-get install g++-aarch64-linux-gnu qemu-user"; exit 1; }
+
+test-arm: arm-tools $(filter $(BIN)/cmake,$(CMAKE))
+	$(CMAKE) -S . -B build/native-arm $(ARM) -DDSO_OPTIMIZE=-O2
 	$(CMAKE) --build build/native-arm -j $(NATIVE_JOBS)
 	python3 native/tests/run_arm.py build/native-arm $(ARM_MODELS)
+
+# For CI, where nothing is cached: most of its time is the compiler's. Precompiled headers instead of ccache, and -O1.
+ARM_SHORT := test_isa test_lanes test_linear_int
+test-arm-short: arm-tools $(filter $(BIN)/cmake,$(CMAKE))
+	$(CMAKE) -S . -B build/native-arm-short $(ARM) -DDSO_OPTIMIZE=-O1 -DDSO_COMPILER_CACHE=OFF
+	$(CMAKE) --build build/native-arm-short -j $(NATIVE_JOBS) --target $(ARM_SHORT)
+	python3 native/tests/run_arm.py build/native-arm-short --short $(ARM_MODELS)
 
 WINDOWS_TESTS ?= .
 WINE := WINEDEBUG=-all WINEPREFIX=$(abspath build/wine)

@@ -3,7 +3,7 @@
 # Not with GCC itself: on Windows it does not align the stack for vectors of 32 bytes (its bug 54412).
 set(CMAKE_SYSTEM_NAME Windows)
 set(CMAKE_SYSTEM_PROCESSOR x86_64)
-find_program(DSO_CLANG NAMES clang++ clang++-21 clang++-20 clang++-19 REQUIRED)
+find_program(DSO_CLANG NAMES clang++-21 clang++-20 clang++-19 clang++ REQUIRED)  # before an older default
 find_program(DSO_WINE NAMES wine64 wine PATHS /usr/lib/wine)
 set(CMAKE_CXX_COMPILER ${DSO_CLANG})
 set(CMAKE_CXX_COMPILER_TARGET x86_64-w64-mingw32)

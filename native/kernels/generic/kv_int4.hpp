@@ -68,7 +68,7 @@ static float int4_row(const float* x, int64_t d, uint8_t* codes) {
     low = max(low, sub(zero(), v));
     poison = fma(v, zero(), poison);
   }
-  memset(codes, 0, (d + lanes - 1) / lanes * lanes);
+  for (int64_t i = 0; i < d; i += lanes) store_i8(codes + i, to_int(zero()));
   if (any_nan(poison)) return __builtin_nanf("");
   const float up = largest(high), down = largest(low), top = up >= down ? up : -down;
   if (up < 1e-30f && down < 1e-30f) return 0.0f;  // their squares would underflow
