@@ -60,7 +60,8 @@ def start(config: dict, node: int, nodes: int, port: int, prefix: tuple[str, ...
     where += ["--rdzv-endpoint", f"{ADDRESSES[0] if nodes == 2 else '127.0.0.1'}:{port}", "--rdzv-id", "test"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     if nodes == 2:
-        where += ["--local-addr", ADDRESSES[node], "--node-rank", str(node)]
+        # torchrun compares the endpoint with the addresses of this host's name, which is that of both namespaces
+        where += ["--local-addr", ADDRESSES[node], "--node-rank", str(node), "--rdzv-conf", f"is_host={node == 0}"]
         environment |= {"GLOO_SOCKET_IFNAME": "dso0", "TP_SOCKET_IFNAME": "dso0"}
     script = Path(config["output"]).with_name("process.py")
     script.write_text(_PROCESS)
