@@ -234,7 +234,8 @@ LAYERS = (
     ),
     Layer(
         "ray",
-        "replicas of the server on Ray Serve, and which of them a request goes to, by the beginning of its prompt; training on Ray",
+        "replicas of the server on Ray Serve, and which of them a request goes to, by the beginning of its prompt; training on "
+        "Ray",
         may=("..server",),
     ),
     Layer("__init__", "the public names", may=("..server",)),
