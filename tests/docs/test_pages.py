@@ -106,6 +106,7 @@ def test_options_in_running_text_exist():
     others = {"--cpuset-cpus", "--cpus", "--memory", "--gpus", "--debug", "--version", "--help", "--quick", "--check"}
     others |= {"--platform", "--build-arg", "--repo"}  # of docker and gh
     others |= {"--gguf"}  # of benchmarks/gpu.py
+    others |= {"--max-restarts", "--nnodes"}  # of torchrun
     for page in DOCS:
         if page.name in ("coming-from.md", "benchmarks.md"):
             continue

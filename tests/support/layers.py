@@ -166,7 +166,7 @@ LAYERS = (
         "`modules/` (forwards for Transformers' modules); `config.py` and `job.py`: a run of `dso train`",
         may=("..chat",),
         levels=(
-            ("saved_activations", "shards"),
+            ("group", "saved_activations", "shards"),
             ("data", "ops"),
             ("attention_function", "fp8", "optimizer"),
             ("checkpoints",),
@@ -234,7 +234,8 @@ LAYERS = (
     ),
     Layer(
         "ray",
-        "replicas of the server on Ray Serve, and which of them a request goes to, by the beginning of its prompt",
+        "replicas of the server on Ray Serve, and which of them a request goes to, by the beginning of its prompt; training on "
+        "Ray",
         may=("..server",),
     ),
     Layer("__init__", "the public names", may=("..server",)),

@@ -34,7 +34,7 @@ from ..integration.load.resolve import resolve
 from ..models.families import FAMILIES
 from ..quant import WEIGHED
 from ..system.memory import free_memory
-from . import lora
+from . import group, lora
 from .arguments import DeepSeekTrainingArguments
 from .checkpoints.directory import checkpoints, locked
 from .config import TrainConfig
@@ -124,10 +124,11 @@ class TrainingJob:
         self.config, self.output = config, Path(config.output)
         if config.lora is not None:
             lora.check_installed()
-        resume = resume or int(os.environ.get(_RESTARTS, "0")) > 0
+        self.args = self._arguments({})  # raises for contradictory settings before the data is read
+        # torchrun counts the restarts of each machine: of one whose own processes have not failed, there may be none
+        resume = resume or group.total(int(os.environ.get(_RESTARTS, "0")))[0] > 0
         self.resumes = (resume and _can_resume(config, self.output)) or _new_run(self.output)
         self.curve = LossCurve(self.output, self.resumes)
-        self.args = self._arguments({})  # raises for contradictory settings before the data is read
         if self.args.should_save:
             check_writable(self.output)
         if self.args.draft_steps and config.lora is not None:

@@ -85,6 +85,7 @@ class DeepSeekTrainer(AtomicCheckpoints):
             )
         self._prepared: Prepared | None = None
         self._accumulators: Accumulators | None = None
+        self._hooked: Any = None  # the wrapped model that averages gradients in fp32
         self._grad_norm = torch.zeros((), dtype=torch.float32, device="cpu")
         self._non_finite = NonFiniteSteps(args.on_nan, self._error)
         self._warned: set[str] = set()
@@ -189,7 +190,8 @@ class DeepSeekTrainer(AtomicCheckpoints):
             return
         if self.args.gradient_accumulation_steps > 1:
             self._accumulators = self._accumulators or Accumulators(weights)
-        elif isinstance(self.model_wrapped, DistributedDataParallel):
+        elif isinstance(self.model_wrapped, DistributedDataParallel) and self._hooked is not self.model_wrapped:
+            self._hooked = self.model_wrapped
             self.model_wrapped.register_comm_hook(None, sum_in_fp32)
 
     @staticmethod
