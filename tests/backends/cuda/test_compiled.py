@@ -119,6 +119,7 @@ STACK = {
     "expanded latents in fp32: attend_expanded": 64,
     "expanded latents in fp32: expand_keys": 128,
     "attention, prefill in fp32: attend_tile": 128,
+    "attention in a step in fp32: attend_tile": 32,
     "attention in a step in fp32, 256 elements: attend_tile": 64,
     "experts mxfp4 of gpt-oss, grouped: pair_tile_product": 64,
     "latents, decoding in fp8: attend_latents": 32,
