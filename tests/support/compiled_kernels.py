@@ -68,6 +68,7 @@ def launches(capability: int = 100) -> dict[str, Callable[[], None]]:
     from deepseek_optimizer.backends.cuda.kernels import (
         adapters,
         attention,
+        blocks,
         compress,
         compressed_attention,
         elementwise,
@@ -114,6 +115,17 @@ def launches(capability: int = 100) -> dict[str, Callable[[], None]]:
         cache = empty(999, 32 * 32 * 2 * sizes["kv_heads"] * head, dtype=kv_dtype)
         tables, ends = empty(1, 256, dtype=torch.int32), empty(tiles * block_q, dtype=torch.int32)
         return lambda: attention.attention(q, cache, 0, tables, fields, ends, q, **sizes)
+
+    def chosen_blocks(dtype: torch.dtype) -> Callable[[], None]:
+        """With the summaries of blocks."""
+        kept, pages = empty(999, 32 * 32 * (2 * KV_HEADS * (HEAD + 8)), dtype=dtype), empty(1, 4096, dtype=torch.int32)
+        sizes = {"heads": HEADS, "kv_heads": KV_HEADS, "blocks": 64, "sinks": 4, "window": 1024}
+
+        def launch() -> None:
+            blocks.summarize(kept, ints, 0, KV_HEADS, HEAD)
+            blocks.choose(x, kept, 0, pages, ints, ints, empty(64, KV_HEADS * 64), **sizes)
+
+        return launch
 
     def adapt(dtype: torch.dtype, rank: int) -> Callable[[], None]:
         """A LoRA adapter of a product of Llama 3.1 8B."""
@@ -285,6 +297,9 @@ def launches(capability: int = 100) -> dict[str, Callable[[], None]]:
         "attention in a step in fp32, 256 elements": attend_in_step(False, 12, 192),
         **{f"adapters in {name}": adapt(dtype, 16) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))},
         "adapters in fp32, rank 64": adapt(torch.float32, 64),
+        **{f"chosen blocks in {name}": chosen_blocks(dtype) for name, dtype in (("bf16", torch.bfloat16), *CODES.items())},
+        "attention, decoding to chosen blocks": attend(torch.bfloat16, 1, 1, 128, chosen=empty(1, KV_HEADS * 64)),
+        "attention, prefill to chosen blocks": attend(torch.bfloat16, 64, 1, 0, chosen=empty(64, KV_HEADS * 64)),
         "queries in a grid": lambda: grids.grid_queries(
             empty(4096, 768), empty(3, 4096, dtype=torch.int32), *(empty(127, 64) for _ in "ij"), empty(4096, 12 * 192), 12, 0.1
         ),

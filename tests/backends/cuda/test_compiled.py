@@ -102,6 +102,9 @@ LIMITS = {
     "attention in a step, 256 elements: attend_tile": (255, 160 << 10),
     "attention in a step in fp32: attend_tile": (168, 64 << 10),
     "attention in a step in fp32, 256 elements: attend_tile": (255, 160 << 10),
+    **{f"chosen blocks in {name}: estimate_blocks": (128, 80 << 10) for name in ("bf16", *CODES)},
+    **{f"chosen blocks in {name}: choose_best": (80, 8192) for name in ("bf16", *CODES)},
+    **{f"attention, {phase} to chosen blocks: attend_tile": (168, 48 << 10) for phase in ("decoding", "prefill")},
     **{f"adapters in {name}: {kernel}_rows": (128, 48 << 10) for name in ("fp32", "bf16") for kernel in ("shrink", "expand")},
     **{f"adapters in fp32, rank 64: {kernel}_rows": (168, 64 << 10) for kernel in ("shrink", "expand")},
     "queries in a grid: extend_queries": (80, 32 << 10),
@@ -131,6 +134,7 @@ STACK = {
     "expanded latents in fp32: attend_expanded": 64,
     "expanded latents in fp32: expand_keys": 128,
     "attention, prefill in fp32: attend_tile": 128,
+    "attention in a step in fp32: attend_tile": 32,
     "attention in a step in fp32, 256 elements: attend_tile": 64,
 }
 SMALL_STACK = 16

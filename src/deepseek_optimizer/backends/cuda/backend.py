@@ -78,7 +78,7 @@ class CudaBackend(CudaSizes):
             phases=PHASES,
             weight_formats=tuple(LAYOUTS),
             kv_dtypes=tuple(KV_DTYPES),
-            attention_modes=("flash", "eager", "sliding"),
+            attention_modes=("flash", "eager", "sliding", "sparse"),
             adapters=True,
             activations=("auto", "fp8"),
             host_experts=self._create_host is not None,

@@ -18,11 +18,11 @@ from ..kv_b import key_stack, value_stack
 from .adapters import CudaAdapters
 from .gates import NO_GATE, OF_OPS, gate_of, limited
 from .kernels import attention as attention_kernels
-from .kernels import elementwise, linear, norm, rope, rows
+from .kernels import blocks, elementwise, linear, norm, rope, rows
 from .kernels.expert_groups import PairTiles
 from .matrices import DeviceMatrix, DeviceStack, DeviceTiles
 from .step import DeviceStep
-from .store import DeviceBlocks
+from .store import CudaStore, DeviceBlocks
 
 
 @dataclass(frozen=True)
@@ -236,6 +236,17 @@ def _cache_write(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
         q, k, v, table, outputs[0] if outputs else None, store.data, run.at.slots[store.group_of(a["layer"])],
         store.offsets[a["layer"]], heads=a.get("heads", 0), kv_heads=a["kv_heads"], interleaved=a.get("interleaved", False),
     )  # fmt: skip
+    if isinstance(store, CudaStore) and store.spec.summaries:
+        slots = run.at.slots[store.group_of(a["layer"])]
+        blocks.summarize(store.data, slots, store.offsets[a["layer"]], a["kv_heads"], a["head_dim"])
+
+
+def _block_choose(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
+    a, store, at = node.attrs, run.cache, run.at
+    blocks.choose(
+        inputs[0], store.data, store.offsets[a["layer"]], at.tables[store.group_of(a["layer"])], at.sequence, at.ends,
+        outputs[0], heads=a["heads"], kv_heads=a["kv_heads"], blocks=a["blocks"], sinks=a["sinks"], window=a["window"],
+    )  # fmt: skip
 
 
 def _attention(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
@@ -246,7 +257,7 @@ def _attention(run: Run, node: Node, inputs: Values, outputs: Values) -> None:
             inputs[0], store.data, store.offsets[a["layer"]], run.at.tables[store.group_of(a["layer"])], tiles,
             run.at.ends, outputs[0], heads=a["heads"], kv_heads=a["kv_heads"], scale=a["scale"], window=a.get("window", 0),
             sinks=a.get("sinks", 0), softcap=a.get("softcap", 0.0), learned=learned, chunked=a.get("chunked", False),
-            causal=a.get("causal", False),
+            causal=a.get("causal", False), chosen=inputs[1] if len(inputs) > 1 else None,
         )  # fmt: skip
 
 
@@ -292,6 +303,7 @@ DENSE_OPS: Mapping[str, Op] = {
     "add_features": _add_features,
     "add_rms_norm": _add_rms_norm,
     "attention": _attention,
+    "block_choose": _block_choose,
     "cache_write": _cache_write,
     "clamp": _each,
     "clamped_swiglu": _pairwise,

@@ -335,6 +335,8 @@ def _query_rows(graph: Graph) -> int:
         return 1  # each row attends to tokens of its own
     if latent:
         return query_rows(max(latent), LATENT_ROWS)
+    if any(node.op == "attention" and len(node.inputs) > 1 for node in graph.nodes):
+        return 1  # as well, to blocks
     plain = [node.attrs for node in graph.nodes if node.op in ("attention", "encoder_attention")]
     groups = [attrs["heads"] // attrs["kv_heads"] for attrs in plain]
     return query_rows(max(groups, default=1))

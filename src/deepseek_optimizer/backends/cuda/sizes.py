@@ -10,7 +10,7 @@ from ...graph.ops.products import rows_of
 from ...graph.planner import Slot, assign_slots
 from ...quant.base import TILE_ROWS
 from ...quant.tiles import tile_counts
-from ..base import CompileOptions
+from ..base import BLOCK_TOKENS, CompileOptions
 from ..reference.states import state_bytes
 from .buckets import MOST_ROWS, rows_bucket
 from .division import (
@@ -98,6 +98,9 @@ def _scratch_bytes(graph: Graph, formats: Mapping[str, str], tokens: int, divisi
             sizes.append(index_scratch_bytes(tokens, -(-graph.max_positions // node.attrs["every"])))
         if node.op == "grouped_linear":  # rows in the order of words
             sizes.append(_VALUE_BYTES * tokens * (node.inputs[0].width + 31 * node.attrs["groups"]))
+        if node.op == "block_choose":
+            a, most = node.attrs, -(-graph.max_positions // BLOCK_TOKENS)
+            sizes.append(index_scratch_bytes(tokens, (a["heads"] + a["kv_heads"]) * most))
         if node.op == "lora_down":
             sizes.append(_VALUE_BYTES * tokens * node.outputs[0].width * adapter_splits(node.inputs[0].width))
         if node.op in ("linear", "gate_up", "lm_head"):

@@ -23,12 +23,14 @@ _SCALE_BYTES = 4
 
 def layer_offsets(spec: CacheSpec, kv_dtype: str) -> tuple[list[int], int]:
     """Where each layer begins in the blocks of its group, and the length of a block, in elements: that of the largest group.
-    The scales of codes, which follow a layer's, count as bytes."""
+    The scales of codes, which follow a layer's, count as bytes, as do the summaries of its keys in bf16 after them."""
     ends, offsets = [0] * spec.groups, []
     for layer in range(spec.layers):
         group, scales = spec.group_of(layer), 2 * spec.heads_of(layer)[0] if kv_dtype in CODES else 0
         offsets.append(ends[group])
         ends[group] += BLOCK_TOKENS * (spec.elements_of(layer) + _SCALE_BYTES * scales)
+        if spec.summaries:
+            ends[group] += spec.elements_of(layer) * (2 if kv_dtype in CODES else 1)
     return offsets, max(ends)
 
 
@@ -99,10 +101,11 @@ class CudaStore(DeviceBlocks):
 
     In a block, the layers of a group follow each other: the keys [kv_heads, 32, head_dim], then the values likewise. So the 32
     keys of a head are consecutive, which is what one load of attention reads. In int8 and fp8, their scales follow,
-    float32 [2, kv_heads, 32], of each key and value as in the reference's store.
+    float32 [2, kv_heads, 32], of each key and value as in the reference's store. At last, with summaries, those of the block's
+    keys, [2, kv_heads, head_dim]: their largest elements, then their smallest; in bf16 beside codes.
 
     Args:
-        spec: the model's cache, without summaries and copies.
+        spec: the model's cache, without copies.
     """
 
     def __init__(self, spec: CacheSpec, kv_dtype: str, num_blocks: int, device: torch.device) -> None:
@@ -126,6 +129,15 @@ class CudaStore(DeviceBlocks):
         begin = self.offsets[layer] + count * (2 * head_dim + value * _SCALE_BYTES)
         return self.data[:, begin : begin + count * _SCALE_BYTES].view(torch.float32).view(-1, kv_heads, BLOCK_TOKENS)
 
+    def _summaries_of(self, layer: int) -> torch.Tensor:
+        """A view of the summaries of a layer's keys, [blocks, 2, kv_heads, head_dim]."""
+        kv_heads, head_dim = self.spec.heads_of(layer)
+        item = 2 if self._codes else 1
+        scales = 2 * kv_heads * BLOCK_TOKENS * _SCALE_BYTES if self._codes else 0
+        begin = self.offsets[layer] + BLOCK_TOKENS * self.spec.elements_of(layer) + scales
+        part = self.data[:, begin : begin + 2 * kv_heads * head_dim * item]
+        return (part.view(torch.bfloat16) if self._codes else part).view(-1, 2, kv_heads, head_dim)
+
     def _values(self, layer: int, value: bool, blocks: torch.Tensor) -> torch.Tensor:
         """The keys or values of a layer in these blocks, float32 [blocks, kv_heads, 32, head_dim]."""
         rows = self._part(layer, value)[blocks]
@@ -142,10 +154,14 @@ class CudaStore(DeviceBlocks):
                     rows.flatten(0, 1).flatten(1), angles, rows.shape[2], rotation.key.interleaved, rotation.key.offset
                 )
                 new = turned.view(rows.shape).transpose(1, 2)
+                stored = new.to(self.data.dtype).float()
                 if self._codes:
                     new, scales = quantized(new, self.kv_dtype)
                     yield self._scales_of(layer, False), scales
+                    stored = dequantized(new, scales, self.kv_dtype)
                 yield self._part(layer, False), new
+                if self.spec.summaries:
+                    yield self._summaries_of(layer), torch.stack((stored.amax(2), stored.amin(2)), 1)
 
     def read(self, layer: int, block_table: Int32, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         blocks = self._table(block_table, tokens)[: -(-tokens // BLOCK_TOKENS)]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...errors import BackendError
-from ...graph.ir import Graph, Node, RowsSpec
+from ...graph.ir import CacheSpec, Graph, Node, RowsSpec
 from ...quant.packed import PackedMatrix, PackedStack, PackedWeight
 from .layouts import LAYOUTS
 from .store import KV_DTYPES
@@ -24,8 +24,8 @@ _MISSING: Mapping[str, Mapping[str, Callable[[Any], object]]] = {
     "compress": {"offset": lambda value: value % 2 == 1},
 }  # fmt: skip
 OPS = (
-    "add", "add_features", "add_rms_norm", "attention", "cache_write", "clamp", "clamped_swiglu", "columns", "compress",
-    "compressed_attention", "concat", "delta_rule", "draft_out", "embedding", "encoder_attention", "entries_choose",
+    "add", "add_features", "add_rms_norm", "attention", "block_choose", "cache_write", "clamp", "clamped_swiglu", "columns",
+    "compress", "compressed_attention", "concat", "delta_rule", "draft_out", "embedding", "encoder_attention", "entries_choose",
     "experts_down", "experts_gate_up", "gate_up", "geglu", "gelu", "gelu_erf", "grid_keys", "grid_queries", "grouped_linear",
     "hash_router", "head_norm", "hidden_out", "index_choose", "index_write", "latent", "latent_write", "layer_norm", "linear",
     "lm_head", "lookup", "lora_down", "lora_up", "mla_attention", "multiply", "position_scale", "relu", "rms_norm", "rope",
@@ -59,8 +59,10 @@ def check_graph_ops(graph: Graph, kv_dtype: str | None = None) -> None:
 def check_cache(graph: Graph, kv_dtype: str | None = None) -> None:
     """Raises BackendError if the graph's cache has parts that the kernels do not read, or is of another type."""
     cache = graph.cache
-    if cache.summaries or cache.newest:
-        raise refuse("a cache with summaries of blocks or copies of the newest tokens", graph.family)
+    if cache.newest:
+        raise refuse("a cache with copies of the newest tokens", graph.family)
+    if cache.summaries and not isinstance(cache, CacheSpec):
+        raise refuse("a choice among blocks of latents (attention_optimization='sparse' without an indexer)", graph.family)
     known = ROW_DTYPES if isinstance(cache, RowsSpec) else tuple(KV_DTYPES)
     if kv_dtype is not None and kv_dtype not in known:
         raise BackendError(
@@ -71,8 +73,6 @@ def check_cache(graph: Graph, kv_dtype: str | None = None) -> None:
 
 def _missing(node: Node) -> str | None:
     """What the kernels of a node's op do not have."""
-    if node.op == "attention" and len(node.inputs) > 1:
-        return "op 'attention' with chosen blocks"
     if node.op == "mla_attention" and len(node.inputs) > 1 and node.attrs.get("window", 0):
         return "op 'mla_attention' with a window over chosen tokens"
     for name, missing in _MISSING.get(node.op, {}).items():

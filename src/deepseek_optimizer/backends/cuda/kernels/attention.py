@@ -21,6 +21,7 @@ from .codes import kind_of, numbers_of
 from .gates import tanh
 from .paged import (
     blocks_to_read,
+    chosen_tokens,
     chunk_memory,
     finish_tile,
     launch_merge,
@@ -39,11 +40,11 @@ _FIELDS = tl.constexpr(TILE_FIELDS)
 
 @triton.jit
 def attend_tile(
-    q, cache, row_values, block_tables, tiles, ends, learned, out, partial, stats, block_elements, layer_offset, most_blocks,
-    chunk_blocks, scale, softcap, window, sinks, CHUNKS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    q, cache, row_values, chosen, block_tables, tiles, ends, learned, out, partial, stats, block_elements, layer_offset,
+    most_blocks, chunk_blocks, scale, softcap, window, sinks, CHUNKS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     GROUP_ROWS: tl.constexpr, HEAD: tl.constexpr, HEAD_BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr, TOKENS: tl.constexpr,
     NARROW: tl.constexpr, SINKS: tl.constexpr, KIND: tl.constexpr, CHUNKED: tl.constexpr, CAUSAL: tl.constexpr,
-    CAPPED: tl.constexpr, IN_STEP: tl.constexpr,
+    CAPPED: tl.constexpr, IN_STEP: tl.constexpr, CHOSEN: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(scale q K^T) V of a tile and a key head. Grid (tiles, KV_HEADS, CHUNKS).
 
@@ -53,6 +54,8 @@ def attend_tile(
         row_values: read if IN_STEP: the step has all tokens of each sequence, there is no cache, and `cache` and `row_values`
             are the keys and values of its rows, float32 [T, KV_HEADS * HEAD]. Then rows see up to `window` tokens to either
             side, all if it is 0.
+        chosen: float32 [T, KV_HEADS, CHOSEN], the blocks of the sequence that each row attends to, -1 after the last; read if
+            CHOSEN > 0. Tiles have one row then.
         block_tables: int32 [S, most_blocks].
         tiles: see `division.Tiles`. ends: int32 [T], in tokens of the sequence.
         partial, stats: float32 [tiles, KV_HEADS, GROUP, CHUNKS, HEAD] and [.., 2], written instead of `out` if CHUNKS > 1, for
@@ -87,6 +90,9 @@ def attend_tile(
     if IN_STEP:
         blocks, first_block, last_end = rows_to_read(first_token, count, last_end, window)
         sink_blocks = 0
+    elif CHOSEN > 0:
+        blocks = tl.minimum(CHOSEN, (last_end + 31) // 32)
+        own = chosen + (first_row.to(tl.int64) * KV_HEADS + kv_head) * CHOSEN
     else:
         blocks, sink_blocks, first_block = blocks_to_read(first_token, last_end, window, sinks, CHUNKED)
     begin = chunk * chunk_blocks
@@ -103,7 +109,10 @@ def attend_tile(
             stored = key < last_end
             place = ((first_row - first_token + key).to(tl.int64) * KV_HEADS + kv_head) * HEAD
         else:
-            key, page, stored = tokens_to_read(t, stop, sink_blocks, first_block, last_end, pages)
+            if CHOSEN > 0:
+                key, page, stored = chosen_tokens(t, stop, own, last_end, pages)
+            else:
+                key, page, stored = tokens_to_read(t, stop, sink_blocks, first_block, last_end, pages)
             place = page * block_elements + layer_offset + (kv_head * 32 + t % 32) * HEAD
         k = tl.load(cache + place[None, :] + d[:, None], mask=stored[None, :] & (d < HEAD)[:, None], other=0)
         scores = tl.zeros([BLOCK_Q * GROUP_ROWS, TOKENS], tl.float32)
@@ -150,21 +159,24 @@ def attention(
     learned: torch.Tensor | None = None,
     chunked: bool = False,
     causal: bool = False,
+    chosen: torch.Tensor | None = None,
 ) -> None:
     """See `attend_tile`. Rows of other tiles are not written."""
     count, head, group = len(tiles.fields), q.shape[1] // heads, heads // kv_heads
-    chunks, blocks = tiles.division.chunks(tiles.planned, tiles.blocks, kv_heads), block_tables.shape[1]
+    most = 0 if chosen is None else chosen.shape[1] // kv_heads
+    read, blocks = min(tiles.blocks, most) if most else tiles.blocks, block_tables.shape[1]
+    chunks = tiles.division.chunks(tiles.planned, read, kv_heads)
     group_rows, narrow = triton.next_power_of_2(group), cache.dtype != torch.float32
     block_q = max(tiles.block_q, triton.cdiv(16, group_rows))
     head_block = max(16, triton.next_power_of_2(head))
     tokens, warps = _sizes(block_q * group_rows, head_block, narrow)
     partial, stats = chunk_memory(tiles, heads, chunks, head, out)
     attend_tile[(count, kv_heads, chunks)](
-        q, cache, cache, block_tables, tiles.fields, ends, q if learned is None else learned, out, partial, stats,
-        cache.stride(0), layer_offset, blocks, triton.cdiv(tiles.blocks, chunks) if chunks > 1 else blocks, scale,
+        q, cache, cache, q if chosen is None else chosen, block_tables, tiles.fields, ends, q if learned is None else learned,
+        out, partial, stats, cache.stride(0), layer_offset, blocks, triton.cdiv(read, chunks) if chunks > 1 else blocks, scale,
         float(softcap), window, sinks, CHUNKS=chunks, KV_HEADS=kv_heads, GROUP=group, GROUP_ROWS=group_rows, HEAD=head,
         HEAD_BLOCK=head_block, BLOCK_Q=block_q, TOKENS=tokens, NARROW=narrow, SINKS=learned is not None, KIND=kind_of(cache),
-        CHUNKED=chunked, CAUSAL=causal, CAPPED=softcap > 0, IN_STEP=False, num_warps=warps, num_stages=2,
+        CHUNKED=chunked, CAUSAL=causal, CAPPED=softcap > 0, IN_STEP=False, CHOSEN=most, num_warps=warps, num_stages=2,
     )  # fmt: skip
     if chunks > 1:
         launch_merge(partial, stats, tiles, out, learned)
@@ -192,13 +204,13 @@ def step_attention(
     """
     count, head, group = len(tiles.fields), q.shape[1] // heads, heads // kv_heads
     group_rows, head_block = triton.next_power_of_2(group), max(16, triton.next_power_of_2(head))
-    tokens = 64 if narrow and head_block <= 64 else 16 if head_block > 128 and not narrow else 32  # operands are in registers
+    tokens = 64 if narrow and head_block <= 64 else 16 if head_block > 128 else 32  # operands are in registers
     attend_tile[(count, kv_heads, 1)](
-        q, k, v, tiles.fields, tiles.fields, ends, q, out, out, out, 0, 0, 0, 1 << 26, scale, 0.0, window, 0, CHUNKS=1,
+        q, k, v, q, tiles.fields, tiles.fields, ends, q, out, out, out, 0, 0, 0, 1 << 26, scale, 0.0, window, 0, CHUNKS=1,
         KV_HEADS=kv_heads, GROUP=group, GROUP_ROWS=group_rows, HEAD=head, HEAD_BLOCK=head_block,
-        BLOCK_Q=max(tiles.block_q, triton.cdiv(16, group_rows)), TOKENS=tokens,
-        NARROW=narrow, SINKS=False, KIND="", CHUNKED=False, CAUSAL=False, CAPPED=False, IN_STEP=True,
-        num_warps=8 if head_block > 128 or not narrow else 4, num_stages=2,
+        BLOCK_Q=max(tiles.block_q, triton.cdiv(16, group_rows)), TOKENS=tokens, NARROW=narrow, SINKS=False, KIND="",
+        CHUNKED=False, CAUSAL=False, CAPPED=False, IN_STEP=True, CHOSEN=0,
+        num_warps=8 if head_block > 64 or not narrow else 4, num_stages=2,
     )  # fmt: skip
 
 

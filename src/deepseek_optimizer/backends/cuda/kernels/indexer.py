@@ -73,7 +73,7 @@ def choose_best(scores, ends, chosen, most_keys, EVERY: tl.constexpr, TOP_K: tl.
     end, own, target = tl.load(ends + row) // EVERY, scores + row * most_keys, chosen + row * TOP_K
     smallest = tl.full([], 0, tl.int64)  # the largest number that TOP_K scores reach
     step = tl.full([], 4294967296, tl.int64)
-    for _ in range(33):
+    for _ in range(0, tl.where(end > TOP_K, 33, 0)):  # otherwise all are chosen
         reached = tl.zeros([BLOCK], tl.int32)
         for first in range(0, end, BLOCK):
             reached += (ordered_bits(own, first + i, end) >= smallest + step).to(tl.int32)

@@ -52,6 +52,20 @@ def tokens_to_read(t, stop, sink_blocks, first_block, last_end, block_tables):
 
 
 @triton.jit
+def chosen_tokens(t, stop, chosen, last_end, block_tables):
+    """As `tokens_to_read`, of the blocks that a row has chosen.
+
+    Args:
+        chosen: float32, numbers of blocks in the sequence, -1: none.
+    """
+    number = t // 32
+    block = tl.load(chosen + number, mask=number < stop, other=-1.0).to(tl.int32)
+    key = block * 32 + t % 32
+    stored = (block >= 0) & (key < last_end)
+    return key, tl.load(block_tables + block, mask=stored, other=0).to(tl.int64), stored
+
+
+@triton.jit
 def rows_to_read(first_token, count, last_end, window):
     """Where all tokens of a sequence are rows of the step: the number of blocks of 32 tokens that a tile of `count` rows reads,
     the first of them, and one past the last token, for windows to both sides."""
