@@ -21,7 +21,7 @@ from ..base import DEFAULTS, Backend, CompileOptions, KvStore, Plan, StepBatch, 
 from ..decode_one import decode_one
 from ..decoding import DecodeCall, Decoded, DraftedCall, DraftedRounds
 from ..drafted_round import drafted_round
-from ..reference.checks import check_batch
+from ..reference.checks import StepNeeds, check_step
 from ..reference.device_choice import choose_on_device, greedy_tokens
 from ..sampling import TokenChoice, choose_tokens
 from .adapter_ops import ADAPTER_OPS
@@ -30,6 +30,7 @@ from .bind import weights_on_device
 from .buckets import MOST_ROWS, may_be_captured
 from .captured import CapturedSteps, Pieces, Results, launched
 from .compressed_ops import COMPRESSED_OPS
+from .decoding_step import DecodingSteps, decodes
 from .device import Device
 from .division import DEFAULT, HEAD_ROWS, LATENT_ROWS, Division, query_rows
 from .expert_ops import EXPERT_OPS
@@ -94,7 +95,7 @@ class CudaPlan:
         self._weights = weights_on_device(graph, weights, self.device, division, coded)
         self.division = division
         self._formats = {name: weight.format for name in graph.weights() if isinstance(weight := weights[name], PackedWeight)}
-        self._spans = group_spans(graph)
+        self._spans, self._needs = group_spans(graph), StepNeeds.of(graph)
         self._only_hidden = hidden_only(graph)
         self._only_earlier = hidden_only(graph, wanted=(graph.hidden_states - 1,))
         planned = assign_slots(graph)
@@ -107,6 +108,9 @@ class CudaPlan:
         in_grids = any(node.op in IN_GRIDS for node in graph.nodes)
         self._axes = in_grids or any(spec.axes for spec in ropes(graph))
         self._staging = device.staging(0)
+        # Whether steps have further integers than those of every graph.
+        self._varied = bool(self._dynamic or self._axes or graph.states)
+        self._decoding = DecodingSteps(len(self._spans), self._block_q)
         self.captured = CapturedSteps(device) if captured and device.captures else None
         self._captured_logits = self._empty(0, graph.logits_width)
         self._greedy = device.staging(MOST_ROWS)  # the likeliest tokens of the last captured step, on the host
@@ -117,7 +121,7 @@ class CudaPlan:
     def run(self, batch: StepBatch, store: KvStore | None) -> StepOutput:
         """Runs one step over a store of this backend."""
         blocks, slots = (0, 0) if store is None else (store.num_blocks, store.num_states)
-        check_batch(batch, self.graph, blocks, self._spans, slots)
+        check_step(batch, self._needs, blocks, self._spans, slots)
         wanted = store_class(self.graph.cache)
         if store is not None and not isinstance(store, wanted):
             raise BackendError(f"store: the plan needs a {wanted.__name__} of its backend, got a {type(store).__name__}")
@@ -197,10 +201,12 @@ class CudaPlan:
         return _output(batch, logits, last, None, drafts)
 
     def _integers(self, batch: StepBatch, scratch: int | None) -> StepIntegers:
+        slots = batch.adapters.slots if self._adapters_of(batch) is not None and batch.adapters is not None else 0
+        if scratch is not None and not slots and not self._varied and decodes(batch):
+            return self._decoding.of(batch, scratch)
         if self._both_sides:  # each row sees all tokens of its sequence
             batch = replace(batch, visible_to=np.repeat(batch.query_len, batch.query_len))
         states = bool(self.graph.states)
-        slots = batch.adapters.slots if self._adapters_of(batch) is not None and batch.adapters is not None else 0
         return StepIntegers.of(batch, len(self._spans), self._block_q, self._dynamic, scratch, states, self._axes, slots)
 
     def _upload(self, integers: StepIntegers, memory: torch.Tensor) -> None:

@@ -156,7 +156,12 @@ class StepIntegers:
     @property
     def size(self) -> int:
         """Integers of all arrays, each of which is aligned."""
-        return sum(_aligned(array.size) for array in self.arrays)
+        return sum(self.sizes)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Integers of each array, with those up to the next one."""
+        return tuple(_aligned(array.size) for array in self.arrays)
 
     def write(self, memory: Integers) -> None:
         """Copies the arrays to int32 [size]."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+from dataclasses import dataclass
+
 import numpy as np
 
 from ...errors import BackendError
@@ -11,20 +14,68 @@ from ...graph.ops.grids import IN_GRIDS
 from ..base import BLOCK_TOKENS, DECODE, PREFILL, StepBatch
 
 
+@dataclass(frozen=True)
+class StepNeeds:
+    """What steps of a graph must have: facts about its nodes, which are looked at once and not in every step.
+
+    Attributes:
+        graph: the graph.
+        states: width of `StepBatch.states`; None: there are none.
+        looks_up, has_head: as of the graph.
+        features: of `StepBatch.features`, with elements of `hidden_size`.
+        whole: whether attention is to all tokens of a sequence.
+        axes: whether `StepBatch.axes` is needed.
+        grids: (rows, columns) that positions on axes must lie in.
+        plain: whether attention is to all keys that a row may see.
+    """
+
+    graph: Graph
+    states: int | None
+    looks_up: bool
+    has_head: bool
+    features: int
+    whole: bool
+    axes: bool
+    grids: tuple[tuple[int, int], ...]
+    plain: bool
+
+    @classmethod
+    def of(cls, graph: Graph) -> StepNeeds:
+        nodes = graph.nodes
+        return cls(
+            graph,
+            graph.draft_width if any(n.op == "state_in" for n in nodes) else None,
+            graph.looks_up,
+            graph.has_head,
+            graph.features,
+            any(n.op == "encoder_attention" for n in nodes),
+            any(n.op in IN_GRIDS for n in nodes),
+            tuple((n.attrs["grid_rows"], n.attrs["grid_cols"]) for n in nodes if "grid_rows" in n.attrs),
+            isinstance(graph.cache, CacheSpec) and not any(n.op == "attention" and len(n.inputs) > 1 for n in nodes),
+        )
+
+
 def check_batch(
     batch: StepBatch, graph: Graph, num_blocks: int, spans: tuple[Span, ...] = (None,), num_states: int = 0
+) -> None:
+    """`check_step` of a graph."""
+    check_step(batch, StepNeeds.of(graph), num_blocks, spans, num_states)
+
+
+def check_step(
+    batch: StepBatch, needs: StepNeeds, num_blocks: int, spans: tuple[Span, ...] = (None,), num_states: int = 0
 ) -> None:
     """Raises BackendError, naming the field, if a batch is inconsistent with itself, the graph or the cache.
 
     Args:
         batch: the step.
-        graph: the plan's graph.
+        needs: of the plan's graph.
         num_blocks: size of the cache.
         spans: window and sinks of each group of layers (`graph.cache_groups.group_spans`): blocks that no row sees may be
             missing.
         num_states: number of slots for recurrent states.
     """
-    tokens, sequences = len(batch.positions), len(batch.query_len)
+    tokens, sequences, graph = len(batch.positions), len(batch.query_len), needs.graph
     _require(tokens > 0 and sequences > 0, "query_len", "a step needs at least one token")
     for name in ("context_len", "phase"):
         _require(len(getattr(batch, name)) == sequences, name, f"must have one entry for each of {sequences} sequences")
@@ -34,34 +85,35 @@ def check_batch(
     _require((batch.context_len >= 0).all(), "context_len", "must not be negative")
     if batch.reach is not None:
         _require(len(batch.reach) == sequences and (batch.reach > 0).all(), "reach", f"must be {sequences} positive values")
-    phases = set(batch.phase.tolist())
-    _require(phases <= {DECODE, PREFILL} and (np.diff(batch.phase) >= 0).all(), "phase", "must be decode first, then prefill")
-    _check_inputs(batch, graph, tokens)
+    phases = batch.phase.tolist()
+    _require(set(phases) <= {DECODE, PREFILL} and phases == sorted(phases), "phase", "must be decode first, then prefill")
+    _check_inputs(batch, needs, tokens)
     if graph.cache.elements_per_token:
         _check_blocks(batch, num_blocks, spans)
-    if any(n.op == "encoder_attention" for n in graph.nodes):
+    if needs.whole:
         _require(not batch.context_len.any(), "context_len", "must be 0: this graph has bidirectional attention")
     _check_states(batch, graph, num_states)
     _check_adapters(batch, graph)
-    _check_pictures(batch, graph, tokens)
-    rows = batch.logit_rows
-    inside = not len(rows) or (rows[0] >= 0 and rows[-1] < tokens)
-    _require(inside and (np.diff(rows) > 0).all(), "logit_rows", f"must ascend within [0, {tokens})")
-    _require(not len(rows) or graph.has_head, "logit_rows", "must be empty: this graph has no head")
+    _check_pictures(batch, needs, tokens)
+    rows = batch.logit_rows.tolist()
+    inside = not rows or (rows[0] >= 0 and rows[-1] < tokens)
+    ascending = all(map(operator.lt, rows, rows[1:]))
+    _require(inside and ascending, "logit_rows", f"must ascend within [0, {tokens})")
+    _require(not rows or needs.has_head, "logit_rows", "must be empty: this graph has no head")
 
 
-def _check_inputs(batch: StepBatch, graph: Graph, tokens: int) -> None:
-    wanted = (tokens, graph.draft_width) if any(n.op == "state_in" for n in graph.nodes) else None
+def _check_inputs(batch: StepBatch, needs: StepNeeds, tokens: int) -> None:
+    wanted, graph = None if needs.states is None else (tokens, needs.states), needs.graph
     given = None if batch.states is None else tuple(batch.states.shape)
     _require(given == wanted, "states", f"must have shape {wanted}" if wanted else "must be None: this graph has no state_in")
     if batch.inputs_embeds is not None:
         wanted = (tokens, graph.hidden_size)
         _require(tuple(batch.inputs_embeds.shape) == wanted, "inputs_embeds", f"must have shape {wanted}")
-        if not graph.looks_up:
+        if not needs.looks_up:
             return
     ids = batch.token_ids
     _require(len(ids) == tokens, "token_ids", f"must have {tokens} entries")
-    _require(((ids >= 0) & (ids < graph.vocab_size)).all(), "token_ids", f"must lie in [0, {graph.vocab_size})")
+    _require(0 <= int(ids.min()) and int(ids.max()) < graph.vocab_size, "token_ids", f"must lie in [0, {graph.vocab_size})")
 
 
 def _check_blocks(batch: StepBatch, num_blocks: int, spans: tuple[Span, ...]) -> None:
@@ -113,22 +165,20 @@ def _check_adapters(batch: StepBatch, graph: Graph) -> None:
     _require(((batch.adapter_of >= -1) & (batch.adapter_of < slots)).all(), "adapter_of", f"must lie in [-1, {slots})")
 
 
-def _check_pictures(batch: StepBatch, graph: Graph, tokens: int) -> None:
+def _check_pictures(batch: StepBatch, needs: StepNeeds, tokens: int) -> None:
     if batch.axes is not None:
         _require(batch.axes.shape == (tokens, 3), "axes", f"must have shape {(tokens, 3)}")
-    _require(batch.axes is not None or not any(n.op in IN_GRIDS for n in graph.nodes), "axes", "is missing")
-    for node in graph.nodes:
-        if batch.axes is not None and "grid_rows" in node.attrs:
-            size = np.array([node.attrs["grid_rows"], node.attrs["grid_cols"]])
-            inside = (batch.axes[:, 1:] >= 0) & (batch.axes[:, 1:] < size)
-            _require(inside.all(), "axes", f"must lie in a grid of {size[0]} x {size[1]}")
+    _require(batch.axes is not None or not needs.axes, "axes", "is missing")
+    for size in needs.grids if batch.axes is not None else ():
+        assert batch.axes is not None
+        inside = (batch.axes[:, 1:] >= 0) & (batch.axes[:, 1:] < np.array(size))
+        _require(inside.all(), "axes", f"must lie in a grid of {size[0]} x {size[1]}")
     if batch.features is not None:
-        wanted = (graph.features, tokens, graph.hidden_size)
+        wanted = (needs.features, tokens, needs.graph.hidden_size)
         _require(tuple(batch.features.shape) == wanted, "features", f"must have shape {wanted}")
     if (ends := batch.visible_to) is None:
         return
-    plain = isinstance(graph.cache, CacheSpec) and not any(n.op == "attention" and len(n.inputs) > 1 for n in graph.nodes)
-    _require(plain, "visible_to", "must be None: this graph attends to latents or to chosen blocks")
+    _require(needs.plain, "visible_to", "must be None: this graph attends to latents or to chosen blocks")
     _require(ends.shape == (tokens,), "visible_to", f"must have {tokens} entries")
     first = 0
     for context, count in zip(batch.context_len, batch.query_len, strict=True):
