@@ -172,7 +172,7 @@ def test_the_list_is_complete():
     assert not [each for each in options if len(listed[each[0]][each[1]]) < 2]
     formats = {str(layout) for layout in LAYOUTS.values()}
     for kernel in ("vector_product", "tile_product", "pair_vector_product", "pair_tile_product", "embedding_rows"):
-        assert formats == set(listed[kernel]["LAYOUT"]), kernel
+        assert formats <= set(listed[kernel]["LAYOUT"]), kernel
 
 
 # Each takes ten minutes and more of a processor.
