@@ -22,6 +22,13 @@ SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # of a program, at most
 OTHERS = ("q4_1", "fp8", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "iq4_nl", "q5_0", "q5_1", "mxfp4", "int3")  # formats
 MORE = ("int4", "mxfp4")  # of grouped products
 CODES = ("int8", "fp8")  # of caches
+IN_FP8 = {  # on cards of 8.9 and later
+    "rows in FP8": ("tile", 224, 32 << 10),
+    "rows in FP8, 16 of them": ("tile", 144, 16 << 10),
+    "rows in FP8, gated": ("tile", 176, 24 << 10),
+    "rows in FP8, experts": ("pair_tile", 176, 24 << 10),
+    "rows in FP8, experts, down": ("pair_tile", 224, 32 << 10),
+}
 # By launch and kernel: registers of a thread and bytes of shared memory, at most, on every card. Kernels that are not listed
 # are small. Products of large tiles and attention of prompts take all 255 registers.
 LIMITS = {
@@ -108,10 +115,11 @@ LIMITS = {
     **{f"adapters in {name}: {kernel}_rows": (128, 48 << 10) for name in ("fp32", "bf16") for kernel in ("shrink", "expand")},
     **{f"adapters in fp32, rank 64: {kernel}_rows": (168, 64 << 10) for kernel in ("shrink", "expand")},
     "queries in a grid: extend_queries": (80, 32 << 10),
+    **{f"{name}: {kernel}_product": limits for name, (kernel, *limits) in IN_FP8.items()},
     "attention of whole prompts: attend_tile": (255, 96 << 10),
     "attention of gpt-oss, prefill: attend_tile": (160, 64 << 10),
     "attention of gpt-oss, decoding: attend_tile": (128, 24 << 10),
-    "attention of Gemma 3, prefill: attend_tile": (208, 176 << 10),
+    "attention of Gemma 3, prefill: attend_tile": (255, 176 << 10),
     "attention of Gemma 3, decoding: attend_tile": (176, 96 << 10),
     "attention of Gemma 4, prefill: attend_tile": (255, 112 << 10),
     **{f"attention of Gemma 4, decoding{what}: attend_tile": (176, 64 << 10) for what in ("", " in int8", " in fp8")},
@@ -178,14 +186,15 @@ def test_the_list_is_complete():
     assert not [each for each in options if len(listed[each[0]][each[1]]) < 2]
     formats = {str(layout) for layout in LAYOUTS.values()}
     for kernel in ("vector_product", "tile_product", "pair_vector_product", "pair_tile_product", "embedding_rows"):
-        assert formats == set(listed[kernel]["LAYOUT"]), kernel
+        assert formats <= set(listed[kernel]["LAYOUT"]), kernel
 
 
 # Each takes ten minutes and more of a processor.
 @pytest.mark.parametrize("capability", [pytest.param(card, marks=pytest.mark.slow) for card in CARDS])
 def test_what_kernels_take(capability):
     found = kernels(str(capability))
-    assert LIMITS.keys() <= found.keys() and len(found) > len(LIMITS)
+    in_fp8 = {name for name in LIMITS if name.startswith("rows in FP8")}
+    assert LIMITS.keys() - (in_fp8 if capability < 89 else set()) <= found.keys() and len(found) > len(LIMITS)
     over = []
     for name, uses in found.items():
         registers, shared = LIMITS.get(name, SMALL)
