@@ -1,4 +1,4 @@
-# make test | test-all | test-interop | test-peers | test-conformance | demo | docs | lint | bench | bench-train | bench-commits | bench-serving | soak | quality | test-lowest | test-native | test-native-tsan | test-arm | test-arm-short | test-amx | bench-amx | test-cuda-interpreter | test-gpu | bench-gpu | native | fuzz | wheel | page-assets | clean: each works alone, from a fresh clone.
+# make test | test-all | test-interop | test-peers | test-conformance | demo | docs | lint | bench | bench-train | bench-commits | bench-serving | soak | quality | test-lowest | test-native | test-native-tsan | test-arm | test-arm-short | test-arm-wheel | test-amx | bench-amx | test-cuda-interpreter | test-gpu | bench-gpu | native | fuzz | wheel | page-assets | clean: each works alone, from a fresh clone.
 # Everything goes into .venv* and build/. PYTHON is the interpreter with which .venv is created.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:

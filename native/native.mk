@@ -4,6 +4,7 @@
 #               has the variants that this processor can run, if that is AVX2 only: the others would be compiled for nothing.
 # test-arm:     cross-builds for ARM64 and runs the native tests under qemu-user, on five CPU models (ARM_MODELS: on some). Needs
 #               Debian's g++-aarch64-linux-gnu and qemu-user. test-arm-short: the part of it that CI runs.
+# test-arm-wheel: cross-builds the wheel for ARM64, and installs and runs it under qemu-user. Needs debootstrap, too.
 # test-amx:     builds the kernels for AMX and runs the native tests that reach them: on this processor's tiles, else on emulated ones,
 #               which need AVX-512 with VNNI and BF16; an error that names what is missing where neither runs.
 # bench-amx:    measures them against vectors, and from how many tokens on they are faster: benchmarks/results/amx-CPU.json.
@@ -13,7 +14,7 @@
 CMAKE ?= $(or $(shell command -v cmake),$(BIN)/cmake)
 NATIVE_JOBS ?= $(shell nproc)
 
-.PHONY: native test-native test-native-tsan test-native-long test-arm test-arm-short test-amx bench-amx test-windows test-macos
+.PHONY: native test-native test-native-tsan test-native-long test-arm test-arm-short test-arm-wheel test-amx bench-amx test-windows test-macos
 
 $(BIN)/cmake: $(VENV)/.created
 	$(BIN)/python -m pip install --quiet cmake ninja
@@ -76,6 +77,20 @@ test-arm-short: arm-tools $(filter $(BIN)/cmake,$(CMAKE))
 	$(CMAKE) -S . -B build/native-arm-short $(ARM) -DDSO_OPTIMIZE=-O1 -DDSO_COMPILER_CACHE=OFF
 	$(CMAKE) --build build/native-arm-short -j $(NATIVE_JOBS) --target $(ARM_SHORT)
 	python3 native/tests/run_arm.py build/native-arm-short --short $(ARM_MODELS)
+
+# The wheel for ARM64, cross-built by the same backend, its own pip and an answer of SmolLM2 in the emulator. ARM_MODEL: SmolLM2.
+ARM_WHEELS := build/wheels-arm
+ARM_MODEL ?= $$($(BIN)/python -c 'from deepseek_optimizer.bench import smollm2; print(smollm2.fetch())')
+$(ARM_WHEELS)/.built: $(VENV)/.created $(SOURCES)
+	@command -v aarch64-linux-gnu-g++ >/dev/null || { echo "the wheel for ARM64 needs g++-aarch64-linux-gnu"; exit 1; }
+	rm -rf $(ARM_WHEELS) && mkdir -p $(ARM_WHEELS)
+	_PYTHON_HOST_PLATFORM=linux-aarch64 CMAKE_TOOLCHAIN_FILE=$(abspath build_tools/cmake/aarch64-linux-gnu.cmake) DSO_REQUIRE_NATIVE=1 \
+	  $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir $(ARM_WHEELS) .
+	touch $@
+
+test-arm-wheel: env $(ARM_WHEELS)/.built
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/python build_tools/check_arm_wheel.py $(ARM_WHEELS)/*.whl --cpu neoverse-n1 --model $(ARM_MODEL)
 
 WINDOWS_TESTS ?= .
 WINE := WINEDEBUG=-all WINEPREFIX=$(abspath build/wine)
