@@ -35,7 +35,7 @@ def trainer(
     """A trainer of Ray whose `fit()` runs `dso train` in several processes, on the machines of a cluster.
 
     Each worker is a process of the group that torchrun would start, with DDP, or FSDP2 with `fsdp` in the arguments. What the
-    trainer logs is reported to Ray; the result's metrics are the fields of `train.job.RunSummary`. Checkpoints and the model
+    trainer logs is reported to Ray; `return_value` of the result has the fields of `RunSummary`. Checkpoints and the model
     are written to `output` of the configuration, which all workers must find, as the model and the data: on a shared disk.
 
     Args:
@@ -71,8 +71,8 @@ def trainer(
     )
 
 
-def train_worker(settings: Mapping[str, Any]) -> None:
-    """The run of a worker.
+def train_worker(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The run of a worker. Returns the fields of `train.job.RunSummary`.
 
     Args:
         settings: `settings`, the fields of `TrainConfig`, and `cpus`, the number of threads.
@@ -80,8 +80,7 @@ def train_worker(settings: Mapping[str, Any]) -> None:
     os.environ.setdefault("DSO_THREADS", str(settings["cpus"]))
     # workers that Ray starts again find the checkpoints of those before, and go on; others have been refused by `trainer`
     job = TrainingJob(make_config(settings["settings"]), resume=True)
-    summary = job.run([_Report()])
-    ray.train.report(summary.to_dict())
+    return job.run([_Report()]).to_dict()
 
 
 class _Report(TrainerCallback):
