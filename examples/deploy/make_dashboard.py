@@ -93,6 +93,11 @@ PANELS = {
         ),
         Panel("Sleep", "short", {"{{sleep_state}}": f"max by (sleep_state) (vllm:engine_sleep_state{_MODEL})"}),
         Panel("Time of a step", "s", {"mean": _share("dso:step_seconds_total", "dso:steps_total")}),
+        Panel("Periods of the learned policy", "ops", {"{{limits}}": _rate("dso:policy_decisions_total", by="limits")}),
+        Panel(
+            "Estimates of the learned policy", "s",
+            {"regret": f"max(dso:policy_regret_seconds{_MODEL})", "credit": f"max(dso:policy_credit_seconds{_MODEL})"},
+        ),
         Panel("Largest batch", "short", {"sequences": f"max(dso:batch_size{_MODEL})"}),
         Panel("Rows of logits copied from a device", "short", {"rows": _rate("dso:copied_logit_rows_total")}),
         Panel(

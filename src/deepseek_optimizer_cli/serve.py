@@ -72,6 +72,7 @@ def serve(
     draft_model: o.DraftModel = None,
     draft_precision: o.DraftPrecision = None,
     batch_invariant: so.BatchInvariant = False,
+    policy: so.Policy = "fixed",
     request_timeout: so.RequestTimeout = 600.0,
     drain_seconds: so.DrainSeconds = 30.0,
     max_body_bytes: so.MaxBodyBytes = None,
@@ -131,6 +132,8 @@ def serve(
     )
     if log_format not in ("text", "json"):
         raise ConfigError(f"--log-format must be text or json, got {log_format!r}")
+    if policy not in ("fixed", "latency", "throughput"):
+        raise ConfigError(f"--policy must be fixed, latency or throughput, got {policy!r}")
     if pooling is not None and pooling not in POOLING_MODES:
         raise ConfigError(f"--pooling must be one of {', '.join(POOLING_MODES)}, got {pooling!r}")
     drafting = (draft_model, draft_precision)
@@ -198,6 +201,7 @@ def serve(
         "prefix_cache_dir": prefix_cache_dir,
         "prefix_cache_bytes": prefix_cache_bytes,
         **({} if drafts and "profile" in fields else {"drafts": drafts}),
+        "policy": policy,
         "cache_window": cache_window,
         "adapters": adapters,
         "max_loras": max_loras or max(len(adapters), 16 if allow_lora_loading else 0),

@@ -201,6 +201,16 @@ BatchInvariant = Annotated[
         **_REQUESTS,
     ),
 ]
+Policy = Annotated[
+    str,
+    typer.Option(
+        "--policy",
+        metavar="POLICY",
+        help="How steps are filled: fixed; or latency or throughput: what is best for that is learned while serving. Streams "
+        "may then pause longer while prompts are processed.",
+        **_REQUESTS,
+    ),
+]
 RequestTimeout = Annotated[
     float,
     typer.Option(

@@ -127,7 +127,8 @@ def test_the_ray_service_has_valid_arguments():
 @pytest.fixture(scope="module")
 def scraped(tiny_model) -> str:
     """The metrics of a real server after a request."""
-    engine = make_async_engine(load_model(tiny_model, kv_cache_memory=1 << 22), load_tokenizer(tiny_model), max_loras=2)
+    model, tokenizer = load_model(tiny_model, kv_cache_memory=1 << 22), load_tokenizer(tiny_model)
+    engine = make_async_engine(model, tokenizer, max_loras=2, policy="latency")
     with LiveServer(engine) as live:
         assert live.client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
         return live.client.get("/metrics").text

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from deepseek_optimizer.engine.options import EngineOptions
-from deepseek_optimizer.tune.simulation import TRACES, Machine, bursty, simulate
-from deepseek_optimizer.tune.traces import TraceRequest
+from deepseek_optimizer.tune.simulated_traces import bursty
+from deepseek_optimizer.tune.simulation import Machine, simulate
+from deepseek_optimizer.tune.traces import TraceRequest, agents
 
 MACHINE = Machine(step=0.01, row=0.001, prompt=0.0001, context=0.0, blocks=512)
 
@@ -34,13 +35,6 @@ def test_batches_answer_a_burst_sooner_than_one_after_the_other():
     assert many.latency_s < 0.5 * one.latency_s and many.tok_s > 2 * one.tok_s
 
 
-@pytest.mark.parametrize("name", ["bursty", "diurnal"])
-def test_traces(name):
-    trace = TRACES[name]()
-    assert trace == TRACES[name]() and len(trace) > 100
-    assert [request.at for request in trace] == sorted(request.at for request in trace)
-
-
 def test_the_same_twice():
-    trace = TRACES["agents"]()
+    trace = agents()
     assert simulate(trace, EngineOptions(stall=2.5), MACHINE) == simulate(trace, EngineOptions(stall=2.5), MACHINE)

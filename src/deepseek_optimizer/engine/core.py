@@ -33,6 +33,8 @@ from .sampling.request_sampler import NotANumberError, RequestSampler
 from .scheduling.batch_size import BatchSize
 from .scheduling.budget import PromptBudget
 from .scheduling.memory import Memory
+from .scheduling.policies import policy_of
+from .scheduling.policy import Load, Policy
 from .scheduling.scheduler import ScheduledChunk, Scheduler
 from .scheduling.sliding import Sliding
 from .scheduling.step_times import StepTimes
@@ -40,7 +42,7 @@ from .scheduling.store import Store
 from .sequence import Sequence
 from .speculative.base import Proposer
 from .speculative.drafting import Drafting
-from .step_rows import logit_rows, part_of, prompt_rows, token_choices, token_counts
+from .step_rows import logit_rows, part_of, progress_of, prompt_rows, token_choices, token_counts
 
 if TYPE_CHECKING:
     from .runner import Runner
@@ -65,6 +67,7 @@ class EngineCore:
         keep: objects to keep alive as long as the engine, such as the model.
         store: stores the prefix cache's blocks beyond this process; None: they end with it.
         adapters: the adapters that requests may use; None: the runner's plan supports none.
+        policy: chooses the limits of steps; None: the one that the options name.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class EngineCore:
         keep: Any = None,
         store: Store | None = None,
         adapters: Adapters | None = None,
+        policy: Policy | None = None,
     ) -> None:
         self.runner, self.memory, self.facts, self.options, self.tokenizer = runner, memory, facts, options, tokenizer
         self.clock, self._keep, self.adapters = clock, keep, adapters
@@ -107,6 +111,7 @@ class EngineCore:
             lost=self._reset_drafting,
             store=store,
         )
+        self.policy = policy or policy_of(options, self.times, max((most for _, most in proposers or ()), default=0))
         self.drafting = Drafting(proposers, self.times) if proposers else None
         self.metrics = EngineMetrics()
         self.unwatched = False  # True: nobody reads tokens before their text ends, so a step may run several decode steps
@@ -305,7 +310,10 @@ class EngineCore:
                     self.metrics.copied_rows += tokens.count(None)
         except (MemoryError, BackendError) as error:
             return outputs + self._fail([chunk.running for chunk in chunks], error)
+        before = [chunk.running.generated for chunk in chunks]
         outputs += self._advance(chunks, tokens, logits, last_hidden, states, drafted=call is None)
+        if self.policy.learns:
+            self.policy.stepped(ran - begun, progress_of(chunks, before, self._requests))
         for chunk in chunks:
             self.scheduler.forget(chunk.running)
         seconds = (ran - begun) / steps
@@ -315,8 +323,10 @@ class EngineCore:
         return outputs
 
     def _schedule(self) -> list[ScheduledChunk]:
+        limits = self.policy.limits(self._load() if self.policy.learns else None)
+        self.scheduler.limit(limits)
         running = [r for r in self.scheduler.running if r.decoding]
-        max_drafts = self.drafting.max_drafts(running) if self.drafting and running else {}
+        max_drafts = self.drafting.max_drafts(running, limits.drafts) if self.drafting and running else {}
         decoders = self.scheduler.decoders(max_drafts)
         if max_drafts and self.drafting:
             room = {s.running: max_drafts[s.running] for s in decoders if max_drafts.get(s.running)}
@@ -339,6 +349,12 @@ class EngineCore:
         # Stable; DECODE first, and the rows of each adapter together.
         chunks.sort(key=lambda s: (s.phase, s.running.sequence.adapter))
         return chunks
+
+    def _load(self) -> Load:
+        running, drafting = self.scheduler.running, self.drafting
+        tokens = sum(len(r.sequence.tokens) for r in running)
+        acceptance = drafting.acceptance if drafting else 0.0
+        return Load(len(self.scheduler.waiting), len(running), tokens / max(1, len(running)), acceptance)
 
     def _check_stalled(self) -> list[Output]:
         """Handles a step in which no request can run, as others use the cache: after _PATIENCE the first request fails."""

@@ -15,6 +15,9 @@ class EngineOptions:
         step_tokens: maximum number of tokens in a step, prompt tokens and others together.
         stall: maximum factor by which prompt tokens may prolong a step, which delays the streams of other requests. None: no
             limit; best for offline batches.
+        policy: "fixed": every step is filled within the other options; "latency" or "throughput": which limits are best for
+            that is learned while the engine runs. `batch_size_range` and `step_tokens` remain upper bounds, but `stall` may be
+            exceeded.
         target_itl: target inter-token latency in seconds, which limits the batch size; None: maximize tokens per second.
         prefix_cache: prompts with the same beginning (and the same salt) share cache blocks, including blocks of earlier
             answers.
@@ -39,6 +42,7 @@ class EngineOptions:
     batch_size_range: tuple[int, int] = (1, 32)
     step_tokens: int = 512
     stall: float | None = None
+    policy: str = "fixed"
     target_itl: float | None = None
     prefix_cache: bool = True
     prefix_cache_dir: str | None = None

@@ -17,6 +17,7 @@ from .adapters import Adapters
 from .core import EngineCore
 from .encoder_core import EncoderCore
 from .metrics import Histogram
+from .scheduling.learned_policy import LearnedPolicy
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
@@ -105,6 +106,8 @@ class EngineCollector(Collector):
             yield config
             if core.adapters is not None:
                 yield _adapters(core.adapters, engine.model_name)
+            if isinstance(core.policy, LearnedPolicy):
+                yield from _learned(core.policy, engine.model_name)
         for name, attribute, text in _COUNTERS:
             counter = CounterMetricFamily(name, text, labels=label)
             counter.add_metric(names, getattr(core.metrics, attribute))
@@ -154,6 +157,28 @@ def _adapters(adapters: Adapters, model_name: str) -> Metric:
     )
     family.add_metric([model_name, *labels.values()], time.time())
     return family
+
+
+def _learned(policy: LearnedPolicy, model_name: str) -> Iterator[Metric]:
+    """What the learned policy has decided, and what that has cost by its own estimates."""
+    label, names = ["model_name"], [model_name]
+    decisions = CounterMetricFamily(
+        "dso:policy_decisions", "Number of periods that limits of steps were in force.", labels=[*label, "limits"]
+    )
+    for limits, count in dict(policy.decisions).items():
+        decisions.add_metric([*names, str(limits)], count)
+    yield decisions
+    for name, value, text in (
+        ("dso:policy_regret_seconds", policy.regret, "Seconds lost by not having used the limits now believed to be best."),
+        (
+            "dso:policy_credit_seconds",
+            policy.credit.seconds,
+            "Seconds that trying limits other than the options may cost.",
+        ),
+    ):
+        family = GaugeMetricFamily(name, text, labels=label)
+        family.add_metric(names, value)
+        yield family
 
 
 def _buckets(histogram: Histogram) -> list[tuple[str, float]]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from ..backends.base import DECODE
 from ..backends.sampling import ChangedChoice, TokenChoice
+from .scheduling.policy import Progress
 from .scheduling.scheduler import ScheduledChunk
 from .sequence import Part
 
@@ -42,6 +45,24 @@ def token_counts(chunks: list[ScheduledChunk]) -> tuple[int, int]:
     """Number of tokens of a step that are decoded, drafts included, and of all others, those of prompts."""
     decoders = [chunk for chunk in chunks if chunk.ends and chunk.phase == DECODE and chunk.count == 1]
     return sum(1 + len(chunk.drafts) for chunk in decoders), sum(chunk.count for chunk in chunks) - len(decoders)
+
+
+def progress_of(chunks: list[ScheduledChunk], before: list[int], unfinished: Container[str]) -> list[Progress]:
+    """Returns what a step has done for each of its requests.
+
+    Args:
+        chunks: the chunks of the step.
+        before: number of tokens that each request had generated before it.
+        unfinished: ids of the requests that have not ended.
+    """
+    found = []
+    for chunk, generated in zip(chunks, before, strict=True):
+        r = chunk.running
+        prompt = (0, 0) if generated else (chunk.count, r.prompt - chunk.start)
+        left = 0 if r.request.embed else r.max_tokens - generated
+        answer = None if r.request.id in unfinished else r.generated
+        found.append(Progress(prompt[0], r.generated - generated, prompt[1], left, answer))
+    return found
 
 
 def token_choices(chunks: list[ScheduledChunk], on_host: bool) -> list[TokenChoice | ChangedChoice | None]:

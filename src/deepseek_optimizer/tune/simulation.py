@@ -1,30 +1,36 @@
 """Replays a trace on an imagined machine: the engine's own core, scheduler and cache, but steps only take virtual time.
 
-A step takes `step` seconds, plus `row` for each decoding sequence, `prompt` for each prompt token, and `context` for each token
-that a decoding sequence attends to. Hours of requests take seconds, so that policies of scheduling can be compared. Drafts are
-not simulated: whether they are accepted depends on the text.
+A step takes `step` seconds, plus `row` for each decoded token or draft, `prompt` for each prompt token, and `context` for each
+token that one of them attends to. Hours of requests take seconds, so that policies of scheduling can be compared. Whether
+drafts are accepted depends on the text; here each one is with a probability that the trace gives for its request.
 """
 
 from __future__ import annotations
 
-import math
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from types import MappingProxyType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 from ..backends.base import DECODE
 from ..cache.block_manager import BLOCK_TOKENS, BlockManager
 from ..engine.core import EngineCore
+from ..engine.draft import Draft
 from ..engine.model_facts import ModelFacts
 from ..engine.options import EngineOptions
+from ..engine.scheduling.policy import Policy
+from ..engine.sequence import Sequence
+from ..engine.speculative.base import Proposer
+from ..engine.speculative.drafting import Drafting
 from .replay import replay
 from .settings import Figures
-from .traces import BUILT_IN, Trace, TraceRequest, prompts
+from .traces import Trace, prompts
 
 _VOCABULARY, _CONTEXT = 32_000, 1 << 17
+_TOKEN = 1  # that every text consists of
+DRAFTS = 8  # of a round, at most
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ class _Memory:
 
 
 class _Runner:
-    """Replaces `engine.runner.Runner`: every token is 1."""
+    """Replaces `engine.runner.Runner`: every token is the same."""
 
     on_host, decodes = True, False
 
@@ -89,21 +95,57 @@ class _Runner:
         cost = self.machine
         decoding = [part for part in parts if part.phase == DECODE]
         tokens = sum(len(part.ids) for part in parts if part.phase != DECODE)
-        self.now += cost.step + cost.row * len(decoding) + cost.prompt * tokens
-        self.now += cost.context * sum(part.start for part in decoding)
+        self.now += cost.step + cost.row * sum(len(part.ids) for part in decoding) + cost.prompt * tokens
+        self.now += cost.context * sum(len(part.ids) * part.start for part in decoding)
         return SimpleNamespace(logits=np.zeros((len(rows), 1), np.float32), last_hidden=None, draft_states=None)
 
     def choose_tokens(self, logits: Any, choices: Any) -> tuple[list[int], Any]:
-        return [1] * len(logits), logits
+        return [_TOKEN] * len(logits), logits
+
+    def crop(self, sequences: list[Any], tokens: list[int]) -> None:
+        for sequence, count in zip(sequences, tokens, strict=True):
+            sequence.blocks.crop(count)
 
 
-def simulate(trace: Trace, options: EngineOptions, machine: Machine) -> Figures:
+class _Proposer:
+    """Drafts that are accepted with the probability of their request."""
+
+    name, wants_states = "simulated", False
+
+    def __init__(self, trace: Trace, seed: int = 0) -> None:
+        self._trace, self._random = trace, random.Random(seed)
+
+    def ready(self, sequence: Sequence) -> bool:
+        return self._trace[sequence.index - 1].accepted > 0
+
+    def propose(self, sequences: list[Sequence], max_drafts: list[int]) -> list[Draft]:
+        found = []
+        for sequence, count in zip(sequences, max_drafts, strict=True):
+            rate = self._trace[sequence.index - 1].accepted  # the core numbers requests from 1 on
+            found.append(Draft([_TOKEN if self._random.random() < rate else _TOKEN + 1 for _ in range(count)]))
+        return found
+
+    def follow(self, sequence: Sequence, states: Any) -> None:
+        pass
+
+    def catch_up(self, sequences: list[Sequence]) -> None:
+        pass
+
+    def fork(self, sequence: Sequence, twin: Sequence) -> None:
+        pass
+
+    def forget(self, sequence: Sequence) -> None:
+        pass
+
+
+def simulate(trace: Trace, options: EngineOptions, machine: Machine, policy: Policy | None = None) -> Figures:
     """What a replay of the trace would show.
 
     Args:
         trace: the requests.
-        options: of the engine: the policy.
+        options: of the engine.
         machine: what steps cost.
+        policy: see `EngineCore`.
     """
     runner: Any = _Runner(machine)
     memory: Any = _Memory(machine)
@@ -115,7 +157,11 @@ def simulate(trace: Trace, options: EngineOptions, machine: Machine) -> Figures:
     def sleep(seconds: float) -> None:
         runner.now += seconds
 
-    core = EngineCore(runner, memory, facts, options, clock=clock)
+    drafted = any(request.accepted for request in trace)
+    proposers: list[tuple[Proposer, int]] | None = [(_Proposer(trace), DRAFTS)] if drafted else None
+    core = EngineCore(runner, memory, facts, options, proposers=proposers, clock=clock, policy=policy)
+    if proposers is not None:
+        core.drafting = Drafting(proposers, core.times, clock)
     engine = SimpleNamespace(core=core)
     return replay(engine, nullcontext, trace, prompts(trace, _no_text, [], _VOCABULARY), clock=clock, sleep=sleep)
 
@@ -123,24 +169,3 @@ def simulate(trace: Trace, options: EngineOptions, machine: Machine) -> Figures:
 def _no_text(text: str) -> list[int]:
     """A simulated model has no tokenizer: four characters are a token."""
     return [1] * max(1, len(text) // 4)
-
-
-def bursty(seed: int = 0, bursts: int = 12) -> Trace:
-    """Quiet, and then many requests within a second."""
-    rng, found = random.Random(seed), []
-    for burst in range(bursts):
-        for _ in range(rng.randint(8, 24)):
-            found.append(TraceRequest(20 * burst + rng.random(), rng.randint(50, 600), rng.randint(20, 200)))
-    return tuple(sorted(found, key=lambda request: request.at))
-
-
-def diurnal(seed: int = 0, seconds: float = 1200.0, most: float = 0.6) -> Trace:
-    """A day in 20 minutes: requests at random, from none at night to `most` per second at noon."""
-    rng, found, at = random.Random(seed), [], 0.0
-    while (at := at + rng.expovariate(most)) < seconds:
-        if rng.random() < math.sin(math.pi * at / seconds) ** 2:
-            found.append(TraceRequest(at, rng.randint(50, 800), rng.randint(20, 150)))
-    return tuple(found)
-
-
-TRACES: Mapping[str, Callable[[], Trace]] = MappingProxyType({**BUILT_IN, "bursty": bursty, "diurnal": diurnal})

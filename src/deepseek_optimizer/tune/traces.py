@@ -27,6 +27,7 @@ class TraceRequest:
         prompt_tokens, new_tokens: lengths.
         group, shared_tokens: the prompts of a group begin with the same tokens, so many.
         prompt: the text; None: any of this length.
+        accepted: probability that a draft is accepted, where requests are simulated; 0: there are no drafts.
     """
 
     at: float
@@ -35,6 +36,7 @@ class TraceRequest:
     group: str = ""
     shared_tokens: int = 0
     prompt: str | None = None
+    accepted: float = 0.0
 
 
 Trace = tuple[TraceRequest, ...]

@@ -24,16 +24,20 @@ class BatchSize:
 
     def __init__(self, low: int, high: int, times: StepTimes, target: float | None = None) -> None:
         self.low, self.high, self.target = low, high, target
-        self._times = times
+        self._times, self._most = times, high
+
+    def limit(self, most: int) -> None:
+        """Sets the largest batch size within the range for the next steps."""
+        self._most = max(self.low, min(most, self.high))
 
     def choose(self) -> int:
-        """Returns the maximum number of sequences in the batch; `high` before the first measurement."""
-        line = self._times.line()
+        """Returns the maximum number of sequences in the batch; the largest before the first measurement."""
+        line, high = self._times.line(), self._most
         if line is None:
-            return self.high
+            return high
         a, b = line
         if self.target is not None:
-            fits = self.high if a + b * self.high <= self.target else int((self.target - a) / b) if b else self.low
-            return max(self.low, min(self.high, fits))
-        rate = _NEARLY * self.high / (a + b * self.high)
-        return next((n for n in range(self.low, self.high) if n >= rate * (a + b * n)), self.high)
+            fits = high if a + b * high <= self.target else int((self.target - a) / b) if b else self.low
+            return max(self.low, min(high, fits))
+        rate = _NEARLY * high / (a + b * high)
+        return next((n for n in range(self.low, high) if n >= rate * (a + b * n)), high)

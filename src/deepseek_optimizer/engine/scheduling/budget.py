@@ -26,15 +26,20 @@ class PromptBudget:
     def __init__(self, max_tokens: int, stall: float | None, times: StepTimes, fixed: int | None = None) -> None:
         self.max_tokens, self.stall, self.times = max_tokens, stall, times
         self.fixed = None if fixed is None else min(fixed, max_tokens)
+        self._limit = max_tokens
+
+    def limit(self, step_tokens: int, stall: float | None) -> None:
+        """Sets the number of tokens in a step, at most `max_tokens`, and `stall` for the next steps."""
+        self._limit, self.stall = min(step_tokens, self.max_tokens), stall
 
     def tokens(self, decoding: int) -> int:
         """Returns the number of prompt tokens for a step with `decoding` decoding rows."""
         if not decoding or self.stall is None:
-            return max(self.fixed or 1, self.max_tokens - decoding)
+            return max(self.fixed or 1, self._limit - decoding)
         plain, each = self.times.decode(decoding), self.times.prompt
         if plain is None or not each:
-            return max(self.fixed or 1, min(self.max_tokens, _UNKNOWN))
-        return max(self.fixed or MIN_TOKENS, min(self.max_tokens, int((self.stall - 1) * plain / each)))
+            return max(self.fixed or 1, min(self._limit, _UNKNOWN))
+        return max(self.fixed or MIN_TOKENS, min(self._limit, int((self.stall - 1) * plain / each)))
 
     def spare(self, decoding: int) -> float | None:
         """Returns by how many seconds something else than prompt tokens may delay the next step of `decoding` decoding rows,

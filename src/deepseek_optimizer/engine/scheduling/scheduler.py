@@ -24,6 +24,7 @@ from ..running import Running
 from . import partial_blocks
 from .batch_size import BatchSize
 from .budget import PromptBudget
+from .policy import StepLimits
 from .prefix_store import WRITE_SECONDS, PrefixStore
 from .sliding import Sliding
 from .store import Store
@@ -107,6 +108,11 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         return not self.waiting and not self.running
+
+    def limit(self, limits: StepLimits) -> None:
+        """Sets the limits of the next step."""
+        self.budget.limit(limits.step_tokens, limits.stall)
+        self.batch.limit(limits.batch)
 
     def wait_for_stored(self) -> bool:
         """Waits a moment if blocks are being read from the prefix cache's second level; returns whether there are any."""
