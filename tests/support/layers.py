@@ -81,7 +81,7 @@ LAYERS = (
         "backends",
         "run a graph: `reference` (torch) defines the results, `cpu` (native) is fast, `cuda` (Triton) has not run on a card "
         "yet; `parallel/`: a model in several processes; `registry.py` also finds backends of other packages",
-        may=("cache", "graph", "quant", "system"),
+        may=("cache", "graph", "quant", "system", "versions"),
         levels=(
             ("sampling",),
             ("decoding",),
