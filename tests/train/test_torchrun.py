@@ -110,5 +110,14 @@ def test_only_a_restarted_run_goes_on_without_being_told(settings, monkeypatch):
     Path(config.output, "checkpoint-2").mkdir(parents=True)
     with pytest.raises(ConfigError, match="--resume"):
         TrainingJob(config)
+    (Path(config.output) / ".torchrun").touch()  # an earlier run under torchrun ended here
+    for restarts in ("0", "1"):  # torchrun restarts also what was refused
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+        with pytest.raises(ConfigError, match="--resume"):
+            TrainingJob(config)
+    Path(config.output, "checkpoint-2").rmdir()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert not TrainingJob(config).resumes
+    Path(config.output, "checkpoint-2").mkdir()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert TrainingJob(config).resumes

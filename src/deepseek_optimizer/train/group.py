@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar, cast
+
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 def size() -> int:
@@ -37,6 +42,16 @@ def joined(values: torch.Tensor) -> torch.Tensor:
     parts = [torch.empty_like(own) for _ in lengths]
     dist.all_gather(parts, own)
     return torch.cat([part[: int(length)] for part, length in zip(parts, lengths, strict=True)]).to(values.device)
+
+
+def of_first(value: Callable[[], T]) -> T:
+    """What a function returns in the first process, where alone it is called. Must be called by all of them; what the function
+    raises ends the first only."""
+    if size() == 1:
+        return value()
+    given = [value() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(given, src=0, device=_device())
+    return cast(T, given[0])
 
 
 def _device() -> torch.device:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -34,7 +33,7 @@ from ..integration.load.resolve import resolve
 from ..models.families import FAMILIES
 from ..quant import WEIGHED
 from ..system.memory import free_memory
-from . import group, lora
+from . import lora
 from .arguments import DeepSeekTrainingArguments
 from .checkpoints.directory import checkpoints, locked
 from .config import TrainConfig
@@ -52,12 +51,12 @@ from .precision import DTYPES
 from .prepare import prepare, trainable
 from .quantization import RoundedWeights
 from .report import plan_memory
+from .restarts import decide
 from .teacher import SELF, check_tokenizer, teacher_weights
 from .trainer import DeepSeekTrainer
 
 SETTINGS = "train.json"
 _FIXED = ("model", "data", "lora", "precision")  # settings that must not change when a run is resumed
-_RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # set by torchrun: how often it has restarted all processes
 _FIXED_ARGUMENTS = ("quantize", "teacher", "teacher_weight")
 
 
@@ -125,9 +124,9 @@ class TrainingJob:
         if config.lora is not None:
             lora.check_installed()
         self.args = self._arguments({})  # raises for contradictory settings before the data is read
-        # torchrun counts the restarts of each machine: of one whose own processes have not failed, there may be none
-        resume = resume or group.total(int(os.environ.get(_RESTARTS, "0")))[0] > 0
-        self.resumes = (resume and _can_resume(config, self.output)) or _new_run(self.output)
+        self.resumes = decide(
+            self.output, resume, lambda wanted: (wanted and _can_resume(config, self.output)) or _new_run(self.output)
+        )
         self.curve = LossCurve(self.output, self.resumes)
         if self.args.should_save:
             check_writable(self.output)
