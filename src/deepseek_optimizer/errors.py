@@ -21,6 +21,19 @@ def shown(value: object) -> str:
 class DeepSeekOptimizerError(Exception):
     """Base class of all errors that this package raises deliberately."""
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickles the message and the attributes, for errors of other processes: the arguments of `__init__` may be others."""
+        return _unpickled, (type(self), self.args, dict(self.__dict__))
+
+
+def _unpickled(kind: type[DeepSeekOptimizerError], args: tuple[object, ...], attributes: dict[str, object]) -> object:
+    # `kind.__new__` is not always allowed where a built-in error is the second base; calling a class always is.
+    error: DeepSeekOptimizerError = type(kind.__name__, (kind,), {"__init__": lambda self: None})()
+    error.__class__ = kind
+    error.args = args
+    error.__dict__.update(attributes)
+    return error
+
 
 class ConfigError(DeepSeekOptimizerError, ValueError):
     """A field of `DeepSeekConfig` or of a model's config is invalid; the message names the field."""
