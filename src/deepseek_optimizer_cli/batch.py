@@ -62,7 +62,7 @@ def batch(
         typer.Option(
             "--worker-cpus",
             metavar="N",
-            help="Processor cores of a process, and its threads. Default: those of this machine, divided among the processes.",
+            help="Processor cores of a process, and its threads. Default: this machine's threads, divided among the processes.",
             **_RAY,
         ),
     ] = None,
@@ -124,7 +124,8 @@ def batch(
                     from deepseek_optimizer.ray.batch import Workers
                     from deepseek_optimizer.ray.batch import run_batch as run_on_ray
 
-                    processes = Workers(workers, worker_cpus or cores_of_each(workers), ray_address, 2 * max_running)
+                    gpus = float(str(fields.get("device") or "cpu").startswith("cuda"))
+                    processes = Workers(workers, worker_cpus or cores_of_each(workers), gpus, ray_address, 2 * max_running)
                     run_on_ray(served, settings, processes, job, results, progress)
                 else:
                     engine, settings, _, _ = load_engine(served, settings)
@@ -148,8 +149,10 @@ def _check_workers(on_ray: bool, address: str | None, workers: int, cpus: float 
         if (address, workers, cpus) != (None, 1, None):
             raise ConfigError("--ray-address, --workers and --worker-cpus need --ray")
         return
+    if address is not None and cpus is None:
+        raise ConfigError("--ray-address needs --worker-cpus: the cluster's machines may have other cores than this one")
     if cpus is not None and not cpus > 0:
         raise ConfigError(f"--worker-cpus must be greater than 0, got {cpus:g}")
     if parallel:
         raise ConfigError("a model that is divided among processes: not available with --ray; leave it out")
-    require_ray()
+    require_ray("pyarrow", "pandas")

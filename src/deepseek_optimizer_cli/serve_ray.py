@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -74,19 +73,23 @@ class RayOptions:
         require_ray()
 
 
-def require_ray() -> None:
-    """Raises MissingPackageError if Ray is not installed. Does not import it, which takes a second."""
+def require_ray(*packages: str) -> None:
+    """Raises MissingPackageError if Ray, or one of the packages of its parts that are used, is not installed. Imports none of
+    them: Ray takes a second."""
     import importlib.util
 
     from deepseek_optimizer.errors import MissingPackageError
 
-    if importlib.util.find_spec("ray") is None:
+    if any(importlib.util.find_spec(package) is None for package in ("ray", *packages)):
         raise MissingPackageError("--ray", "ray[data,serve]", "ray")
 
 
 def cores_of_each(processes: int) -> int:
-    """This machine's cores, divided among processes; 1 at least."""
-    return max(1, len(os.sched_getaffinity(0)) // processes)
+    """The threads of this machine by default, divided among processes; 1 at least."""
+    from deepseek_optimizer.backends.cpu.native import default_threads, unavailable_reason
+    from deepseek_optimizer.system.processor import usable_cpus
+
+    return max(1, (usable_cpus() if unavailable_reason() else default_threads()) // processes)
 
 
 def serve_on_ray(given: RayOptions, served: ServedModel, settings: ServerSettings) -> None:

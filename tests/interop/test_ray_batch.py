@@ -66,11 +66,19 @@ def test_two_workers_one_of_which_is_killed(job, tmp_path) -> None:
     assert answers.read_bytes() == expected
 
 
+def test_a_worker_that_cannot_load_the_model_says_why(job, tmp_path) -> None:
+    model, requests, _ = job
+    process = start(model, requests, tmp_path / "answers.jsonl", "--ray", "--kv-cache-memory", str(1 << 50))
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 1 and "GB needed" in errors and "Traceback" not in errors, errors[-3000:]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ((False, "auto", 1, None, None), "need --ray"),
         ((False, None, 2, None, None), "need --ray"),
+        ((True, "auto", 1, None, None), "needs --worker-cpus"),
         ((True, None, 1, 0.0, None), "greater than 0"),
         ((True, None, 1, None, {"tensor": 2}), "not available with --ray"),
     ],

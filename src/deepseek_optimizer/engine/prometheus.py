@@ -150,7 +150,7 @@ class EngineCollector(Collector):
 def _adapters(adapters: Adapters, model_name: str) -> Metric:
     """The loaded LoRA adapters, as routers of the Gateway API inference extension read them. None waits: requests can name only
     adapters that are loaded."""
-    running = ", ".join(adapter.name for adapter in adapters.loaded)
+    running = ", ".join(adapter.name for adapter in adapters.loaded if "," not in adapter.name)  # others would be read as two
     labels = {"max_lora": str(adapters.store.slots), "running_lora_adapters": running, "waiting_lora_adapters": ""}
     family = GaugeMetricFamily(
         "vllm:lora_requests_info", "Loaded LoRA adapters; the value is the time of the scrape.", labels=["model_name", *labels]

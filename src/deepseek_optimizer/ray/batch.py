@@ -10,7 +10,7 @@ import asyncio
 import json
 import logging
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,7 +32,7 @@ from ..server.settings import ServerSettings
 
 logger = logging.getLogger("deepseek_optimizer.ray")
 _SWITCH = 1e-3  # seconds, as in `server.run`
-_BLOCKS_AT_ONCE = 4  # that a worker answers: the last requests of one and the first of the next are in its engine together
+_BLOCK = 4  # requests: their answers arrive together
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,14 @@ class Workers:
     Attributes:
         count: how many there are.
         cpus: processor cores of each, and the threads of its engine.
+        gpus: of each.
         address: of a Ray cluster that runs, "auto" for one of this machine; None: Ray is started here.
         at_once: maximum number of answers that a worker computes at once.
     """
 
     count: int
     cpus: float
+    gpus: float
     address: str | None
     at_once: int
 
@@ -68,36 +70,39 @@ class Answerer:
 
     def __init__(self, served: ServedModel, settings: ServerSettings, job: BatchInput, at_once: int) -> None:
         sys.setswitchinterval(_SWITCH)
-        engine, settings, _, _ = load_served_model(served, settings, logger.warning)
-        self._app, self._job, self._places = create_app(engine, settings), job, Places(at_once)
+        self._job, self._places = job, Places(at_once)
+        self._failure: DeepSeekOptimizerError | None = None
+        try:
+            engine, settings, _, _ = load_served_model(served, settings, logger.warning)
+            self._app = create_app(engine, settings)
+        except DeepSeekOptimizerError as error:
+            self._failure = error  # raised by a call: Ray reports what is raised here as the death of the process
         self._client: httpx.AsyncClient | None = None
         self._opened = AsyncExitStack()
         self._opening = asyncio.Lock()
 
-    async def __call__(self, block: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def __call__(self, block: dict[str, Any]) -> dict[str, Any]:
         """Answers a block of requests.
 
         Args:
             block: columns `index` and `request`: a `BatchRequest`'s index, and its other fields in JSON.
 
-        Yields:
-            The columns `index` and `line` of an answer: as above, and the output's line in JSON.
+        Returns:
+            The columns `index` and `line`: as above, and the output's line in JSON.
+
+        Raises:
+            DeepSeekOptimizerError: the model cannot be loaded, or the engine has stopped.
         """
+        if self._failure is not None:
+            raise self._failure
         client = await self._connected()
 
-        async def line(index: int, text: str) -> dict[str, Any]:
+        async def line(index: int, text: str) -> str:
             request = BatchRequest(index, **json.loads(text))
-            value = await answer(client, self._job, request, self._job.written, self._places)
-            return {"index": [index], "line": [json.dumps(value)]}
+            return json.dumps(await answer(client, self._job, request, self._job.written, self._places))
 
         rows = zip(block["index"].tolist(), block["request"].tolist(), strict=True)
-        tasks = [asyncio.create_task(line(*row)) for row in rows]
-        try:
-            for task in asyncio.as_completed(tasks):
-                yield await task
-        finally:
-            for task in tasks:
-                task.cancel()
+        return {"index": block["index"], "line": list(await asyncio.gather(*[line(*row) for row in rows]))}
 
     async def _connected(self) -> httpx.AsyncClient:
         async with self._opening:
@@ -141,22 +146,16 @@ def run_batch(
         if request.index not in results.done
     ]
     progress(len(results.done), len(job.requests))
+    if not rows:
+        return
     served = replace(served, config={"threads": max(1, int(workers.cpus)), **served.config})
     started = not ray.is_initialized()
     if started:
-        ray.init(workers.address, include_dashboard=False if workers.address is None else None, log_to_driver=False)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False  # the job has one
+        local = workers.address is None  # "local": not a cluster that an environment variable names, or that was started here
+        ray.init("local" if local else workers.address, include_dashboard=False if local else None, log_to_driver=False)
     try:
-        answers = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // workers.at_once)).map_batches(
-            Answerer,
-            batch_size=None,  # a block
-            compute=ray.data.ActorPoolStrategy(size=workers.count, max_tasks_in_flight_per_actor=_BLOCKS_AT_ONCE),
-            fn_constructor_args=(served, settings, replace(job, requests=()), workers.at_once),
-            num_cpus=workers.cpus,
-            max_concurrency=_BLOCKS_AT_ONCE,
-        )
-        for row in answers.iter_rows():
+        _check_resources(workers)
+        for row in _answers(served, settings, workers, replace(job, requests=(), written=results.written), rows):
             if row["index"] not in results.done:  # a worker that died may have answered it already
                 results.add(int(row["index"]), json.loads(row["line"]))
                 progress(len(results.done), len(job.requests))
@@ -167,3 +166,37 @@ def run_batch(
     finally:
         if started:
             ray.shutdown()
+
+
+def _answers(
+    served: ServedModel, settings: ServerSettings, workers: Workers, job: BatchInput, rows: list[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """The rows of `Answerer`, in the order in which they are ready."""
+    at_once = -(-workers.at_once // _BLOCK)  # blocks that a worker answers together
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False  # the job has one
+    context.raise_original_map_exception = True  # else errors arrive without their type
+    with ray.data.DataContext.current(context):
+        answers = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // _BLOCK)).map_batches(
+            Answerer,
+            batch_size=None,  # a block
+            compute=ray.data.ActorPoolStrategy(
+                size=workers.count, max_tasks_in_flight_per_actor=at_once + 1, max_concurrent_calls_per_actor=at_once
+            ),
+            fn_constructor_args=(served, settings, job, workers.at_once),
+            num_cpus=workers.cpus,
+            num_gpus=workers.gpus,
+        )
+        yield from answers.iter_rows()
+
+
+def _check_resources(workers: Workers) -> None:
+    """Raises ConfigError if no machine of the cluster is large enough for a worker, for which Ray would wait."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    largest = max((node.get("CPU", 0.0) for node in nodes if node.get("GPU", 0.0) >= workers.gpus), default=None)
+    if largest is None:
+        raise ConfigError(f"no machine of the Ray cluster has {workers.gpus:g} GPUs for a worker")
+    if largest < workers.cpus:
+        raise ConfigError(
+            f"--worker-cpus {workers.cpus:g}: the largest machine of the Ray cluster has {largest:g} cores; give less"
+        )

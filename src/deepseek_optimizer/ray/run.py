@@ -40,7 +40,8 @@ def serve_until_stopped(
     from ray import serve
 
     stopped = threading.Event()
-    ray.init(address, include_dashboard=False if address is None else None)
+    # "local": not a cluster that an environment variable names, or that somebody started on this machine
+    ray.init(address or "local", include_dashboard=False if address is None else None)
     for number in (signal.SIGINT, signal.SIGTERM):  # after ray.init, which installs handlers that end the process at once
         signal.signal(number, lambda *_: stopped.set())
     try:
