@@ -97,6 +97,10 @@ def test_a_setting_decides(model, card):
     with pytest.raises(ConfigError, match="cpu_expert_layers=2: the reference backend has no experts on the CPU"):
         place_experts(model, DeepSeekConfig(backend="reference", cpu_expert_layers=2), CARD)
     assert place_experts(model, DeepSeekConfig(cpu_expert_layers=2), torch.device("cpu")).on_host == 0
+    in_fp8 = {**FIELDS, "activation": "fp8"}
+    assert place_experts(model, DeepSeekConfig(**in_fp8, cpu_expert_layers=0), CARD).on_host == 0
+    with pytest.raises(ConfigError, match='activation="fp8": the experts of the first 2 of 3 layers run on the CPU'):
+        place_experts(model, DeepSeekConfig(**in_fp8, cpu_expert_layers=2), CARD)
     with pytest.raises(ConfigError, match="cpu_expert_layers must be an integer from 0"):
         DeepSeekConfig(cpu_expert_layers=-1)
     with pytest.raises(ConfigError, match="cpu_expert_layers=2: from_pretrained puts all weights on one device; use load_m"):
@@ -161,3 +165,14 @@ def test_the_choice_is_said(path, caplog):
     assert "the first 2 of 3 layers run on the CPU" in str(model.report())
     model.dso.placed(Placement((), 0, ""))
     assert model.report().experts.placement == ""
+
+
+def test_a_move_to_a_device_without_a_choice_ends_the_last_one(path):
+    model = load_model(path, precision="int4")
+    modules, _ = experts_of(model)
+    placement = Placement(tuple(modules), 2, "cpu_expert_layers=2")
+    placement.mark()
+    model.dso.placed(placement)
+    model.to("meta")
+    assert model.dso.placement is None and not any(module.on_host for module in modules)
+    assert all(tensor.is_meta for tensor in model.parameters())

@@ -71,6 +71,15 @@ def stays_on_host(model: Any, name: str) -> bool:
     return leaf in _STACKS and _is_on_host(model.get_submodule(path))
 
 
+def all_together(model: Any) -> Placement:
+    """The placement of a model whose weights are all on its device."""
+    return Placement(_layers(model), 0, "")
+
+
+def _layers(model: Any) -> tuple[PackedExperts, ...]:
+    return tuple(module for module in model.modules() if isinstance(module, PackedExperts))
+
+
 def place_experts(model: Any, config: DeepSeekConfig, device: torch.device, mapped: bool = False) -> Placement:
     """Decides where the experts of a model are, and checks that its weights fit there. Nothing is changed.
 
@@ -81,11 +90,12 @@ def place_experts(model: Any, config: DeepSeekConfig, device: torch.device, mapp
         mapped: whether weights on the host are mapped from a file, and take no memory of their own.
 
     Raises:
-        ConfigError: the settings keep experts on the CPU, and the backend of the device cannot.
+        ConfigError: the settings keep experts on the CPU, and the backend of the device cannot; or experts are to be there, and
+            `activation="fp8"` is set.
         BackendError: they do, and there is no backend for the CPU.
         NotEnoughMemoryError: the weights do not fit.
     """
-    layers = tuple(module for module in model.modules() if isinstance(module, PackedExperts))
+    layers = _layers(model)
     wanted = config.cpu_expert_layers
     backend = None if device.type == "cpu" else choose_backend(config, device)[0]
     if backend is None or not layers or not backend.capabilities.host_experts:
@@ -103,6 +113,10 @@ def place_experts(model: Any, config: DeepSeekConfig, device: torch.device, mapp
             placement = Placement(layers, min(wanted, len(layers)), f"cpu_expert_layers={wanted}")
         else:
             placement = _fitting(model, config, backend, layers, missing)
+    if placement.on_host and config.activation == "fp8":
+        raise ConfigError(
+            f'activation="fp8": {placement}; the CPU does not round rows to FP8. Use activation="auto", or cpu_expert_layers=0'
+        )
     _check(model, config, device, placement, mapped)
     return placement
 

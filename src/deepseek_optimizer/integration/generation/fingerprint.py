@@ -17,6 +17,7 @@ import torch
 
 from ...errors import UnsupportedRequestError
 from ...quant.packed import PackedWeight
+from ..bind.host_experts import host_experts
 from ..bind.runtime import Runtime
 from ..bind.swap import weights_of
 
@@ -48,6 +49,7 @@ def fingerprint(runtime: Runtime, *, whole: bool = False) -> dict[str, str]:
         "activation format": runtime.config.activation,
         "KV cache format": runtime.kv_dtype,
         "backend": runtime.backend.name,
+        "experts on the CPU": str(len(host_experts(runtime.model))),  # its results have other last bits
     }
 
 

@@ -8,7 +8,7 @@ import torch
 
 from ...errors import BackendError
 from ...system.cuda_device import why_no_cuda
-from ..bind.host_experts import place_experts
+from ..bind.host_experts import all_together, place_experts
 from ..bind.instance_method import InstanceMethod
 from ..bind.runnable import check_runnable
 
@@ -27,16 +27,16 @@ class Apply(InstanceMethod):
         model = self.runtime.model
         before = model.device
         target = _target(fn, before)
-        placement = None
-        if target.type == "cuda" and target != before:
-            check_runnable(model, self.runtime.config, target)
-            placement = place_experts(model, self.runtime.config, target)
+        placement = all_together(model)
+        if target != before:
+            if target.type == "cuda":
+                check_runnable(model, self.runtime.config, target)
+                placement = place_experts(model, self.runtime.config, target)
             placement.mark()
         torch.nn.Module._apply(model, fn, recurse)
         if model.device != before:
             self.runtime.move()
-            if placement is not None:
-                self.runtime.placed(placement)
+            self.runtime.placed(placement)
         else:
             self.runtime.rebind()
         return model
