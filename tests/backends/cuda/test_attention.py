@@ -101,6 +101,14 @@ def test_mixed_steps(heads, kv_heads, head, kv_dtype):
     Case(MIXED, heads, kv_heads, head, kv_dtype).check()
 
 
+@pytest.mark.parametrize(("head", "window", "kv_dtype"), [(160, 0, "bf16"), (260, 0, "fp32"), (260, 9, "bf16")])
+def test_large_heads(head, window, kv_dtype):
+    """From 257 elements on, two programs share a tile of 16 rows, of which the second may have none."""
+    case = Case([(DECODE, 33, 1), (PREFILL, 0, 27), (PREFILL, 33, 5)], 4, 1, head, kv_dtype)
+    case.q /= 4  # scores as of small heads, whose rounding the bound is for
+    case.check(window)
+
+
 @pytest.mark.parametrize(("window", "sinks"), [(37, 0), (5, 0), (37, 4), (40, 64), (500, 3)])
 def test_windows_and_sinks(window, sinks):
     case = Case([(DECODE, 200, 1), (PREFILL, 90, 21)], 2, 1, 16)

@@ -34,7 +34,14 @@ LENGTHS = (1, 14)
 
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head", "window", "narrow"),
-    [(3, 3, 12, 0, False), (6, 2, 20, 0, True), (6, 2, 20, 2, False), (2, 2, 16, 31, True), (1, 1, 70, 200, False)],
+    [
+        (3, 3, 12, 0, False),
+        (6, 2, 20, 0, True),
+        (6, 2, 20, 2, False),
+        (2, 2, 16, 31, True),
+        (1, 1, 70, 200, False),
+        (1, 1, 130, 2, False),
+    ],
 )
 def test_attention(heads, kv_heads, head, window, narrow):
     """Sequences of fewer rows than a tile, of exactly one, and of several; of keys more than are read at a time."""

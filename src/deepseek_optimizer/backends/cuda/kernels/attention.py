@@ -36,6 +36,7 @@ from .paged import (
 from .precision import add_product, nearest_bf16
 
 _FIELDS = tl.constexpr(TILE_FIELDS)
+_LARGE_HEAD_ROWS = 32  # of a product, where sums of 64 rows do not fit into registers
 
 
 @triton.jit
@@ -44,9 +45,9 @@ def attend_tile(
     most_blocks, chunk_blocks, scale, softcap, window, sinks, CHUNKS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     GROUP_ROWS: tl.constexpr, HEAD: tl.constexpr, HEAD_BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr, TOKENS: tl.constexpr,
     NARROW: tl.constexpr, SINKS: tl.constexpr, KIND: tl.constexpr, CHUNKED: tl.constexpr, CAUSAL: tl.constexpr,
-    CAPPED: tl.constexpr, IN_STEP: tl.constexpr, CHOSEN: tl.constexpr,
+    CAPPED: tl.constexpr, IN_STEP: tl.constexpr, CHOSEN: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """out = softmax(scale q K^T) V of a tile and a key head. Grid (tiles, KV_HEADS, CHUNKS).
+    """out = softmax(scale q K^T) V of a tile and a key head. Grid (tiles * PARTS, KV_HEADS, CHUNKS).
 
     Args:
         q, out: float32 [T, KV_HEADS * GROUP * HEAD].
@@ -67,11 +68,15 @@ def attend_tile(
         CHUNKED: whether windows are chunks at fixed places.
         CAUSAL: whether rows see no token after their own, whatever `ends` says.
         GROUP_ROWS: a power of two >= GROUP; HEAD_BLOCK: one >= HEAD; BLOCK_Q * GROUP_ROWS >= 16.
+        PARTS: programs among which the rows of a tile are divided, BLOCK_Q rows for each; 1 if CHUNKS > 1.
     """
-    tile, kv_head, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    fields = tiles + tile * _FIELDS
-    sequence, first_row, count = tl.load(fields), tl.load(fields + 1), tl.load(fields + 2)
-    first_token, last_end = tl.load(fields + 3), tl.load(fields + 4)
+    tile, kv_head, chunk = tl.program_id(0) // PARTS, tl.program_id(1), tl.program_id(2)
+    fields, skipped = tiles + tile * _FIELDS, tl.program_id(0) % PARTS * BLOCK_Q
+    sequence, first_row, count = tl.load(fields), tl.load(fields + 1) + skipped, tl.load(fields + 2) - skipped
+    first_token, last_end = tl.load(fields + 3) + skipped, tl.load(fields + 4)
+    if PARTS > 1:
+        count = tl.minimum(count, BLOCK_Q)
+        last_end = tl.where(count > 0, last_end, 0)
     i = tl.arange(0, BLOCK_Q * GROUP_ROWS)
     query, member = i // GROUP_ROWS, i % GROUP_ROWS
     real = (query < count) & (member < GROUP)
@@ -133,6 +138,12 @@ def attend_tile(
         if KIND != "":
             weight *= tl.load(scales + KV_HEADS * 32, mask=stored, other=0.0)[None, :]
         sums = add_product(sums * fade[:, None], weight, numbers_of(v, KIND), NARROW)
+    if CHUNKS == 1:
+        # Computed anew from what is loaded anew: kept from above, places would take registers all along the loop.
+        row, number = tl.load(fields + 1, volatile=True) + skipped + query, tl.load(fields + 2, volatile=True) - skipped
+        real = (query < number) & (member < GROUP)
+        q_place = (row.to(tl.int64) * KV_HEADS + kv_head) * (GROUP * HEAD) + member * HEAD
+        q_mask = real[:, None] & (d < HEAD)[None, :]
     if SINKS and CHUNKS == 1:
         sink = tl.load(learned + kv_head * GROUP + member, mask=real, other=0.0)
         maximum, weights, sums = with_sink(maximum, weights, sums, sink)
@@ -169,14 +180,17 @@ def attention(
     group_rows, narrow = triton.next_power_of_2(group), cache.dtype != torch.float32
     block_q = max(tiles.block_q, triton.cdiv(16, group_rows))
     head_block = max(16, triton.next_power_of_2(head))
+    parts = _parts(block_q, group_rows) if head_block > 256 and chunks == 1 else 1
+    block_q = max(block_q // parts, triton.cdiv(16, group_rows))
     tokens, warps = _sizes(block_q * group_rows, head_block, narrow)
     partial, stats = chunk_memory(tiles, heads, chunks, head, out)
-    attend_tile[(count, kv_heads, chunks)](
+    attend_tile[(count * parts, kv_heads, chunks)](
         q, cache, cache, q if chosen is None else chosen, block_tables, tiles.fields, ends, q if learned is None else learned,
         out, partial, stats, cache.stride(0), layer_offset, blocks, triton.cdiv(read, chunks) if chunks > 1 else blocks, scale,
         float(softcap), window, sinks, CHUNKS=chunks, KV_HEADS=kv_heads, GROUP=group, GROUP_ROWS=group_rows, HEAD=head,
         HEAD_BLOCK=head_block, BLOCK_Q=block_q, TOKENS=tokens, NARROW=narrow, SINKS=learned is not None, KIND=kind_of(cache),
-        CHUNKED=chunked, CAUSAL=causal, CAPPED=softcap > 0, IN_STEP=False, CHOSEN=most, num_warps=warps, num_stages=2,
+        CHUNKED=chunked, CAUSAL=causal, CAPPED=softcap > 0, IN_STEP=False, CHOSEN=most, PARTS=parts, num_warps=warps,
+        num_stages=2,
     )  # fmt: skip
     if chunks > 1:
         launch_merge(partial, stats, tiles, out, learned)
@@ -205,13 +219,20 @@ def step_attention(
     count, head, group = len(tiles.fields), q.shape[1] // heads, heads // kv_heads
     group_rows, head_block = triton.next_power_of_2(group), max(16, triton.next_power_of_2(head))
     tokens = 64 if narrow and head_block <= 64 else 16 if head_block > 128 else 32  # operands are in registers
-    attend_tile[(count, kv_heads, 1)](
+    block_q = max(tiles.block_q, triton.cdiv(16, group_rows))
+    parts = 1 if narrow or head_block <= 128 else _parts(block_q, group_rows)
+    attend_tile[(count * parts, kv_heads, 1)](
         q, k, v, q, tiles.fields, tiles.fields, ends, q, out, out, out, 0, 0, 0, 1 << 26, scale, 0.0, window, 0, CHUNKS=1,
         KV_HEADS=kv_heads, GROUP=group, GROUP_ROWS=group_rows, HEAD=head, HEAD_BLOCK=head_block,
-        BLOCK_Q=max(tiles.block_q, triton.cdiv(16, group_rows)), TOKENS=tokens, NARROW=narrow, SINKS=False, KIND="",
-        CHUNKED=False, CAUSAL=False, CAPPED=False, IN_STEP=True, CHOSEN=0,
+        BLOCK_Q=max(block_q // parts, triton.cdiv(16, group_rows)), TOKENS=tokens, NARROW=narrow, SINKS=False, KIND="",
+        CHUNKED=False, CAUSAL=False, CAPPED=False, IN_STEP=True, CHOSEN=0, PARTS=parts,
         num_warps=8 if head_block > 64 or not narrow else 4, num_stages=2,
     )  # fmt: skip
+
+
+def _parts(block_q: int, group_rows: int) -> int:
+    """Programs for a tile whose heads are large."""
+    return min(block_q, max(1, block_q * group_rows // _LARGE_HEAD_ROWS))
 
 
 def _sizes(rows: int, head_block: int, narrow: bool) -> tuple[int, int]:
@@ -220,4 +241,6 @@ def _sizes(rows: int, head_block: int, narrow: bool) -> tuple[int, int]:
         return 32, 8
     if head_block > 256:
         return 16, 8
+    if head_block > 128 and rows > 32:
+        return 32, 8  # a program of cards with compute capability 8.6 and 8.9 has 99 KiB
     return 64, 4 if rows * head_block <= 8192 else 8
