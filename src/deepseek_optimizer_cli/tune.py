@@ -58,12 +58,22 @@ def tune(
             "on this card use what is found, whatever the model. Not run on a card yet.",
         ),
     ] = False,
+    activation: Annotated[
+        str | None,
+        typer.Option(
+            "--activation",
+            metavar="auto|fp8",
+            help="With --kernels: measure with this setting. With fp8, alternatives to products in FP8 are measured too.",
+        ),
+    ] = None,
     as_json: o.AsJson = False,
 ) -> None:
     """Find the settings of a model that serve a trace of requests best on this machine. Nothing else should run meanwhile."""
     if kernels:
-        _tune_kernels(model, device or "cuda", fields, as_json)
+        _tune_kernels(model, device or "cuda", fields if activation is None else fields | {"activation": activation}, as_json)
         return
+    if activation is not None:
+        raise ValueError("--activation is for --kernels")
     if device is not None:
         raise ValueError("--device is for --kernels: settings are searched for the CPU")
     import datetime
@@ -129,7 +139,10 @@ def _tune_kernels(model: str, device: str, fields: dict[str, Any], as_json: bool
         return
     for gain in found.gains:
         typer.echo(f"{gain.setting}: {gain.before} -> {gain.after}, {gain.gain:.1%} faster")
-    typer.echo(f"{'nothing is faster than before' if not found.gains else 'done'}; written to {found.path}")
+    for choice in found.alternatives:
+        typer.echo(f"{choice.name}: used from {choice.rows} rows of a step on")
+    changed = found.gains or found.alternatives
+    typer.echo(f"{'done' if changed else 'nothing is faster than before'}; written to {found.path}")
 
 
 def _note(text: str) -> None:

@@ -10,6 +10,7 @@ import pytest
 from deepseek_optimizer import load_model, optimized_model
 from deepseek_optimizer.backends import cpu
 from deepseek_optimizer.backends.cuda import cost_table, tuning
+from deepseek_optimizer.backends.cuda.alternative import Choice
 from deepseek_optimizer.backends.cuda.division import DEFAULT
 from deepseek_optimizer.profiles import find, read
 from deepseek_optimizer.tune import kernels
@@ -48,6 +49,7 @@ def test_a_search(dso, tiny_model, tmp_path, monkeypatch):
         (("--threads", "2"), "--threads is searched; leave it out"),
         (("--trace", "nowhere.jsonl"), "nowhere.jsonl"),
         (("--device", "cuda"), "--device is for --kernels: settings are searched for the CPU"),
+        (("--activation", "fp8"), "--activation is for --kernels"),
     ],
 )
 def test_errors_before_loading(dso, options, message):
@@ -57,7 +59,7 @@ def test_errors_before_loading(dso, options, message):
 
 def test_kernels(dso, monkeypatch, tmp_path):
     """What is found is shown; the search itself needs a card."""
-    gains, loaded = [tuning.Gain("tile_warps", 4, 8, 0.25)], {}
+    gains, chosen, loaded = [tuning.Gain("tile_warps", 4, 8, 0.25)], [Choice("scaled_mm", 64, "2.13.0")], {}
 
     def load(model, **options):
         loaded.update(options, model=model)
@@ -65,12 +67,17 @@ def test_kernels(dso, monkeypatch, tmp_path):
 
     monkeypatch.setattr(optimized_model, "load_model", load)
     monkeypatch.setattr(cost_table, "card_of", lambda device: device)
-    found = lambda model, card, note: kernels.TunedKernels(DEFAULT, DEFAULT, gains, tmp_path / "found.json")  # noqa: E731
+    found = lambda model, card, note: kernels.TunedKernels(DEFAULT, DEFAULT, gains, chosen, tmp_path / "found.json")  # noqa: E731
     monkeypatch.setattr(kernels, "tune_kernels", found)
     result = dso("tune", "a-model", "--kernels", "--precision", "int4")
     assert result.exit_code == 0 and "tile_warps: 4 -> 8, 25.0% faster" in result.stdout
     assert f"written to {tmp_path / 'found.json'}" in result.stdout.replace("\n", "")
     assert loaded == {"model": "a-model", "device": "cuda", "backend": "cuda", "precision": "int4"}
+    assert "scaled_mm: used from 64 rows of a step on" in result.stdout
     gains.clear()
+    dso("tune", "a-model", "--kernels", "--activation", "fp8")
+    assert loaded["activation"] == "fp8"
+    assert "nothing is faster" not in dso("tune", "a-model", "--kernels").stdout
+    chosen.clear()
     assert "nothing is faster than before" in dso("tune", "a-model", "--kernels").stdout
     assert json.loads(dso("tune", "a-model", "--kernels", "--json").stdout.splitlines()[-1])["gains"] == []

@@ -85,6 +85,7 @@ def launches(capability: int = 100) -> dict[str, Callable[[], None]]:
         rope,
         routing,
         rows,
+        scaled_product,
         streams,
     )
     from deepseek_optimizer.backends.cuda.layouts import LAYOUTS
@@ -267,6 +268,7 @@ def launches(capability: int = 100) -> dict[str, Callable[[], None]]:
     }
     return {
         **(coded_rows if capability >= 89 else {}),
+        "matrix in rows": lambda: scaled_product.rows_of(matrix("fp8", HIDDEN, HIDDEN, True)),
         **{f"vector {name}": product(name, 1) for name in LAYOUTS},
         "vector int4 of 4 rows, gated": gated("int4", 4),
         **{f"tile {name}": product(name, 512) for name in LAYOUTS},

@@ -8,15 +8,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..backends.base import BLOCK_TOKENS, DECODE, PREFILL, StepBatch
-from ..backends.cuda.cost_table import Card, content
+from ..backends.cuda.alternative import Choice
+from ..backends.cuda.alternatives import available, choice_of, named, with_rows
+from ..backends.cuda.cost_table import Card, choices_for, content
 from ..backends.cuda.division import Division
-from ..backends.cuda.tuning import Gain, Work, tune
+from ..backends.cuda.tuning import Gain, Work, faster_rows, tune
 from ..checkpoint.atomic import atomic_file
 from ..errors import ConfigError
 from ..integration.bind.runtime import runtime_of
@@ -36,12 +39,14 @@ class TunedKernels:
     Attributes:
         start, best: how work was divided before, and is divided best.
         gains: what was changed.
+        alternatives: parts of other packages that are faster than kernels.
         path: the file that later loads on this card read.
     """
 
     start: Division
     best: Division
     gains: list[Gain]
+    alternatives: list[Choice]
     path: Path
 
     def to_dict(self) -> dict[str, Any]:
@@ -71,7 +76,7 @@ class StepTimes:
         blocks = -(-(CONTEXT + PROMPT) // BLOCK_TOKENS)
         self._store = backend.new_store(graph, self._runtime.kv_dtype, graph.cache.groups * blocks, 1 if graph.states else 0)
         self._table = np.arange(graph.cache.groups * blocks, dtype=np.int32).reshape(graph.cache.groups, 1, blocks)
-        self._plans: dict[Division, Any] = {}
+        self._plans: dict[tuple[Division, str | None], Any] = {}
 
     @property
     def start(self) -> Division:
@@ -80,7 +85,19 @@ class StepTimes:
         return division
 
     def __call__(self, division: Division, work: Work) -> float:
-        plan, batch, steps = self._plan(division), self._batch(work), STEPS[work]
+        rows = 1 if work == "decode" else PROMPT
+        return self._seconds(self._plan(division), self._batch(work, rows), STEPS[work])
+
+    def alternatives(self, division: Division) -> list[str]:
+        """The alternatives that run on the card, and that fit any product of the model."""
+        found = available(self._backend.device)
+        return [each.name for each in found if self._plan(division).fits(each)]
+
+    def prompt(self, division: Division, alternative: str | None, rows: int) -> float:
+        """Seconds of a step of a prompt with a number of rows, with an alternative or without any."""
+        return self._seconds(self._plan(division, alternative), self._batch("prompt", rows), STEPS["prompt"])
+
+    def _seconds(self, plan: Any, batch: StepBatch, steps: int) -> float:
         for _ in range(_WARM):
             plan.run(batch, self._store)
         began = self._clock()
@@ -88,20 +105,22 @@ class StepTimes:
             plan.run(batch, self._store)
         return (self._clock() - began) / steps
 
-    def _plan(self, division: Division) -> Any:
-        if division not in self._plans:
+    def _plan(self, division: Division, alternative: str | None = None) -> Any:
+        key = division, alternative
+        if key not in self._plans:
             while len(self._plans) >= _HELD:
                 del self._plans[next(iter(self._plans))]
             runtime = self._runtime
-            self._plans[division] = self._backend.divided(division).compile(
+            others = () if alternative is None else (with_rows(named(alternative), 1),)
+            self._plans[key] = self._backend.divided(division, others).compile(
                 runtime.graph, weights_of(runtime.model, runtime.graph), runtime.compile_options
             )
-        self._plans[division] = self._plans.pop(division)  # the one that was used last goes last
-        return self._plans[division]
+        self._plans[key] = self._plans.pop(key)  # the one that was used last goes last
+        return self._plans[key]
 
-    def _batch(self, work: Work) -> StepBatch:
+    def _batch(self, work: Work, rows: int) -> StepBatch:
         """A token after a context, or a prompt, with the logits of its last token."""
-        rows, context, phase = (1, CONTEXT, DECODE) if work == "decode" else (PROMPT, 0, PREFILL)
+        context, phase = (CONTEXT, DECODE) if work == "decode" else (0, PREFILL)
         one = lambda value: np.array([value], np.int32)  # noqa: E731
         positions = np.arange(context, context + rows, dtype=np.int32)
         states: dict[str, Any] = {}
@@ -114,7 +133,8 @@ class StepTimes:
 
 
 def tune_kernels(model: Any, card: Card, note: Callable[[str], None] = lambda _: None) -> TunedKernels:
-    """Finds how work is divided best on a card, and writes it to the user's cache directory.
+    """Finds how work is divided best on a card, and which alternatives are faster than its kernels then, and writes it to the
+    user's cache directory. What was found earlier of alternatives that do not fit this model stays.
 
     Args:
         model: loaded on the card.
@@ -127,8 +147,15 @@ def tune_kernels(model: Any, card: Card, note: Callable[[str], None] = lambda _:
     """
     times = StepTimes(model)
     best, gains = tune(times, times.start, note)
+    names, faster = times.alternatives(best), {}
+    for name in names:
+        if (found := faster_rows(partial(times.prompt, best), name, note)) is not None:
+            faster[name] = found
+    choices = [choice_of(named(name), rows) for name, (rows, _) in faster.items()]
+    kept = [choice for choice in choices_for(card) if choice.name not in names]
+    figures = {"gains": [asdict(gain) for gain in gains], "alternatives": {name: gain for name, (_, gain) in faster.items()}}
     path = card.path
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
-        file.write(content(card, best, {"gains": [asdict(gain) for gain in gains]}))
-    return TunedKernels(times.start, best, gains, path)
+        file.write(content(card, best, figures, [*kept, *choices]))
+    return TunedKernels(times.start, best, gains, choices, path)

@@ -15,9 +15,11 @@ from deepseek_optimizer import load_model
 from deepseek_optimizer.backends import cuda
 from deepseek_optimizer.backends.base import CompileOptions
 from deepseek_optimizer.backends.cuda import tuning
+from deepseek_optimizer.backends.cuda.alternatives import choice_of
 from deepseek_optimizer.backends.cuda.backend import CudaBackend
-from deepseek_optimizer.backends.cuda.cost_table import Card, read
+from deepseek_optimizer.backends.cuda.cost_table import Card, read, read_choices
 from deepseek_optimizer.backends.cuda.division import DEFAULT, Division
+from deepseek_optimizer.backends.cuda.scaled_mm import SCALED_MM
 from deepseek_optimizer.errors import ConfigError
 from deepseek_optimizer.tune import kernels
 from support import family_configs as configs
@@ -58,9 +60,9 @@ def test_times_of_steps(model, monkeypatch):
     times = kernels.StepTimes(model, clock=lambda: next(clock))
     assert times.start == DEFAULT
     assert times(DEFAULT, "decode") == times(OTHER, "decode") == times(OTHER, "prompt") == 0.5
-    assert list(times._plans) == [DEFAULT, OTHER] and model.dso.plan.division == DEFAULT
+    assert list(times._plans) == [(DEFAULT, None), (OTHER, None)] and model.dso.plan.division == DEFAULT
     times(replace(OTHER, tile_warps=4), "decode")
-    assert DEFAULT not in times._plans
+    assert (DEFAULT, None) not in times._plans
 
 
 def test_what_is_found_is_written(model, monkeypatch, tmp_path):
@@ -72,6 +74,30 @@ def test_what_is_found_is_written(model, monkeypatch, tmp_path):
     assert read(card) == replace(DEFAULT, tile_warps=8) and found.path == card.path
     assert found.to_dict()["gains"] == [{"setting": "tile_warps", "before": 4, "after": 8, "gain": 0.2}]
     assert model.dso.plan.division == DEFAULT  # a plan that exists is not changed
+
+
+def test_alternatives_that_are_faster_are_written(model, monkeypatch, tmp_path):
+    """They stay when the kernels are tuned with a model that they do not fit."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(kernels, "tune", lambda measure, start, note: (start, []))
+    for name, value in (("PROMPT", 3), ("STEPS", {"decode": 1, "prompt": 1}), ("_WARM", 1)):
+        monkeypatch.setattr(kernels, name, value)
+    measured = []
+
+    def faster_rows(measure, name, note):
+        measured.append((measure(name, 6), measure(None, 6)))
+        return 64, 0.3
+
+    monkeypatch.setattr(kernels, "faster_rows", faster_rows)
+    monkeypatch.setattr(kernels, "available", lambda device: [replace(SCALED_MM, fits=lambda product: True)])
+    card, wanted = Card("a card", (9, 0), 132, "580.1", "3.9.0", "1.0"), choice_of(SCALED_MM, 64)
+    assert kernels.tune_kernels(model, card).alternatives == [wanted] and read_choices(card) == (wanted,)
+    assert len(measured) == 1 and all(seconds > 0 for seconds in measured[0])
+    monkeypatch.setattr(kernels, "available", lambda device: [SCALED_MM])
+    assert kernels.tune_kernels(model, card).alternatives == [] and read_choices(card) == (wanted,)
+    monkeypatch.setattr(kernels, "available", lambda device: [replace(SCALED_MM, fits=lambda product: True)])
+    monkeypatch.setattr(kernels, "faster_rows", lambda measure, name, note: None)
+    assert kernels.tune_kernels(model, card).alternatives == [] and read_choices(card) == ()
 
 
 def test_models_that_cannot_be_measured(model, monkeypatch, tiny_model):

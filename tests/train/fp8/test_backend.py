@@ -12,6 +12,7 @@ from deepseek_optimizer.train.fp8 import backend, choose, hardware
 from deepseek_optimizer.train.fp8.backend import Fp8Products
 from deepseek_optimizer.train.fp8.quantize import BLOCK, E4M3, E5M2, ROW, quantize
 from support.fp8_product import block_product_reference
+from support.scaled_mm import scaled_mm_in_software
 
 SHAPES = ((1, 1, 1), (5, 130, 64), (128, 128, 128), (33, 200, 513), (300, 64, 129))  # T, N, K
 CPU = torch.device("cpu")
@@ -123,25 +124,6 @@ def test_choice_by_device_and_build(monkeypatch: pytest.MonkeyPatch, capability,
         with pytest.raises(BackendError, match=reason):
             choose("hardware", device)
         assert not choose("auto", device).on_hardware
-
-
-def scaled_mm_in_software(a, b, scale_a, kind_a, scale_b, kind_b, output_dtype):
-    """Computes the same as cuBLASLt from its operand layout, which is checked like in torch's registration."""
-    kinds = F.ScalingType
-    assert kind_a == kinds.BlockWise1x128
-    rows = 128 if kind_b == kinds.BlockWise128x128 else 1
-    with torch.device("meta"):
-        torch._scaled_mm_v2(
-            *(t.to("meta") for t in (a, b)), [_meta(scale_a)], [kind_a.value], [], [_meta(scale_b)], [kind_b.value], [], None,
-            output_dtype, (), False,
-        )  # fmt: skip
-    blocks = a.shape[1] // 128
-    b_scale = scale_b.t()[:, :blocks] if rows == 128 else scale_b
-    return block_product_reference(a, scale_a, b.t(), b_scale, rows).to(output_dtype)
-
-
-def _meta(scale: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(scale.shape, scale.stride(), device="meta")
 
 
 @pytest.mark.parametrize("gradients", [E4M3, E5M2])

@@ -38,12 +38,18 @@ def _create(device: torch.device, settings: BackendSettings) -> Backend:
     reason = unavailable_reason(device)
     if reason is not None:
         raise BackendError(f"the cuda backend cannot run: {reason}")
+    from .alternatives import chosen
     from .backend import CudaBackend  # imports Triton
-    from .cost_table import card_of, division_for
+    from .cost_table import card_of, choices_for, division_for
 
-    division, source = division_for(card_of(device))
+    card = card_of(device)
+    division, source = division_for(card)
+    alternatives, texts = chosen(choices_for(card), device)
     host = lambda: find("cpu").create(torch.device("cpu"), settings)  # noqa: E731
-    return CudaBackend(device, settings.cuda_graphs, host=host, division=division, source=source)
+    return CudaBackend(
+        device, settings.cuda_graphs, host=host, division=division, source="; ".join((source, *texts)),
+        alternatives=alternatives,
+    )  # fmt: skip
 
 
 def _sizes() -> Sizes:

@@ -16,6 +16,7 @@ from ...quant.packed import PackedMatrix, PackedWeight
 from ...system.memory import FreeMemory, device_memory
 from ..base import DEFAULTS, PHASES, AdapterStore, Backend, Capabilities, CompileOptions, FileMapping, Norm
 from .adapters import CudaAdapters
+from .alternative import Chosen
 from .buckets import MOST_ROWS
 from .device import Device, device_of, launching_on
 from .division import DEFAULT, Division
@@ -44,6 +45,7 @@ class CudaBackend(CudaSizes):
         seam: what plans ask of the device; None: the device itself.
         host: creates the backend for experts in the host's memory, at their first use; None: there is none.
         division, source: how kernels divide their work, and where that is from (`cost_table.division_for`); None: the default.
+        alternatives: what takes the place of own products of many rows (`alternatives.chosen`).
 
     Raises:
         BackendError: another device.
@@ -61,13 +63,14 @@ class CudaBackend(CudaSizes):
         host: Callable[[], Backend] | None = None,
         division: Division | None = None,
         source: str = "",
+        alternatives: tuple[Chosen, ...] = (),
     ) -> None:
         if device.type != "cuda" and not EMULATED:
             raise BackendError(f"the cuda backend cannot run on {device}; move the model with model.to('cuda')")
         self.device, self._seam = device, seam or device_of(device)
         self.captures = captured and self._seam.captures
         self._create_host = host
-        self.division, self._source = division or DEFAULT, source
+        self.division, self._source, self.alternatives = division or DEFAULT, source, alternatives
         self._host: Backend | None = None
 
     @property
@@ -109,11 +112,14 @@ class CudaBackend(CudaSizes):
         """
         check_graph(graph)
         coded = rounds_to_fp8(self.device, options)
-        return CudaPlan(graph, weights, self._seam, self.captures, options, self._on_host, self.division, coded)
+        return CudaPlan(
+            graph, weights, self._seam, self.captures, options, self._on_host, self.division, coded, self.alternatives
+        )
 
-    def divided(self, division: Division) -> CudaBackend:
-        """A backend of the same device that divides work in another way, to measure it. No experts run on the CPU."""
-        return CudaBackend(self.device, self.captures, self._seam, division=division)
+    def divided(self, division: Division, alternatives: tuple[Chosen, ...] = ()) -> CudaBackend:
+        """A backend of the same device that divides work in another way, or has alternatives, to measure it. No experts run on
+        the CPU."""
+        return CudaBackend(self.device, self.captures, self._seam, division=division, alternatives=alternatives)
 
     def _on_host(self) -> Backend:
         """The backend of experts in the host's memory."""

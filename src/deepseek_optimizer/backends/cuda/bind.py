@@ -14,6 +14,7 @@ from ...quant import pack
 from ...quant.packed import PackedMatrix, PackedWeight
 from ...quant.transposed_stack import biases_of
 from ..kv_b import key_stack, value_stack
+from .alternative import Chosen
 from .division import DEFAULT, Division
 from .kv_b import absorbed_stacks, grouped_stack
 from .matrices import DeviceMatrix, DeviceStack
@@ -29,12 +30,14 @@ def weights_on_device(
     device: torch.device,
     division: Division = DEFAULT,
     coded: bool = False,
+    alternatives: tuple[Chosen, ...] = (),
 ) -> Weights:
     """Copies a graph's weights: matrices and stacks as they are packed, once for tied names, and vectors as float32. Matrices
     that stay floats, such as routers', are packed as fp32; of latent attention's, the stacks of `kv_b` are copied instead.
 
     Args:
         coded: as of `DeviceMatrix`.
+        alternatives: that products of many rows may use.
 
     Raises:
         BackendError: a weight is missing or does not fit.
@@ -80,6 +83,8 @@ def weights_on_device(
             bound.vectors[name] = _vector(name, weight, shape).to(device, torch.float32).contiguous()
     for tiles in (*bound.matrices.values(), *bound.stacks.values()):
         tiles.division = division
+    for matrix in bound.matrices.values():
+        matrix.alternatives = alternatives
     for spec in ropes(graph):
         if not spec.is_dynamic:
             frequencies = torch.tensor(spec.inv_freq, dtype=torch.float32, device=device)

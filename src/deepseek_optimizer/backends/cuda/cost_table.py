@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from ...errors import DataError
 from ...system.user_cache import user_cache
 from ...versions import versions
+from .alternative import Choice
 from .division import Division
 
 VERSION = 1
@@ -117,6 +118,7 @@ def division_for(card: Card) -> tuple[Division, str]:
     A file that cannot be read is not used, and the text says so.
     """
     try:
+        read_choices(card)  # a file is used as a whole or not at all
         return read(card), "kernels tuned on this card"
     except FileNotFoundError:
         return shipped(card.capability, card.processors), "kernels not tuned"
@@ -132,14 +134,7 @@ def read(card: Card) -> Division:
         DataError: the file is damaged; it names the field.
         OSError: it cannot be read.
     """
-    path = card.path
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise DataError(f"not settings of kernels ({error}); run dso tune --kernels again", file=path) from None
-    if not isinstance(value, dict) or value.get("version") != VERSION or not isinstance(value.get("division"), dict):
-        raise DataError("not settings of kernels of this version; run dso tune --kernels again", file=path, field="version")
-    found = value["division"]
+    path, found = card.path, _record(card)["division"]
     for each in fields(Division):
         given, allowed = found.get(each.name), ALLOWED[each.name]
         if type(given) is not int or not (given in allowed if isinstance(allowed, tuple) else given > 0):
@@ -147,13 +142,52 @@ def read(card: Card) -> Division:
     return Division(**{each.name: found[each.name] for each in fields(Division)})
 
 
-def content(card: Card, division: Division, figures: Mapping[str, Any]) -> bytes:
+def read_choices(card: Card) -> tuple[Choice, ...]:
+    """The alternatives that were measured to be faster on a card. Raises as `read` does."""
+    path, found = card.path, _record(card).get("alternatives", [])
+    wanted = {"name": str, "rows": int, "version": str}
+    for each in found if isinstance(found, list) else [found]:
+        right = isinstance(each, dict) and all(type(each.get(name)) is kind for name, kind in wanted.items())
+        if not right or each["rows"] <= 0:
+            raise DataError(f"has the value {each!r}; run dso tune --kernels again", file=path, field="alternatives")
+    return tuple(Choice(*(each[name] for name in wanted)) for each in found)
+
+
+def choices_for(card: Card) -> tuple[Choice, ...]:
+    """The same; none if there is no file, or one that cannot be read, which `division_for` says."""
+    try:
+        read(card)
+        return read_choices(card)
+    except (DataError, OSError):
+        return ()
+
+
+def _record(card: Card) -> dict[str, Any]:
+    """The content of `Card.path`, with a division that is not checked yet. Raises as `read` does."""
+    path = card.path
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"not settings of kernels ({error}); run dso tune --kernels again", file=path) from None
+    if not isinstance(value, dict) or value.get("version") != VERSION or not isinstance(value.get("division"), dict):
+        raise DataError("not settings of kernels of this version; run dso tune --kernels again", file=path, field="version")
+    return value
+
+
+def content(card: Card, division: Division, figures: Mapping[str, Any], choices: Sequence[Choice] = ()) -> bytes:
     """The content of `Card.path`.
 
     Args:
         figures: what was measured.
+        choices: alternatives that are faster.
     """
-    value = {"version": VERSION, "card": asdict(card), "division": asdict(division), "figures": dict(figures)}
+    value = {
+        "version": VERSION,
+        "card": asdict(card),
+        "division": asdict(division),
+        "alternatives": [asdict(choice) for choice in choices],
+        "figures": dict(figures),
+    }
     return json.dumps(value, indent=1).encode() + b"\n"
 
 

@@ -6,6 +6,7 @@ import torch
 
 from ...quant.base import TILE_ROWS
 from ...quant.packed import PackedMatrix, PackedStack
+from .alternative import Chosen, ProductShape
 from .division import DEFAULT
 from .layouts import CODED, LAYOUTS
 
@@ -19,9 +20,13 @@ class DeviceTiles:
         layout: how kernels read them.
         groups: tiles in a row of tiles, ceil(cols/32).
         division: how products with them are divided.
+        alternatives: what may take the place of this backend's own products of many rows, of matrices.
+        first: of a part of a matrix, the row of the matrix that it begins with.
     """
 
     division = DEFAULT
+    alternatives: tuple[Chosen, ...] = ()
+    first = 0
 
     def __init__(self, format_name: str, rows: int, cols: int, words: torch.Tensor, coded: bool = False) -> None:
         self.format, self.rows, self.cols, self.words = format_name, rows, cols, words
@@ -37,6 +42,11 @@ class DeviceTiles:
     def row_words(self) -> int:
         """Words of a row."""
         return self.groups * self.layout.words
+
+    @property
+    def shape_of_product(self) -> ProductShape:
+        """What decides which alternatives fit."""
+        return ProductShape(self.format, self.layout.coded, self.first, self.rows, self.cols)
 
 
 class DeviceMatrix(DeviceTiles):
@@ -56,7 +66,7 @@ class DeviceMatrix(DeviceTiles):
         part = object.__new__(DeviceMatrix)
         words = self.words[begin // TILE_ROWS : -(-end // TILE_ROWS)]
         DeviceTiles.__init__(part, self.format, end - begin, self.cols, words, self.layout.coded)
-        part.division = self.division
+        part.division, part.alternatives, part.first = self.division, self.alternatives, self.first + begin
         return part
 
 

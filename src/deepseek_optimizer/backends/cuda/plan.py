@@ -26,6 +26,7 @@ from ..reference.device_choice import choose_on_device, greedy_tokens
 from ..sampling import TokenChoice, choose_tokens
 from .adapter_ops import ADAPTER_OPS
 from .adapters import CudaAdapters
+from .alternative import Alternative, Chosen, ProductShape
 from .bind import weights_on_device
 from .buckets import MOST_ROWS, may_be_captured
 from .captured import CapturedSteps, Pieces, Results, launched
@@ -42,7 +43,7 @@ from .latent_ops import LATENT_OPS
 from .memory import memory_errors
 from .ops import DENSE_OPS, Op, Run, frequencies_name, ropes
 from .recurrent_ops import RECURRENT_OPS
-from .sizes import plan_bytes, reserved_rows
+from .sizes import PRODUCTS, plan_bytes, reserved_rows
 from .states import DeviceStates
 from .step import DeviceStep, StepIntegers
 from .store import DeviceBlocks
@@ -72,6 +73,7 @@ class CudaPlan:
         host: creates the backend that computes `options.host_experts`.
         division: how work is divided, in all steps.
         coded: whether products of more than four rows with FP8 weights round rows to E4M3.
+        alternatives: what may take the place of own products of many rows.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class CudaPlan:
         host: Callable[[], Backend] | None = None,
         division: Division = DEFAULT,
         coded: bool = False,
+        alternatives: tuple[Chosen, ...] = (),
     ) -> None:
         check_graph_ops(graph)
         graph, layers = divide(graph, options.host_experts)
@@ -92,8 +95,9 @@ class CudaPlan:
             assert host is not None  # `CudaBackend` has one
             self._host = HostExperts(layers, weights, host(), device, options)
         self.graph, self.device, self._device = graph, device.device, device
-        self._weights = weights_on_device(graph, weights, self.device, division, coded)
+        self._weights = weights_on_device(graph, weights, self.device, division, coded, alternatives)
         self.division = division
+        self._coded, self._alternatives = coded, alternatives
         self._formats = {name: weight.format for name in graph.weights() if isinstance(weight := weights[name], PackedWeight)}
         self._spans, self._needs = group_spans(graph), StepNeeds.of(graph)
         self._only_hidden = hidden_only(graph)
@@ -314,7 +318,10 @@ class CudaPlan:
             self._host.reserve(tokens)
 
     def buffer_bytes(self, tokens: int, logit_rows: int) -> int:
-        return plan_bytes(self.graph, self._formats, tokens, logit_rows, self.captured is not None, self.division)
+        captured = self.captured is not None
+        return plan_bytes(
+            self.graph, self._formats, tokens, logit_rows, captured, self.division, self._coded, self._alternatives
+        )
 
     def describe(self) -> list[dict[str, Any]]:
         return [self._description(node) for node in self.graph.nodes]
@@ -327,10 +334,31 @@ class CudaPlan:
             row["format"] = ",".join(dict.fromkeys(self._formats[name] for name in matrices))
             if any(tiles.layout.coded for name in matrices for tiles in self._weights.tiles_of(name)):
                 row["activation"] = "e4m3"
+            if others := self._alternatives_of(node):
+                row["alternative"] = ", ".join(others)
             row["bytes"] = sum(tiles.words.nbytes for name in matrices for tiles in self._weights.tiles_of(name))
         if node.op == "experts_receive" and self._host is not None:
             row |= {"kernel": "cpu", **self._host.describe(node.attrs["weight"])}
         return row
+
+    def fits(self, alternative: Alternative) -> bool:
+        """Whether an alternative can compute any product of the plan."""
+        nodes = [node for node in self.graph.nodes if node.op in PRODUCTS]
+        return any(alternative.fits(shape) for node in nodes for shape in self._product_shapes(node))
+
+    def _product_shapes(self, node: Node) -> list[ProductShape]:
+        return [product.matrix.shape_of_product for product in self._weights.products(node)]
+
+    def _alternatives_of(self, node: Node) -> list[str]:
+        """What may compute products of a node instead of the kernel, and from how many rows on."""
+        if node.op not in PRODUCTS:
+            return []
+        shapes = self._product_shapes(node)
+        return [
+            f"{each.alternative.name} from {each.rows} rows"
+            for each in self._alternatives
+            if any(each.alternative.fits(shape) for shape in shapes)
+        ]
 
 
 def _query_rows(graph: Graph) -> int:

@@ -12,6 +12,7 @@ from ...quant.base import TILE_ROWS
 from ...quant.tiles import tile_counts
 from ..base import BLOCK_TOKENS, CompileOptions
 from ..reference.states import state_bytes
+from .alternative import Chosen, ProductShape
 from .buckets import MOST_ROWS, rows_bucket
 from .division import (
     DEFAULT,
@@ -31,6 +32,7 @@ from .store import KV_DTYPES
 from .stores import block_elements
 from .supported import check_cache
 
+PRODUCTS = ("linear", "gate_up", "lm_head")  # ops that multiply rows with matrices
 _VALUE_BYTES = 4  # values are float32; products round their rows themselves
 
 
@@ -50,12 +52,22 @@ def reserved_rows(tokens: int, logit_rows: int, captured: bool) -> tuple[int, in
 
 
 def plan_bytes(
-    graph: Graph, formats: Mapping[str, str], tokens: int, logit_rows: int, captured: bool, division: Division = DEFAULT
+    graph: Graph,
+    formats: Mapping[str, str],
+    tokens: int,
+    logit_rows: int,
+    captured: bool,
+    division: Division = DEFAULT,
+    coded: bool = False,
+    alternatives: tuple[Chosen, ...] = (),
 ) -> int:
-    """Bytes of a plan's buffers, and of the largest scratch memory of a kernel, which they share.
+    """Bytes of a plan's buffers, and of the largest scratch memory of a kernel or an alternative, which they share.
 
     With captured steps, also what is theirs: their logits, and as their memory is apart from that of other steps, the same
     scratch memory for as many rows as they have, and the last hidden states.
+
+    Args:
+        coded: whether products round rows to FP8.
     """
     tokens, logit_rows = reserved_rows(tokens, logit_rows, captured)
     rows = {True: logit_rows, False: tokens}
@@ -66,8 +78,28 @@ def plan_bytes(
         returned = {node.op: node.inputs[0].width for node in graph.nodes if node.op in ("hidden_out", "draft_out")}
         hidden = sum(returned.values())  # the last hidden states, and draft states where these are others
         logits = graph.logits_width * rows_bucket(min(logit_rows, MOST_ROWS))
-        held = _VALUE_BYTES * (logits + hidden * padded) + _scratch_bytes(graph, formats, padded, division)
-    return slots + held + _scratch_bytes(graph, formats, tokens, division)
+        other = _alternative_bytes(graph, formats, padded, coded, alternatives)
+        held = _VALUE_BYTES * (logits + hidden * padded) + max(_scratch_bytes(graph, formats, padded, division), other)
+    scratch = _scratch_bytes(graph, formats, tokens, division)
+    return slots + held + max(scratch, _alternative_bytes(graph, formats, tokens, coded, alternatives))
+
+
+def _alternative_bytes(
+    graph: Graph, formats: Mapping[str, str], tokens: int, coded: bool, alternatives: tuple[Chosen, ...]
+) -> int:
+    """Scratch memory of one product that an alternative may compute."""
+    sizes, shapes = [0], weight_shapes(graph)
+    for chosen in alternatives:
+        for node in graph.nodes:
+            if node.op not in PRODUCTS or tokens < chosen.rows:
+                continue
+            for name, part in zip(node.weights, rows_of(node), strict=True):
+                begin, end = (0, shapes[name][0]) if part is None else (part[0] // TILE_ROWS * TILE_ROWS, part[1])
+                of_format, columns = formats.get(name, "fp32"), shapes[name][1]
+                if chosen.takes(tokens, ProductShape(of_format, coded and of_format == "fp8", begin, end - begin, columns)):
+                    count = 2 if node.op == "gate_up" else 1
+                    sizes.append(chosen.alternative.scratch_bytes(tokens, end - begin, columns, count))
+    return max(sizes)
 
 
 def _scratch_bytes(graph: Graph, formats: Mapping[str, str], tokens: int, division: Division) -> int:
@@ -103,7 +135,7 @@ def _scratch_bytes(graph: Graph, formats: Mapping[str, str], tokens: int, divisi
             sizes.append(index_scratch_bytes(tokens, (a["heads"] + a["kv_heads"]) * most))
         if node.op == "lora_down":
             sizes.append(_VALUE_BYTES * tokens * node.outputs[0].width * adapter_splits(node.inputs[0].width))
-        if node.op in ("linear", "gate_up", "lm_head"):
+        if node.op in PRODUCTS:
             products = 2 if node.op == "gate_up" else 1
             parts = [part for part in rows_of(node) if part is not None and part[0] % TILE_ROWS]  # first results are left out
             apart = products == 2 and (bool(parts) or len({formats.get(name) for name in node.weights}) == 2)  # `up`
@@ -118,10 +150,12 @@ def _scratch_bytes(graph: Graph, formats: Mapping[str, str], tokens: int, divisi
 
 
 class CudaSizes:
-    """Implements `Sizes`, for plans that capture small steps, and with the default division, unless the attributes are set."""
+    """Implements `Sizes`, for plans that capture small steps, with the default division and without alternatives, unless the
+    attributes are set."""
 
     captures = True
     division = DEFAULT
+    alternatives: tuple[Chosen, ...] = ()
 
     def block_bytes(self, graph: Graph, kv_dtype: str) -> int:
         check_cache(graph, kv_dtype)
@@ -137,4 +171,6 @@ class CudaSizes:
         heads = [value for node in graph.nodes if node.op == "lm_head" for value in node.outputs]
         rows = {True: logit_rows, False: tokens}
         logits = sum(_VALUE_BYTES * value.width * rows[value.selected] for value in heads)
-        return plan_bytes(graph, formats, tokens, logit_rows, self.captures, self.division) + logits
+        coded = options.activation == "fp8"
+        own = plan_bytes(graph, formats, tokens, logit_rows, self.captures, self.division, coded, self.alternatives)
+        return own + logits

@@ -83,10 +83,10 @@ def coded_sums(
     return total, up
 
 
-def coded_rows(x: torch.Tensor, columns: int, tiles: DeviceTiles) -> torch.Tensor:
-    """The first columns of x, float32 [M, >= columns], in FP8; see `code_rows`."""
+def coded_rows(x: torch.Tensor, columns: int, tiles: DeviceTiles, padded: int = 0) -> torch.Tensor:
+    """The first columns of x, float32 [M, >= columns], in FP8; see `code_rows`. Nothing is written to rows M to `padded`."""
     rows, groups, group = len(x), tiles.groups, _GROUP.value
-    coded = torch.empty((rows, groups * 32 + triton.cdiv(groups, 16) * 16), dtype=torch.uint8, device=x.device)
+    coded = torch.empty((max(rows, padded), groups * 32 + triton.cdiv(groups, 16) * 16), dtype=torch.uint8, device=x.device)
     code_rows[(triton.cdiv(rows, _ROWS), triton.cdiv(groups * 32, group))](
         x, x.stride(0), coded, rows, columns, groups, ROWS=_ROWS, BLOCK=group, num_warps=4
     )

@@ -1,6 +1,8 @@
-"""Products with packed matrices: chooses the kernel by the number of rows."""
+"""Products with packed matrices: chooses the kernel, or an alternative to it, by the number of rows."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
@@ -15,8 +17,7 @@ from .linear_vector import launch_vector
 def linear(x: torch.Tensor, matrix: DeviceMatrix, bias: torch.Tensor | None, out: torch.Tensor) -> None:
     """out = x W^T + bias: x float32 [M, K], out float32 [M, N], bias float32 [N]."""
     if len(x):
-        launch = launch_vector if len(x) <= MOST_ROWS else launch_tile
-        launch(x, matrix, bias, out)
+        launch_for(len(x), matrix)(x, matrix, bias, out)
 
 
 def gate_up(
@@ -34,5 +35,14 @@ def gate_up(
         linear(x, up, biases[1], raised)
         apply("gate", out, raised, out, joined)
     elif len(x):
-        launch = launch_vector if len(x) <= MOST_ROWS else launch_tile
-        launch(x, gate, biases[0], out, up, biases[1], joined)
+        launch_for(len(x), gate, up)(x, gate, biases[0], out, up, biases[1], joined)
+
+
+def launch_for(rows: int, *matrices: DeviceMatrix) -> Callable[..., None]:
+    """What computes products of this number of rows with a matrix, or with two matrices of one format."""
+    if rows <= MOST_ROWS:
+        return launch_vector
+    for chosen in matrices[0].alternatives:
+        if chosen.takes(rows, *(matrix.shape_of_product for matrix in matrices)):
+            return chosen.alternative.launch
+    return launch_tile
