@@ -64,6 +64,17 @@ def test_products(count, shape):
         assert_close(out, exact)
 
 
+@pytest.mark.parametrize("unusual", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_rows_that_are_not_finite_have_no_finite_products(unusual):
+    """They are errors of the model, which an engine reports."""
+    packed, x = pack(random(17, 130), "fp8"), rows_of(6, 130)
+    x[2, 129] = unusual
+    out = torch.zeros(6, 17)
+    linear.linear(x, DeviceMatrix(packed, CPU, True), None, out)
+    finite = out.isfinite()
+    assert not finite[2].any() and finite[[0, 1, 3, 4, 5]].all()
+
+
 def test_few_rows_are_not_rounded():
     packed, x, out = pack(random(33, 140), "fp8"), rows_of(3, 140), torch.empty(3, 33)
     linear.linear(x, DeviceMatrix(packed, CPU, True), None, out)

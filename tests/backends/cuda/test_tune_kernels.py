@@ -32,7 +32,7 @@ TINY = {
     "vocab_size": 31, "hidden_size": 40, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
     "num_key_value_heads": 1,
 }  # fmt: skip
-OTHER = Division(programs=4, most_splits=2, vector_warps=2, block_n=32, tile_warps=8, tile_stages=3, chunk_blocks=2)
+OTHER = Division(programs=4, most_splits=2, vector_warps=2, block_n=32, tile_warps=8, tile_stages=1, chunk_blocks=2)
 
 
 @pytest.fixture

@@ -83,8 +83,8 @@ def weights_on_device(
             bound.vectors[name] = _vector(name, weight, shape).to(device, torch.float32).contiguous()
     for tiles in (*bound.matrices.values(), *bound.stacks.values()):
         tiles.division = division
-    for matrix in bound.matrices.values():
-        matrix.alternatives = alternatives
+    for device_matrix in bound.matrices.values():
+        device_matrix.alternatives = alternatives
     for spec in ropes(graph):
         if not spec.is_dynamic:
             frequencies = torch.tensor(spec.inv_freq, dtype=torch.float32, device=device)

@@ -1,8 +1,7 @@
 """How work is divided on a card: defaults by compute capability, and what `dso tune --kernels` has measured on this machine.
 
 The defaults are derived from facts about the cards, not measured: matrices and attention are divided into four programs for
-each processor, so that loads of some hide those of others, and a program's operands fit into the shared memory of all
-generations.
+each processor, so that loads of some hide those of others.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from .division import Division
 
 VERSION = 1
 _PROGRAMS_PER_PROCESSOR = 4
+_MOST_PROGRAMS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def card_of(device: torch.device, version_file: Path = Path("/proc/driver/nvidia
         version_file: where the driver's version is.
     """
     properties: Any = torch.cuda.get_device_properties(device)
-    text = version_file.read_text() if version_file.is_file() else ""
+    text = version_file.read_text(encoding="utf-8", errors="replace") if version_file.is_file() else ""
     found = re.search(r"Module(?: for \S+)?\s+(\d+[\d.]*)", text)
     installed = versions("triton", "deepseek-optimizer")
     return Card(
@@ -122,7 +122,11 @@ def division_for(card: Card) -> tuple[Division, str]:
         return read(card), "kernels tuned on this card"
     except FileNotFoundError:
         return shipped(card.capability, card.processors), "kernels not tuned"
-    except (DataError, OSError) as error:
+    except (
+        DataError,
+        OSError,
+        RuntimeError,
+    ) as error:  # the last: no home directory, or JSON nested too deeply
         return shipped(card.capability, card.processors), f"kernels not tuned ({error})"
 
 
@@ -137,7 +141,7 @@ def read(card: Card) -> Division:
     path, found = card.path, _record(card)["division"]
     for each in fields(Division):
         given, allowed = found.get(each.name), ALLOWED[each.name]
-        if type(given) is not int or not (given in allowed if isinstance(allowed, tuple) else given > 0):
+        if type(given) is not int or not (given in allowed if isinstance(allowed, tuple) else 0 < given <= _MOST_PROGRAMS):
             raise DataError(f"has the value {given!r}; run dso tune --kernels again", file=path, field=each.name)
     return Division(**{each.name: found[each.name] for each in fields(Division)})
 
@@ -198,6 +202,6 @@ ALLOWED: Mapping[str, tuple[int, ...] | None] = {
     "vector_warps": (1, 2, 4, 8),
     "block_n": (32, 64),
     "tile_warps": (4, 8),
-    "tile_stages": (1, 2, 3, 4),
+    "tile_stages": (1, 2),  # with more, some format's programs take more shared memory than some card has
     "chunk_blocks": (2, 4, 8, 16),
 }

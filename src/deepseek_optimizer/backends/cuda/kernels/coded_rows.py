@@ -41,6 +41,9 @@ def code_rows(x, x_stride, out, rows, columns, groups, ROWS: tl.constexpr, BLOCK
     column = first + i // 4 * 4 + i % 2 * 2 + i % 4 // 2
     value = tl.load(x + m * x_stride + column, mask=(m < rows) & (column < columns), other=0.0)
     scale = scale_of(tl.max(tl.abs(value), 1, keep_dims=True), "e4m3")
+    # Maxima leave NaN out: with one, or with infinity, products must not be finite.
+    unusual = tl.max(tl.where(tl.abs(value) < float("inf"), 0, 1), 1, keep_dims=True)
+    scale = tl.where(unusual > 0, float("nan"), scale)
     own = out + m * row_bytes(groups)
     inside = (m < rows) & (first + i < groups * 32)
     tl.store(own + first + i, codes_of(value, scale, "e4m3").to(tl.uint8), mask=inside)
