@@ -96,7 +96,7 @@ LIMITS = {
     **{f"grouped product {name} of 64 rows: head_tile_product": (255, 112 << 10) for name in ("fp8", *MORE)},
     "indexer: index_scores": (128, 64 << 10),
     "indexer: choose_best": (80, 8192),
-    "indexer in fp32: index_scores": (255, 64 << 10),
+    "indexer in fp32: index_scores": (96, 48 << 10),
     "indexer in fp32: choose_best": (80, 8192),
     "attention, prefill: attend_tile": (255, 84 << 10),
     "attention, prefill in fp32: attend_tile": (144, 80 << 10),

@@ -119,15 +119,17 @@ def choose(
     width, keys = q.shape[1] // heads, triton.cdiv(32 * most_blocks, every)
     most = min(tokens, rows_at_once(keys))
     scores = torch.empty((most, keys), dtype=torch.float32, device=q.device)
+    narrow = cache.dtype == torch.bfloat16
+    read = _TOKENS if narrow else _TOKENS // 4  # operands of products in fp32 are in registers
     block = min(_BLOCK, triton.next_power_of_2(keys))
     for first in range(0, tokens, most):
         rows = slice(first, min(first + most, tokens))
         count = rows.stop - first
-        index_scores[(count, triton.cdiv(keys, _TOKENS))](
+        index_scores[(count, triton.cdiv(keys, read))](
             q[rows], weights[rows], cache, block_tables, sequence[rows], ends[rows], scores, cache.stride(0), index_offset,
             most_blocks, keys, scale, HEADS=heads, HEAD_BLOCK=max(16, triton.next_power_of_2(heads)), WIDTH=width,
-            WIDTH_BLOCK=max(16, triton.next_power_of_2(width)), EVERY=every, TOKENS=_TOKENS,
-            NARROW=cache.dtype == torch.bfloat16, num_warps=4,
+            WIDTH_BLOCK=max(16, triton.next_power_of_2(width)), EVERY=every, TOKENS=read, NARROW=narrow,
+            num_warps=4 if narrow else 8,
         )  # fmt: skip
         choose_best[(count,)](
             scores, ends[rows], chosen[rows], keys, EVERY=every, TOP_K=chosen.shape[1], BLOCK=block, num_warps=8
