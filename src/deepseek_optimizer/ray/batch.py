@@ -161,6 +161,7 @@ def run_batch(
                 progress(len(results.done), len(job.requests))
     except RayTaskError as error:
         if isinstance(error.cause, DeepSeekOptimizerError):
+            vars(error.cause).pop("__notes__", None)  # Ray's, about its settings
             raise error.cause from error
         raise
     finally:

@@ -135,7 +135,7 @@ def rotate_and_store(
     if head < HEADS:
         at = (token * HEADS + head) * HEAD
         move_heads(q + at, y + at, y + token, angles, real, HEAD, ROT, OFFSET, INTERLEAVED, "", BLOCK)
-    else:
+    elif KV_HEADS > 0:
         row = head - HEADS  # keys' heads, then values'
         slot = tl.load(slots + token, mask=real, other=0)
         layer = (slot // 32).to(tl.int64) * block_elements + layer_offset
