@@ -12,8 +12,9 @@ import asyncio
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
@@ -46,12 +47,19 @@ async def run_batch(
     Raises:
         EngineDeadError: the engine has stopped; requests without an answer have no results.
     """
+    async with client_of(app) as client:
+        await answer_all(client, job, results, Places(at_once), progress)
+
+
+@asynccontextmanager
+async def client_of(app: Any) -> AsyncIterator[httpx.AsyncClient]:
+    """Starts the server's application for the context, and yields a client of it, without a network."""
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     async with (
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=transport, base_url=BASE_URL, timeout=None) as client,
     ):
-        await answer_all(client, job, results, Places(at_once), progress)
+        yield client
 
 
 async def answer_all(

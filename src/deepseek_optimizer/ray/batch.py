@@ -23,7 +23,7 @@ from ray.exceptions import RayTaskError
 from ..batch.places import Places
 from ..batch.requests import BatchInput, BatchRequest
 from ..batch.results import Results
-from ..batch.run import BASE_URL, answer
+from ..batch.run import answer, client_of
 from ..errors import ConfigError, DeepSeekOptimizerError
 from ..server.app import create_app
 from ..server.loading import load_served_model
@@ -107,11 +107,7 @@ class Answerer:
     async def _connected(self) -> httpx.AsyncClient:
         async with self._opening:
             if self._client is None:
-                await self._opened.enter_async_context(self._app.router.lifespan_context(self._app))
-                transport = httpx.ASGITransport(app=self._app, raise_app_exceptions=False)
-                self._client = await self._opened.enter_async_context(
-                    httpx.AsyncClient(transport=transport, base_url=BASE_URL, timeout=None)
-                )
+                self._client = await self._opened.enter_async_context(client_of(self._app))
             return self._client
 
 
