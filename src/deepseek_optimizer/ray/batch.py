@@ -7,8 +7,10 @@ with another number of workers, or without Ray.
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import logging
+import pickle
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
@@ -18,7 +20,6 @@ from typing import Any
 import httpx
 import ray
 import ray.data
-from ray.exceptions import RayTaskError
 
 from ..batch.places import Places
 from ..batch.requests import BatchInput, BatchRequest
@@ -76,7 +77,7 @@ class Answerer:
             engine, settings, _, _ = load_served_model(served, settings, logger.warning)
             self._app = create_app(engine, settings)
         except DeepSeekOptimizerError as error:
-            self._failure = error  # raised by a call: Ray reports what is raised here as the death of the process
+            self._failure = error  # returned by a call: Ray reports what is raised here as the death of the process
         self._client: httpx.AsyncClient | None = None
         self._opened = AsyncExitStack()
         self._opening = asyncio.Lock()
@@ -88,21 +89,23 @@ class Answerer:
             block: columns `index` and `request`: a `BatchRequest`'s index, and its other fields in JSON.
 
         Returns:
-            The columns `index` and `line`: as above, and the output's line in JSON.
-
-        Raises:
-            DeepSeekOptimizerError: the model cannot be loaded, or the engine has stopped.
+            The columns `index`, `line` and `error`: as above, the output's line in JSON, and an error that ends the job: the
+            model cannot be loaded, or the engine has stopped. Ray would add its own advice to an error that is raised.
         """
-        if self._failure is not None:
-            raise self._failure
-        client = await self._connected()
+        rows = list(zip(block["index"].tolist(), block["request"].tolist(), strict=True))
+        try:
+            if self._failure is not None:
+                raise self._failure
+            client = await self._connected()
 
-        async def line(index: int, text: str) -> str:
-            request = BatchRequest(index, **json.loads(text))
-            return json.dumps(await answer(client, self._job, request, self._job.written, self._places))
+            async def line(index: int, text: str) -> str:
+                request = BatchRequest(index, **json.loads(text))
+                return json.dumps(await answer(client, self._job, request, self._job.written, self._places))
 
-        rows = zip(block["index"].tolist(), block["request"].tolist(), strict=True)
-        return {"index": block["index"], "line": list(await asyncio.gather(*[line(*row) for row in rows]))}
+            lines, error = list(await asyncio.gather(*[line(*row) for row in rows])), ""
+        except DeepSeekOptimizerError as failure:
+            lines, error = [""] * len(rows), base64.b64encode(pickle.dumps(failure)).decode("ascii")
+        return {"index": block["index"], "line": lines, "error": [error] * len(rows)}
 
     async def _connected(self) -> httpx.AsyncClient:
         async with self._opening:
@@ -152,14 +155,11 @@ def run_batch(
     try:
         _check_resources(workers)
         for row in _answers(served, settings, workers, replace(job, requests=(), written=results.written), rows):
+            if row["error"]:
+                raise pickle.loads(base64.b64decode(row["error"]))
             if row["index"] not in results.done:  # a worker that died may have answered it already
                 results.add(int(row["index"]), json.loads(row["line"]))
                 progress(len(results.done), len(job.requests))
-    except RayTaskError as error:
-        if isinstance(error.cause, DeepSeekOptimizerError):
-            vars(error.cause).pop("__notes__", None)  # Ray's, about its settings
-            raise error.cause from error
-        raise
     finally:
         if started:
             ray.shutdown()
@@ -172,7 +172,6 @@ def _answers(
     at_once = -(-workers.at_once // _BLOCK)  # blocks that a worker answers together
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False  # the job has one
-    context.raise_original_map_exception = True  # else errors arrive without their type
     with ray.data.DataContext.current(context):
         answers = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // _BLOCK)).map_batches(
             Answerer,
