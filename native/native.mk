@@ -2,6 +2,7 @@
 # test-native:  builds with AddressSanitizer and UndefinedBehaviorSanitizer and runs the native tests; then runs them on the
 #               optimized build. GCC aligns no frames for stack-use-after-return for AVX-512 (its bug 110027). The sanitized build
 #               has the variants that this processor can run, if that is AVX2 only: the others would be compiled for nothing.
+#               It runs a third of the random cases (DSO_TEST_DIVISOR=1: all of them).
 # test-arm:     cross-builds for ARM64 and runs the native tests under qemu-user, on five CPU models (ARM_MODELS: on some). Needs
 #               Debian's g++-aarch64-linux-gnu and qemu-user. test-arm-short: the part of it that CI runs.
 # test-arm-wheel: cross-builds the wheel for ARM64, and installs and runs it under qemu-user. Needs debootstrap, too.
@@ -30,7 +31,7 @@ SANITIZED_ISAS = $(shell grep -qsw avx512f /proc/cpuinfo || ! grep -qsw avx2 /pr
 test-native: $(filter $(BIN)/cmake,$(CMAKE))
 	$(CMAKE) -S . -B build/native-sanitized -DDSO_TESTS=ON -DDSO_SANITIZE=ON "-DDSO_ISAS=$(SANITIZED_ISAS)"
 	$(CMAKE) --build build/native-sanitized -j $(NATIVE_JOBS)
-	cd build/native-sanitized && ASAN_OPTIONS=detect_stack_use_after_return=0 UBSAN_OPTIONS=print_stacktrace=1 ctest -j $(NATIVE_JOBS) --output-on-failure --timeout 600
+	cd build/native-sanitized && DSO_TEST_DIVISOR=$${DSO_TEST_DIVISOR:-3} ASAN_OPTIONS=detect_stack_use_after_return=0 UBSAN_OPTIONS=print_stacktrace=1 ctest -j $(NATIVE_JOBS) --output-on-failure --timeout 600
 	$(CMAKE) -S . -B build/native -DDSO_TESTS=ON
 	$(CMAKE) --build build/native -j $(NATIVE_JOBS)
 	cd build/native && ctest -j $(NATIVE_JOBS) --output-on-failure
