@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ...errors import BackendError
 from ...graph.attention_mode import Span
@@ -79,10 +81,10 @@ def check_step(
     _require(tokens > 0 and sequences > 0, "query_len", "a step needs at least one token")
     for name in ("context_len", "phase"):
         _require(len(getattr(batch, name)) == sequences, name, f"must have one entry for each of {sequences} sequences")
-    _require((batch.query_len > 0).all(), "query_len", "each sequence needs at least one token")
+    _require(int(batch.query_len.min()) > 0, "query_len", "each sequence needs at least one token")
     _require(int(batch.query_len.sum()) == tokens, "query_len", f"must sum to {tokens} tokens")
-    _require((batch.positions >= 0).all(), "positions", "must not be negative")
-    _require((batch.context_len >= 0).all(), "context_len", "must not be negative")
+    _require(_within(batch.positions), "positions", "must not be negative")
+    _require(_within(batch.context_len), "context_len", "must not be negative")
     if batch.reach is not None:
         _require(len(batch.reach) == sequences and (batch.reach > 0).all(), "reach", f"must be {sequences} positive values")
     phases = batch.phase.tolist()
@@ -113,15 +115,17 @@ def _check_inputs(batch: StepBatch, needs: StepNeeds, tokens: int) -> None:
             return
     ids = batch.token_ids
     _require(len(ids) == tokens, "token_ids", f"must have {tokens} entries")
-    _require(0 <= int(ids.min()) and int(ids.max()) < graph.vocab_size, "token_ids", f"must lie in [0, {graph.vocab_size})")
+    _require(_within(ids, graph.vocab_size), "token_ids", f"must lie in [0, {graph.vocab_size})")
 
 
 def _check_blocks(batch: StepBatch, num_blocks: int, spans: tuple[Span, ...]) -> None:
-    needed = -(-(batch.context_len + batch.query_len) // BLOCK_TOKENS)
-    shape = (len(spans), len(needed)) if len(spans) > 1 else (len(needed),)
+    ends, most = batch.context_len + batch.query_len, batch.block_table.shape[-1]
+    shape = (len(spans), len(ends)) if len(spans) > 1 else (len(ends),)
     _require(batch.block_table.shape[:-1] == shape, "block_table", f"must have shape {[*shape, 'max_blocks']}")
-    _require(int(np.max(needed)) <= batch.block_table.shape[-1], "block_table", "has too few blocks for a sequence")
-    block = np.arange(batch.block_table.shape[-1])
+    _require(int(ends.max()) <= most * BLOCK_TOKENS, "block_table", "has too few blocks for a sequence")
+    if _within(batch.block_table, num_blocks):  # whether it is used or not
+        return
+    needed, block = -(-ends // BLOCK_TOKENS), np.arange(most)
     for tables, span in zip(batch.tables(len(spans)), spans, strict=True):
         used = block < needed[:, None]
         if span is not None:
@@ -188,6 +192,11 @@ def _check_pictures(batch: StepBatch, needs: StepNeeds, tokens: int) -> None:
             inside.all() and (np.diff(own) >= 0).all(), "visible_to", "must be after the row, in the step, and not descend"
         )
         first += int(count)
+
+
+def _within(values: npt.NDArray[np.signedinteger[Any]], limit: int = 1 << 31) -> bool:
+    """Whether all values lie in [0, limit). Read as unsigned, a negative value is larger than any limit: one pass decides."""
+    return int(values.view(f"u{values.itemsize}").max(initial=0)) < limit
 
 
 def _require(condition: object, field: str, message: str) -> None:
