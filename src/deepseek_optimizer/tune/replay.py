@@ -68,30 +68,34 @@ def _mean(values: dict[int, float]) -> float:
 
 class ModelMeasure:
     """Measures a model: `for figures in measure(settings): ...`, one replay after the other, each with an empty prefix cache.
+    The model is loaded again only for settings with another number of threads or another cache format.
 
     Args:
         path: of the model, see `load_model`.
         fields: of `DeepSeekConfig`, that are not searched.
         trace: to replay; requests that do not fit the model's context are shortened.
         at_once: send all requests at once: only throughput counts.
+        models: how many loaded models are kept, those that were used last.
     """
 
-    def __init__(self, path: str | Path, fields: dict[str, Any], trace: Trace, at_once: bool = False) -> None:
-        self._path, self._fields, self._at_once = path, fields, at_once
+    def __init__(self, path: str | Path, fields: dict[str, Any], trace: Trace, at_once: bool = False, models: int = 1) -> None:
+        self._path, self._fields, self._at_once, self._most = path, fields, at_once, models
         self._trace, self._salts = trace, 0
+        self._models: dict[tuple[int, str], Any] = {}  # by threads and cache format; the one that was used last is last
+        self._tokenizer: Any = None
         self._tokens: list[list[int]] | None = None
         self._reference: Any = None  # logits with the default cache
 
     def __call__(self, settings: Settings) -> Iterator[Figures]:
         from dataclasses import replace
 
-        from ..optimized_model import load_model, load_tokenizer
         from ..serving import STALL, make_engine
 
-        model = load_model(self._path, **{**self._fields, **settings.to_fields()})
-        tokenizer = load_tokenizer(self._path)
-        drafts = settings.drafts or False
-        with make_engine(model, tokenizer, drafts=drafts, stall=STALL) as engine:  # as a server schedules
+        model, tokenizer = self._loaded(settings)
+        options = {
+            "drafts": settings.drafts or False, "batch_size_range": (1, settings.batch), "step_tokens": settings.prefill_chunk,
+        }  # fmt: skip
+        with make_engine(model, tokenizer, **options, stall=STALL) as engine:  # as a server schedules
             trace = self._prepared(engine, tokenizer)
             weights, kl = model.report().bytes_after, self._divergence(model, tokenizer)
             running = model.dso.backend.thread_context
@@ -100,6 +104,24 @@ class ModelMeasure:
                 assert self._tokens is not None
                 figures = replay(engine, running, trace, self._tokens, str(self._salts))
                 yield replace(figures, memory_bytes=figures.memory_bytes + weights, kl=kl)
+
+    def _loaded(self, settings: Settings) -> tuple[Any, Any]:
+        """The model, ready for an engine with these settings, and its tokenizer."""
+        from ..integration.bind.runtime import runtime_of
+        from ..optimized_model import load_model, load_tokenizer
+
+        key = settings.threads, settings.kv_cache
+        model = self._models.pop(key, None)
+        if model is None:
+            while len(self._models) >= self._most:  # before the next one is loaded
+                del self._models[next(iter(self._models))]
+            model = load_model(self._path, **{**self._fields, **settings.to_fields()})
+        else:
+            runtime_of(model).prepare_for(settings.batch, settings.prefill_chunk)
+        self._models[key] = model
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self._path)
+        return model, self._tokenizer
 
     def _prepared(self, engine: Any, tokenizer: Any) -> Trace:
         """The trace as it is sent; its prompts are made once."""

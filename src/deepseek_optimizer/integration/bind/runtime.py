@@ -204,6 +204,18 @@ class Runtime(PackedModel):
         """
         return self._arena_of(what_is_free(self.backend.free_memory()) if memory is None else granted(memory))
 
+    def prepare_for(self, sequences: int, step_tokens: int) -> None:
+        """Prepares for an engine with other limits than the config's, as if the model had been loaded with them: reserves
+        buffers for its steps, and discards `arena`, so that the engine gets one of its own size. Engines that run keep theirs.
+
+        Args:
+            sequences: maximum number of sequences in a step.
+            step_tokens: maximum number of tokens in a step.
+        """
+        self.plan.reserve(max(step_tokens, sequences), sequences)
+        with self._making:
+            self._arena = None
+
     def full_batch(self, sequences: int, tokens: int, step_tokens: int) -> FullBatch:
         """The maximum cache memory of `sequences` sequences of `tokens` tokens each, processed in steps of `step_tokens`."""
         groups = groups_of(self.graph)
