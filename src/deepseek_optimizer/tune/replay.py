@@ -15,6 +15,10 @@ _TEXT = 200_000  # characters of the sample text that prompts are taken from
 _KL_TOKENS = 256
 
 
+class ReplayTooLong(Exception):
+    """A replay was ended because it took longer than was allowed."""
+
+
 def replay(
     engine: Any,
     running: Callable[[], Any],
@@ -23,6 +27,7 @@ def replay(
     salt: str = "",
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
+    longest: float | None = None,
 ) -> Figures:
     """Sends each request when its time has come; answers are greedy and have the trace's lengths. `memory_bytes`: the cache's.
 
@@ -32,6 +37,10 @@ def replay(
         trace, tokens: the requests, and their prompts.
         salt: replays with other salts do not share cached prefixes.
         clock, sleep: of seconds.
+        longest: seconds that it may take; None: any.
+
+    Raises:
+        ReplayTooLong: it takes longer; requests are left in the engine.
     """
     from ..engine.request import Request, SamplingParams
 
@@ -41,6 +50,8 @@ def replay(
     last: dict[int, float] = {}
     while waiting or len(last) < len(trace):
         now = clock() - began
+        if longest is not None and now > longest:
+            raise ReplayTooLong(f"ended after {now:.2f} seconds; {longest:.2f} were allowed")
         while waiting and trace[waiting[0]].at <= now:
             index = waiting.pop(0)
             sampling = SamplingParams(temperature=0, max_tokens=trace[index].new_tokens, ignore_eos=True)
@@ -76,6 +87,9 @@ class ModelMeasure:
         trace: to replay; requests that do not fit the model's context are shortened.
         at_once: send all requests at once: only throughput counts.
         models: how many loaded models are kept, those that were used last.
+
+    Attributes:
+        longest: seconds that a replay may take before it raises ReplayTooLong; None: any.
     """
 
     def __init__(self, path: str | Path, fields: dict[str, Any], trace: Trace, at_once: bool = False, models: int = 1) -> None:
@@ -83,6 +97,7 @@ class ModelMeasure:
         self._trace, self._salts = trace, 0
         self._models: dict[tuple[int, str], Any] = {}  # by threads and cache format; the one that was used last is last
         self._tokenizer: Any = None
+        self.longest: float | None = None
         self._tokens: list[list[int]] | None = None
         self._reference: Any = None  # logits with the default cache
 
@@ -102,7 +117,7 @@ class ModelMeasure:
             while True:
                 self._salts += 1
                 assert self._tokens is not None
-                figures = replay(engine, running, trace, self._tokens, str(self._salts))
+                figures = replay(engine, running, trace, self._tokens, str(self._salts), longest=self.longest)
                 yield replace(figures, memory_bytes=figures.memory_bytes + weights, kl=kl)
 
     def _loaded(self, settings: Settings) -> tuple[Any, Any]:

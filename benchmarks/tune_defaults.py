@@ -1,0 +1,121 @@
+"""How much better than the defaults are the best of 200 random settings, and those that `dso tune` finds?
+
+    python -m benchmarks.tune_defaults MODEL [--trace bursty agents documents] [--settings 200] [--trials 30] [--seconds 1]
+
+Bar of issue 22: on each of three traces, `dso tune` is at least 15% better at the trace's goal, or the defaults are within 3%
+of the best random settings. Nothing else may run meanwhile. A trace takes about 7 minutes. Its results are added to a file, and
+traces that are in it with the same options are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from deepseek_optimizer.bench.hardware import cpu_name, usable_cpus
+from deepseek_optimizer.integration.load.resolve import resolve
+from deepseek_optimizer.tune.replay import ModelMeasure
+from deepseek_optimizer.tune.search import search
+from deepseek_optimizer.tune.settings import Figures, Settings, space
+
+from .tune_race import once, race
+from .tune_traces import CASES
+from .verdict import MISSED, REACHED
+
+GAIN, WITHIN = 0.15, 0.03  # the bar: of dso tune, and of the defaults
+LONGEST = 1.5  # replays that take so many times as long as the defaults' are ended
+_FIRST = 3  # replays of the defaults, of which the median one says how long a replay may take
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="path of a model of about 135M parameters")
+    parser.add_argument("--trace", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--settings", type=int, default=200, metavar="N", help="random settings (default 200)")
+    parser.add_argument("--trials", type=int, default=30, metavar="N", help="of dso tune (default 30)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of requests in a trace (default 1)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--results", type=Path, default=Path("tune_defaults.json"), metavar="FILE")
+    a = parser.parse_args()
+    known = json.loads(a.results.read_text(encoding="utf-8")) if a.results.exists() else {}
+    asked = {
+        "model": Path(a.model).name, "settings": a.settings, "trials": a.trials, "seconds": a.seconds, "seed": a.seed,
+        "cpu": cpu_name(), "threads": usable_cpus(),
+    }  # fmt: skip
+    for name in a.trace:
+        if known.get(name, {}).get("asked") != asked:
+            known[name] = {"asked": asked, **measured(a.model, name, a.settings, a.trials, a.seconds, a.seed)}
+            a.results.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        print(line(name, known[name]), flush=True)
+    raise SystemExit(any(known[name]["verdict"] != REACHED for name in a.trace))
+
+
+def measured(model: str, name: str, settings: int, trials: int, seconds: float, seed: int) -> dict[str, Any]:
+    """The entry of a trace in the file."""
+    case, defaults, begin = CASES[name], Settings(threads=usable_cpus()), time.monotonic()
+    measure = ModelMeasure(resolve(model), {}, case.make(seconds), at_once=case.goal == "throughput", models=2)
+    once(measure, defaults)  # loads the model
+    usual, plain = sorted((_timed(measure, defaults) for _ in range(_FIRST)), key=lambda one: one[0])[_FIRST // 2]
+
+    def quick(some: Settings) -> Iterator[Figures]:
+        measure.longest = LONGEST * usual
+        try:
+            yield from measure(some)
+        finally:
+            measure.longest = None
+
+    values = space(usable_cpus(), ("auto",))
+    candidates = drawn(values, defaults, settings, seed)
+    _note(f"{name}: a replay takes {usual:.2f} s; {len(candidates)} random settings")
+    won = race(quick, measure, candidates, defaults, plain, case.goal, _note)
+    after_race = time.monotonic()
+    found = search(measure, values, defaults, case.goal, trials=trials, seed=seed, note=_note)
+    return {
+        "goal": case.goal, "replay_s": usual, "best": str(won.best), "ratios": won.ratios, "ratio": won.ratio,
+        "replayed": won.replayed, "tuned": str(found.best), "gain": found.gain, "tried": len(found.trials),
+        "race_s": after_race - begin, "tune_s": time.monotonic() - after_race,
+        "verdict": verdict(found.gain, won.ratio),
+    }  # fmt: skip
+
+
+def verdict(gain: float, ratio: float) -> str:
+    """gain: of dso tune, 0.2: 20% better; ratio: how many times as good as the defaults the best random settings are."""
+    return REACHED if gain >= GAIN or ratio <= 1 + WITHIN else MISSED
+
+
+def drawn(values: Any, defaults: Settings, count: int, seed: int) -> list[Settings]:
+    """Random settings, each once, without the defaults; all of them if there are not more."""
+    every = [Settings(**dict(zip(values, chosen, strict=True))) for chosen in itertools.product(*values.values())]
+    every = [one for one in every if one != defaults]
+    return random.Random(seed).sample(every, min(count, len(every)))
+
+
+def line(name: str, entry: dict[str, Any]) -> str:
+    low, high = min(entry["ratios"]), max(entry["ratios"])
+    return (
+        f"{name} ({entry['goal']}, replays of {entry['replay_s']:.2f} s): the best of {entry['asked']['settings']} random "
+        f"settings is {entry['ratio']:.3f} times as good as the defaults ({low:.3f} - {high:.3f} in {len(entry['ratios'])} "
+        f"pairs; {entry['best']}); dso tune found {entry['gain']:+.1%} ({entry['tuned']}): {entry['verdict']}; "
+        f"{entry['race_s'] + entry['tune_s']:.0f} s"
+    )
+
+
+def _timed(measure: ModelMeasure, settings: Settings) -> tuple[float, Figures]:
+    begin = time.monotonic()
+    figures = once(measure, settings)
+    return time.monotonic() - begin, figures
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
