@@ -48,7 +48,16 @@ def test_report():
     table, answer = sections(report)
     assert len(table.rows) == 3 and "have not been checked" in table.note and "example" not in table.note
     assert table.rows[1][1] == "0.360"
-    assert [row[1] for row in answer.rows] == ["missed", "reached by the higher speed only"]
+    assert [row[1] for row in answer.rows] == ["missed", "reached by the higher speed only", "missed"]
+    assert answer.rows[2] == ("them", "missed", "2.50 times")
+
+
+def test_the_price_per_hour_at_which_this_machine_costs_what_is_wished():
+    speed = Speed(1000, 100)
+    report = cost_report(WORK, speed, None, {}, {}, {}, wish=0.05)
+    price = report["this_machine"]["affordable_per_hour"]
+    assert machine_cost(price, speed, WORK)["blended"] == pytest.approx(0.05)
+    assert f"up to {price:.3f} per hour" in sections(report)[1].note
 
 
 def test_unknown_instance():

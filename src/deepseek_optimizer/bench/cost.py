@@ -47,6 +47,11 @@ def machine_cost(per_hour: float, speed: Speed, work: Work) -> dict[str, float]:
     return {"in": prices.prompt, "out": prices.answer, "blended": blended(prices, work)}
 
 
+def affordable(wish: float, speed: Speed, work: Work) -> float:
+    """The price per hour at which a million tokens cost `wish`."""
+    return wish / machine_cost(1.0, speed, work)["blended"]
+
+
 def blended(prices: Hosted, work: Work) -> float:
     """Cost of a million tokens of requests of these lengths."""
     return (work.prompt * prices.prompt + work.new * prices.answer) / (work.prompt + work.new)
@@ -112,7 +117,9 @@ def cost_report(
         rows.append({**row, "example_price": name not in prices})
     return {
         "work": asdict(work),
-        "this_machine": None if measured is None else asdict(measured),
+        "this_machine": None
+        if measured is None
+        else {**asdict(measured), "affordable_per_hour": affordable(wish, measured, work)},
         "machines": rows,
         "hosted": [
             {"name": name, "in": one.prompt, "out": one.answer, "blended": blended(one, work)} for name, one in hosted.items()
@@ -164,13 +171,22 @@ def sections(report: Mapping[str, Any]) -> list[Section]:
 
 
 def _answer(report: Mapping[str, Any]) -> Section:
-    """Which machines reach the wished price, and by how much the others miss it."""
+    """Which machines and providers reach the wished price, and at which price per hour this machine does."""
     rows = []
     for row in report["machines"]:
         low, high = row["times_wish"]
         verdict = "reached" if high <= 1 else "missed" if low > 1 else "reached by the higher speed only"
         rows.append((row["name"], verdict, f"{_range(row['times_wish'], '.2f')} times"))
-    return Section(f"{report['wish']:g} for a million tokens, prompt and answer", ("", "", "cost"), tuple(rows))
+    for one in report["hosted"]:
+        times = one["blended"] / report["wish"]
+        rows.append((one["name"], "reached" if times <= 1 else "missed", f"{times:.2f} times"))
+    note = ""
+    if (here := report["this_machine"]) is not None:
+        note = (
+            f"This machine reaches it at a price of up to {here['affordable_per_hour']:.3f} per hour: it processes "
+            f"{here['prompt']:,.0f} prompt tokens or generates {here['answer']:,.1f} tokens per second."
+        )
+    return Section(f"{report['wish']:g} for a million tokens, prompt and answer", ("", "", "cost"), tuple(rows), note)
 
 
 def _range(values: Sequence[float], form: str = ".3f") -> str:
