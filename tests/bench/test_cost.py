@@ -45,8 +45,9 @@ def test_report():
     assert there["per_hour"] == 0.36 and there["out"] == [pytest.approx(0.05), pytest.approx(1.0)]
     assert there["times_wish"] == [pytest.approx(0.02 / 0.05), pytest.approx(here["blended"][0] / 0.05)]
     assert report["hosted"] == [{"name": "them", "in": 0.1, "out": 0.2, "blended": pytest.approx(0.125)}]
-    table, answer = sections(report)
-    assert len(table.rows) == 3 and "have not been checked" in table.note and "example" not in table.note
+    speeds, table, answer = sections(report)
+    assert [row[1] for row in speeds.rows] == ["measured", "predicted"] and "have not been checked" in speeds.note
+    assert len(table.rows) == 3 and "example" not in table.note
     assert table.rows[1][1] == "0.360"
     assert [row[1] for row in answer.rows] == ["missed", "reached by the higher speed only", "missed"]
     assert answer.rows[2] == ("them", "missed", "2.50 times")
@@ -57,7 +58,9 @@ def test_the_price_per_hour_at_which_this_machine_costs_what_is_wished():
     report = cost_report(WORK, speed, None, {}, {}, {}, wish=0.05)
     price = report["this_machine"]["affordable_per_hour"]
     assert machine_cost(price, speed, WORK)["blended"] == pytest.approx(0.05)
-    assert f"up to {price:.3f} per hour" in sections(report)[1].note
+    speeds, _, answer = sections(report)
+    assert f"up to {price:.3f} per hour" in answer.note
+    assert speeds.rows == (("this machine", "measured", "1,000", "100.0"),) and not speeds.note
 
 
 def test_unknown_instance():
@@ -78,7 +81,7 @@ def test_predictions_of_all_instances():
 def test_prices_that_were_not_given_are_marked():
     speed = Speed(1000, 100)
     report = cost_report(WORK, None, None, {"c7a.8xlarge": (speed, speed)}, {}, {}, left_out=["c8g.8xlarge"])
-    table, _ = sections(report)
+    _, table, _ = sections(report)
     assert table.rows[0][1].endswith("*") and report["machines"][0]["example_price"]
     assert "* An example price" in table.note and "2025" in table.note and "--price NAME=PRICE" in table.note
     assert "too small for the model: c8g.8xlarge" in table.note and report["too_small"] == ["c8g.8xlarge"]

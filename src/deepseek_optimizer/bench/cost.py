@@ -22,6 +22,7 @@ from .step_work import StepWork
 from .work import Work
 
 WISH = 0.10  # dollars for a million tokens
+_HERE = "this machine"
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def cost_report(
         raise ConfigError(f"--price: there is no instance {unknown[0]!r}; known: {', '.join(INSTANCES)}")
     rows: list[dict[str, Any]] = []
     if measured is not None and per_hour is not None:
-        rows.append(_row("this machine", "measured", per_hour, (measured, measured), work, wish))
+        rows.append(_row(_HERE, "measured", per_hour, (measured, measured), work, wish))
     for name, speeds in predicted.items():
         row = _row(name, "predicted", prices.get(name, INSTANCES[name].per_hour), speeds, work, wish)
         rows.append({**row, "example_price": name not in prices})
@@ -144,30 +145,41 @@ def _row(name: str, how: str, per_hour: float, speeds: tuple[Speed, Speed], work
 def sections(report: Mapping[str, Any]) -> list[Section]:
     """The report as tables."""
     work = Work(**report["work"])
-    rows = [
+    speeds: list[tuple[str, ...]] = []
+    if (here := report["this_machine"]) is not None:
+        speeds.append((_HERE, "measured", f"{here['prompt']:,.0f}", f"{here['answer']:,.1f}"))
+    speeds += [
+        (row["name"], row["how"], f"{row['prompt_tok_s']:,.0f}", _range(row["answer_tok_s"], ",.1f"))
+        for row in report["machines"]
+        if row["name"] != _HERE
+    ]
+    costs = [
         (
-            f"{row['name']} ({row['how']})", f"{row['per_hour']:.3f}{'*' if row.get('example_price') else ''}",
-            f"{row['prompt_tok_s']:,.0f}",
-            _range(row["answer_tok_s"], ",.1f"), _range(row["in"]), _range(row["out"]), _range(row["blended"]),
+            row["name"], f"{row['per_hour']:.3f}{'*' if row.get('example_price') else ''}",
+            _range(row["in"]), _range(row["out"]), _range(row["blended"]),
         )
         for row in report["machines"]
     ] + [
-        (f"{one['name']} (hosted)", "", "", "", f"{one['in']:.3f}", f"{one['out']:.3f}", f"{one['blended']:.3f}")
+        (f"{one['name']} (hosted)", "", f"{one['in']:.3f}", f"{one['out']:.3f}", f"{one['blended']:.3f}")
         for one in report["hosted"]
     ]  # fmt: skip
-    header = ("", "per hour", "prompt tok/s", "answer tok/s", "1M in", "1M out", "1M blended")
     note = ["Machines that are always busy."]
     if any(row.get("example_price") for row in report["machines"]):
         prices = report["prices"]
         note.append(f"* An example price ({prices['source']}, {prices['date']}): give what you pay with --price NAME=PRICE.")
-    if any(row["how"] == "predicted" for row in report["machines"]):
-        note.append(
-            "Predicted speeds assume cores like this machine's, have not been checked on such machines, and are upper bounds "
-            "for prompts."
-        )
+    predicted = (
+        "Predicted speeds assume cores like this machine's, have not been checked on such machines, and are upper bounds for "
+        "prompts."
+        if any(row["how"] == "predicted" for row in report["machines"])
+        else ""
+    )
     if report["too_small"]:
         note.append(f"Left out, since their memory is too small for the model: {', '.join(report['too_small'])}.")
-    return [Section(f"Cost of a million tokens: {work}", header, tuple(rows), " ".join(note)), _answer(report)]
+    return [
+        Section(f"Tokens per second: {work}", ("", "", "prompts", "answers"), tuple(speeds), predicted),
+        Section("Cost of a million tokens", ("", "per hour", "in", "out", "blended"), tuple(costs), " ".join(note)),
+        _answer(report),
+    ]
 
 
 def _answer(report: Mapping[str, Any]) -> Section:
@@ -182,13 +194,10 @@ def _answer(report: Mapping[str, Any]) -> Section:
         rows.append((one["name"], "reached" if times <= 1 else "missed", f"{times:.2f} times"))
     note = ""
     if (here := report["this_machine"]) is not None:
-        note = (
-            f"This machine reaches it at a price of up to {here['affordable_per_hour']:.3f} per hour: it processes "
-            f"{here['prompt']:,.0f} prompt tokens or generates {here['answer']:,.1f} tokens per second."
-        )
+        note = f"This machine reaches it at a price of up to {here['affordable_per_hour']:.3f} per hour."
     return Section(f"{report['wish']:g} for a million tokens, prompt and answer", ("", "", "cost"), tuple(rows), note)
 
 
 def _range(values: Sequence[float], form: str = ".3f") -> str:
     low, high = (format(value, form) for value in sorted(values))
-    return low if low == high else f"{low} to {high}"
+    return low if low == high else f"{low} - {high}"
