@@ -34,6 +34,16 @@ MaxReplicas = Annotated[
         **_RAY,
     ),
 ]
+ScaleDownAfter = Annotated[
+    float | None,
+    typer.Option(
+        "--scale-down-after",
+        min=0,
+        metavar="SECONDS",
+        help="With --max-replicas: end a replica after so many seconds of less load. Default: 600.",
+        **_RAY,
+    ),
+]
 ReplicaCpus = Annotated[
     float | None,
     typer.Option(
@@ -54,20 +64,24 @@ class RayOptions:
     replicas: int
     max_replicas: int | None
     replica_cpus: float | None
+    scale_down_after: float | None = None
 
     def check(self, others: dict[str, bool]) -> None:
         """Raises a ConfigError for options that need --ray, or that have no effect with it (`others`: those that are given)."""
         from deepseek_optimizer.errors import ConfigError
 
         if not self.ray:
-            if (self.ray_address, self.replicas, self.max_replicas, self.replica_cpus) != (None, 1, None, None):
-                raise ConfigError("--ray-address, --replicas, --max-replicas and --replica-cpus need --ray")
+            if self != RayOptions(False, None, 1, None, None):
+                names = "--ray-address, --replicas, --max-replicas, --scale-down-after and --replica-cpus"
+                raise ConfigError(f"{names} need --ray")
             return
         wrong = [name for name, given in others.items() if given]
         if wrong:
             raise ConfigError(f"{', '.join(wrong)}: not available with --ray; leave it out")
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise ConfigError(f"--max-replicas must be --replicas or more, got {self.max_replicas} and {self.replicas}")
+        if self.scale_down_after is not None and self.max_replicas is None:
+            raise ConfigError("--scale-down-after needs --max-replicas: otherwise the number of replicas stays the same")
         if self.replica_cpus is not None and not self.replica_cpus > 0:
             raise ConfigError(f"--replica-cpus must be greater than 0, got {self.replica_cpus}")
         require_ray()
@@ -112,9 +126,10 @@ def serve_on_ray(given: RayOptions, served: ServedModel, settings: ServerSetting
     cpus = given.replica_cpus or cores_of_each(highest)
 
     def application() -> Any:
-        from deepseek_optimizer.ray.deploy import Replicas, deploy
+        from deepseek_optimizer.ray.deploy import SCALE_DOWN_AFTER, Replicas, deploy
 
-        return deploy(served, settings, Replicas(given.replicas, given.max_replicas, cpus))
+        after = SCALE_DOWN_AFTER if given.scale_down_after is None else given.scale_down_after
+        return deploy(served, settings, Replicas(given.replicas, given.max_replicas, cpus, scale_down_after=after))
 
     def banner() -> None:
         lines = [
@@ -125,4 +140,6 @@ def serve_on_ray(given: RayOptions, served: ServedModel, settings: ServerSetting
         ]
         typer.echo("\n".join(lines), err=True)
 
-    serve_until_stopped(application, given.ray_address, settings.host, settings.port, banner)
+    serve_until_stopped(
+        application, given.ray_address, settings.host, settings.port, banner, lambda text: typer.echo(text, err=True)
+    )

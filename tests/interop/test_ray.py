@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 
 from support.saved_llama import saved_llama
 
-_START, _REPLICA = 180, "ray::ServeReplica"  # seconds; the beginning of a replica's process name
+_START, _REPLICA = 300, "ray::ServeReplica"  # seconds; the beginning of a replica's process name
 
 
 class Cluster:
@@ -45,8 +46,14 @@ class Cluster:
         return httpx.post(f"{self.url}/v1/completions", json=body, headers=headers, timeout=120)
 
     def replicas(self) -> list[psutil.Process]:
-        found = psutil.Process(self.process.pid).children(recursive=True)
-        return [process for process in found if any(part.startswith(_REPLICA) for part in process.cmdline())]
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                if any(part.startswith(_REPLICA) for part in process.cmdline()):
+                    found.append(process)
+            except psutil.Error:  # it has just ended
+                continue
+        return found
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +108,30 @@ def test_a_replica_that_dies_costs_no_answer_that_had_not_begun(cluster: Cluster
     while len(cluster.replicas()) < 2:
         assert time.monotonic() < end
         time.sleep(0.5)
+
+
+def test_replicas_are_replaced_while_requests_go_on(cluster: Cluster) -> None:
+    expected = cluster.complete("count", 100).json()["choices"][0]["text"]
+    old, texts, stop = {process.pid for process in cluster.replicas()}, [], threading.Event()
+
+    def ask() -> None:
+        while not stop.is_set():
+            texts.append(cluster.complete("count", 100).json()["choices"][0]["text"])
+
+    with ThreadPoolExecutor(4) as pool:
+        asking = [pool.submit(ask) for _ in range(4)]
+        try:
+            cluster.process.send_signal(signal.SIGUSR1)
+            end = time.monotonic() + _START
+            while "the replicas were replaced" not in cluster.log.read_text():
+                assert time.monotonic() < end, cluster.log.read_text()[-3000:]
+                time.sleep(0.2)
+        finally:
+            stop.set()
+        for one in asking:
+            one.result()
+    assert set(texts) == {expected} and len(texts) > 10
+    assert not old & {process.pid for process in cluster.replicas()}
 
 
 def test_a_stream_whose_replica_dies_ends_with_an_error(cluster: Cluster) -> None:

@@ -19,6 +19,7 @@ from .replica import Replica
 from .router import PrefixRouter
 
 _TARGET = 0.75  # share of the batch that autoscaling aims at
+SCALE_DOWN_AFTER = 600.0  # seconds; the next load may come soon, and a replica takes long to start
 _STATS_SECONDS = 2.0  # between two looks of the autoscaling at the engines
 _RUNNING, _WAITING = 32, 256  # sequences in a batch and requests that wait for it, as in `dso serve`
 _OF_PROXIES = frozenset({"host", "port", "ssl_certfile", "ssl_keyfile", "ssl_keyfile_password", "ssl_ca_certs"})
@@ -32,12 +33,14 @@ class Replicas:
         lowest: number of replicas; with `highest`, the minimum.
         highest: maximum number of replicas, which then depends on the load; None: as many as `lowest`.
         cpus, gpus: of a replica.
+        scale_down_after: seconds of less load before a replica ends, with `highest`.
     """
 
     lowest: int = 1
     highest: int | None = None
     cpus: float = 1
     gpus: float = 0
+    scale_down_after: float = SCALE_DOWN_AFTER
 
     def __post_init__(self) -> None:
         """Raises ConfigError for an invalid value."""
@@ -45,6 +48,8 @@ class Replicas:
             raise ConfigError(f"the number of replicas must be 1 or more, got {self.lowest} to {self.highest or self.lowest}")
         if not self.cpus > 0 or self.gpus < 0:
             raise ConfigError(f"a replica needs more than 0 cpus, got {self.cpus}, and 0 or more gpus, got {self.gpus}")
+        if not 0 <= self.scale_down_after < float("inf"):
+            raise ConfigError(f"scale_down_after must be a number of seconds, 0 or more, got {self.scale_down_after}")
 
 
 def deployment(
@@ -52,6 +57,7 @@ def deployment(
     *,
     num_replicas: int = 1,
     max_replicas: int | None = None,
+    scale_down_after: float = SCALE_DOWN_AFTER,
     cpus: float = 1,
     gpus: float = 0,
     config: Mapping[str, Any] | None = None,
@@ -77,6 +83,7 @@ def deployment(
         model: path or name of the checkpoint, which every node must find.
         num_replicas: number of replicas; with `max_replicas`, the minimum.
         max_replicas: maximum number of replicas, which then depends on the running and waiting sequences.
+        scale_down_after: seconds of less load before a replica ends, with `max_replicas`.
         cpus: processor cores of a replica, which its engine uses as threads unless `config` has `threads`.
         gpus: GPUs of a replica.
         config: fields of `DeepSeekConfig`, and `device`.
@@ -104,7 +111,7 @@ def deployment(
         model=model, name=name, config=dict(config or {}), engine=dict(engine or {}), generation_config=generation_config,
         pooling=pooling, draft_model=draft_model, draft_precision=draft_precision,
     )  # fmt: skip
-    return deploy(served, settings, Replicas(num_replicas, max_replicas, cpus, gpus), options)
+    return deploy(served, settings, Replicas(num_replicas, max_replicas, cpus, gpus, scale_down_after), options)
 
 
 def deploy(served: ServedModel, settings: ServerSettings, replicas: Replicas, options: Mapping[str, Any] | None = None) -> Any:
@@ -137,6 +144,7 @@ def deploy(served: ServedModel, settings: ServerSettings, replicas: Replicas, op
             max_replicas=replicas.highest,
             metrics_interval_s=_STATS_SECONDS,
             look_back_period_s=5 * _STATS_SECONDS,
+            downscale_delay_s=replicas.scale_down_after,
             policy=AutoscalingPolicy(policy_function=ByLoad, policy_kwargs={"target": _TARGET * running}),
         )
     values |= options or {}

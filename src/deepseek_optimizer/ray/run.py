@@ -4,53 +4,102 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from .proxy import CALLBACK, IMPORT_PATH
 
-_SLOW_START = {  # seconds; the proxy imports this package, which takes longer than Ray expects on a busy machine
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+_NAME = "dso"  # of the application
+_LOOK_SECONDS = 0.2  # between two looks at what was asked for, and at replicas that are being replaced
+_ENVIRONMENT = {
+    CALLBACK: IMPORT_PATH,
+    # Ray's workers have a niceness of 15, so that on a busy machine a replica would wait for everything else.
+    "RAY_worker_niceness": "0",
+    # Seconds: the proxy imports this package, which takes longer than Ray expects on a busy machine.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "180",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
 }
 
 
 def set_up_environment() -> None:
     """Sets what Ray's processes read when they start, unless it is set. Only a Ray that this process starts sees it."""
-    os.environ.setdefault(CALLBACK, IMPORT_PATH)
-    for name, value in _SLOW_START.items():
+    for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
 
 def serve_until_stopped(
-    application: Callable[[], Any], address: str | None, host: str, port: int, banner: Callable[[], None]
+    application: Callable[[], Any],
+    address: str | None,
+    host: str,
+    port: int,
+    banner: Callable[[], None],
+    note: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Deploys an application and waits for SIGINT or SIGTERM; then its requests end, and so does a Ray that was started here.
+    SIGUSR1 deploys it again, so that Ray replaces the replicas one after another.
 
     Args:
         application: returns the application; it is called when Ray is there.
         address: of a Ray that runs; None: one is started here.
         host, port: where the proxies listen.
         banner: called when all replicas are ready.
+        note: called with what happens to the replicas later.
     """
     if address is None:
         set_up_environment()
     import ray
     from ray import serve
 
-    stopped = threading.Event()
+    asked = _Asked()
     # "local": not a cluster that an environment variable names, or that somebody started on this machine
     ray.init(address or "local", include_dashboard=False if address is None else None)
-    for number in (signal.SIGINT, signal.SIGTERM):  # after ray.init, which installs handlers that end the process at once
-        signal.signal(number, lambda *_: stopped.set())
+    asked.listen()  # after ray.init, which installs handlers that end the process at once
     try:
-        serve.start(http_options={"host": host, "port": port})
-        serve.run(application(), name="dso", route_prefix="/")
+        listen = {"host": host, "port": port}
+        try:
+            serve.start(http_options=listen)
+        except TimeoutError:  # after a minute, which proxies may need on a busy machine: they go on starting
+            serve.start(http_options=listen)
+        serve.run(application(), name=_NAME, route_prefix="/")
         banner()
-        stopped.wait()
-        serve.delete("dso")  # waits for the requests in flight
+        replacing = False
+        while not asked.stop:
+            if asked.replace:
+                asked.replace, replacing = False, True
+                # This call does not wait, so that a signal can stop replicas that never become ready.
+                serve.run_many([serve.RunTarget(application(), _NAME, "/")], wait_for_applications_running=False)
+                note("the replicas are replaced, one after another")
+            replacing = replacing and not _replaced(serve.status().applications, note)
+            time.sleep(_LOOK_SECONDS)
+        serve.delete(_NAME)  # waits for the requests in flight
     finally:
         if address is None:
             serve.shutdown()
         ray.shutdown()
+
+
+@dataclass
+class _Asked:
+    """What signals have asked for. Handlers only set a field: they interrupt the thread that reads it."""
+
+    stop: bool = False
+    replace: bool = False
+
+    def listen(self) -> None:
+        for name, field in (("SIGINT", "stop"), ("SIGTERM", "stop"), ("SIGUSR1", "replace")):
+            if hasattr(signal, name):  # Windows has no SIGUSR1
+                signal.signal(getattr(signal, name), lambda *_, field=field: setattr(self, field, True))
+
+
+def _replaced(applications: Mapping[str, Any], note: Callable[[str], None]) -> bool:
+    """Whether a replacement has ended, by the status that Ray reports."""
+    status = applications[_NAME].status
+    if status == "RUNNING":
+        note("the replicas were replaced")
+    elif status in ("DEPLOY_FAILED", "UNHEALTHY"):
+        note(f"the replicas could not be replaced; those that are left go on. {applications[_NAME].message}")
+    else:
+        return False
+    return True
