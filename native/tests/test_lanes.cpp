@@ -7,6 +7,7 @@
 #endif
 
 #include "check.hpp"
+#include "exact_fma.hpp"
 
 #ifdef __x86_64__
 
