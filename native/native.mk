@@ -10,7 +10,8 @@
 # bench-amx:    measures them against vectors, and from how many tokens on they are faster: benchmarks/results/amx-CPU.json.
 # test-windows: cross-builds for Windows on x86-64, all but AMX, checks what the DLL exports, and runs the native tests under Wine
 #               (WINDOWS_TESTS: some). Needs Debian's clang (19 or newer), g++-mingw-w64-x86-64-posix and wine64.
-# test-macos:   compiles the library for macOS on ARM64 with zig (PyPI), which has the headers of macOS; links and runs nothing.
+# test-macos:   compiles and links the library and its native tests for macOS on ARM64 with zig (PyPI), and checks what the library
+#               exports; runs nothing.
 CMAKE ?= $(or $(shell command -v cmake),$(BIN)/cmake)
 NATIVE_JOBS ?= $(shell nproc)
 
@@ -106,4 +107,5 @@ test-macos: $(filter $(BIN)/cmake,$(CMAKE)) $(VENV)/.created
 	$(BIN)/python -m pip install --quiet ziglang
 	$(CMAKE) -S . -B build/native-macos -DDSO_TESTS=ON -DDSO_OPTIMIZE=-O2 -DCMAKE_TOOLCHAIN_FILE=build_tools/cmake/arm64-apple-macos.cmake \
 	  -DDSO_ZIG=$$($(BIN)/python -c 'import os, ziglang; print(os.path.dirname(ziglang.__file__))')/zig
-	$(CMAKE) --build build/native-macos -j $(NATIVE_JOBS) --target dso_all
+	$(CMAKE) --build build/native-macos -j $(NATIVE_JOBS)
+	python3 native/tests/check_exports.py build/native-macos/libdso.dylib
