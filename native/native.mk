@@ -9,9 +9,10 @@
 # test-amx:     builds the kernels for AMX and runs the native tests that reach them: on this processor's tiles, else on emulated ones,
 #               which need AVX-512 with VNNI and BF16; an error that names what is missing where neither runs.
 # bench-amx:    measures them against vectors, and from how many tokens on they are faster: benchmarks/results/amx-CPU.json.
-# test-windows: cross-builds for Windows on x86-64 and runs the native tests under Wine (WINDOWS_TESTS: some). Needs Debian's
-#               clang (19 or newer), g++-mingw-w64-x86-64-posix and wine64.
-# test-macos:   compiles the library for macOS on ARM64 with zig (PyPI), which has the headers of macOS; links and runs nothing.
+# test-windows: cross-builds for Windows on x86-64, all but AMX, checks what the DLL exports, and runs the native tests under Wine
+#               (WINDOWS_TESTS: some). Needs Debian's clang (19 or newer), g++-mingw-w64-x86-64-posix and wine64.
+# test-macos:   compiles and links the library and its native tests for macOS on ARM64 with zig (PyPI), and checks what the library
+#               exports; runs nothing.
 CMAKE ?= $(or $(shell command -v cmake),$(BIN)/cmake)
 NATIVE_JOBS ?= $(shell nproc)
 
@@ -94,14 +95,18 @@ test-arm-wheel: env $(ARM_WHEELS)/.built
 	$(BIN)/python build_tools/check_arm_wheel.py $(ARM_WHEELS)/*.whl --cpu neoverse-n1 --model $(ARM_MODEL)
 
 WINDOWS_TESTS ?= .
+WINDOWS_ISAS := avx2;avx2_vnni;avx512;avx512_vnni;avx512_bf16
 WINE := WINEDEBUG=-all WINEPREFIX=$(abspath build/wine)
 test-windows: $(filter $(BIN)/cmake,$(CMAKE))
-	$(CMAKE) -S . -B build/native-windows -DDSO_TESTS=ON -DDSO_OPTIMIZE=-O2 -DCMAKE_TOOLCHAIN_FILE=build_tools/cmake/x86_64-w64-mingw32.cmake
+	$(CMAKE) -S . -B build/native-windows -DDSO_TESTS=ON -DDSO_OPTIMIZE=-O2 "-DDSO_ISAS=$(WINDOWS_ISAS)" \
+	  -DCMAKE_TOOLCHAIN_FILE=build_tools/cmake/x86_64-w64-mingw32.cmake
 	$(CMAKE) --build build/native-windows -j $(NATIVE_JOBS)
+	python3 native/tests/check_exports.py build/native-windows/libdso.dll
 	cd build/native-windows && $(WINE) DSO_TEST_DIVISOR=20 ctest --output-on-failure --timeout 900 --no-tests=error -R '$(WINDOWS_TESTS)'
 
 test-macos: $(filter $(BIN)/cmake,$(CMAKE)) $(VENV)/.created
 	$(BIN)/python -m pip install --quiet ziglang
 	$(CMAKE) -S . -B build/native-macos -DDSO_TESTS=ON -DDSO_OPTIMIZE=-O2 -DCMAKE_TOOLCHAIN_FILE=build_tools/cmake/arm64-apple-macos.cmake \
 	  -DDSO_ZIG=$$($(BIN)/python -c 'import os, ziglang; print(os.path.dirname(ziglang.__file__))')/zig
-	$(CMAKE) --build build/native-macos -j $(NATIVE_JOBS) --target dso_all
+	$(CMAKE) --build build/native-macos -j $(NATIVE_JOBS)
+	python3 native/tests/check_exports.py build/native-macos/libdso.dylib

@@ -6,7 +6,6 @@
 #include "choice.hpp"
 
 #include <algorithm>
-#include <cfloat>
 #include <cmath>
 #include <limits>
 
@@ -15,6 +14,7 @@
 namespace dso {
 namespace {
 
+constexpr float kLowest = std::numeric_limits<float>::lowest();
 constexpr int64_t kColumns = 64;        // rows that _draw_unfiltered folds a vocabulary into
 constexpr double kMargin = 2e-6;        // numpy's fp32 exp is within 2.52 ulp (3e-7); its sums are fp64
 constexpr double kFoldedMargin = 7e-6;  // with column sums of 64 numbers in fp32
@@ -126,7 +126,7 @@ int32_t Chooser::sample(const float* logits, const dso_choice& c, int64_t step, 
 
 // A lower bound of the `count` largest numbers, or the smallest of them.
 float Chooser::bound_of_largest(int64_t count) {
-  if (count >= vocab_) return -FLT_MAX;
+  if (count >= vocab_) return kLowest;
   const int64_t columns = vocab_ / kColumns;
   if (count <= columns / 2) {
     maxima_.resize(size_t(columns));
@@ -135,12 +135,12 @@ float Chooser::bound_of_largest(int64_t count) {
     maxima_ = scaled_;
   }
   std::nth_element(maxima_.begin(), maxima_.begin() + (count - 1), maxima_.end(), [](float a, float b) { return a > b; });
-  return std::max(-FLT_MAX, maxima_[size_t(count - 1)]);
+  return std::max(kLowest, maxima_[size_t(count - 1)]);
 }
 
 // The tokens that may pass the filters.
 bool Chooser::gather(const dso_choice& c) {
-  float bound = c.top_k > 0 ? bound_of_largest(c.top_k) : -FLT_MAX;
+  float bound = c.top_k > 0 ? bound_of_largest(c.top_k) : kLowest;
   double edge = -std::numeric_limits<double>::infinity();  // below it, tokens pass no filter
   const double slack = c.numbers ? 0 : 1;                  // in Transformers the edge is not part of the definition
   if (c.top_p < 1) edge = double(top_) + std::log((1 - c.top_p) / double(vocab_)) - slack;

@@ -1,7 +1,7 @@
 #include "standalone.hpp"
 
 #include <algorithm>
-#include <cfloat>
+#include <limits>
 #include <vector>
 
 #include "error.hpp"
@@ -52,7 +52,7 @@ void pack(Context& c, int32_t format, int32_t source_type, const void* source, i
   if (int_layout(format).low && format != DSO_INT8 && format != DSO_INT4 && format != DSO_INT3 && format != DSO_Q4_1)
     fail(DSO_EINVAL, "%s is packed from ggml blocks only, src_type is %d", format_name(format), source_type);
   for (int64_t k = 0; importance && k < cols; ++k)
-    if (!(importance[k] >= 0 && importance[k] <= FLT_MAX))
+    if (!(importance[k] >= 0 && importance[k] <= std::numeric_limits<float>::max()))
       fail(DSO_EINVAL, "importance[%lld] is %g, must be finite and not negative", (long long)k, double(importance[k]));
   const int64_t stride_bytes = stride * (source_type == DSO_SRC_F32 ? 4 : 2);
   parallel(c, ceil_div(rows, band_rows(format)), [&](int64_t tile, int) {

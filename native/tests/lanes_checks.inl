@@ -67,8 +67,8 @@ static void check_arithmetic(const char* isa, Random& random) {
     const Floats fused = out(fma(x, y, z)), negated = out(fnma(x, y, z)), top = out(max(x, y)), bottom = out(min(x, y)),
                  rounded = out(round(x)), size = out(abs(x)), chosen = out(less(x, y, z, y));
     for (int i = 0; i < 16; ++i) {
-      check(same(fused.at[i], std::fmaf(a[i], b[i], c[i])), "%s fma(%g, %g, %g) is %g", isa, a[i], b[i], c[i], fused.at[i]);
-      check(same(negated.at[i], std::fmaf(-a[i], b[i], c[i])), "%s fnma(%g, %g, %g) is %g", isa, a[i], b[i], c[i],
+      check(same(fused.at[i], exact_fma(a[i], b[i], c[i])), "%s fma(%g, %g, %g) is %g", isa, a[i], b[i], c[i], fused.at[i]);
+      check(same(negated.at[i], exact_fma(-a[i], b[i], c[i])), "%s fnma(%g, %g, %g) is %g", isa, a[i], b[i], c[i],
             negated.at[i]);
       check(same(top.at[i], a[i] > b[i] ? a[i] : b[i]), "%s max(%g, %g) is %g", isa, a[i], b[i], top.at[i]);
       check(same(bottom.at[i], a[i] < b[i] ? a[i] : b[i]), "%s min(%g, %g) is %g", isa, a[i], b[i], bottom.at[i]);

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "check.hpp"
+#include "exact_fma.hpp"
 
 namespace scalar {
 
@@ -73,7 +74,7 @@ inline void scale(const float* x, float factor, int64_t n, float* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = x[i] * factor;
 }
 inline void add_scaled(const float* x, float scale, int64_t n, float* y) {
-  for (int64_t i = 0; i < n; ++i) y[i] = std::fma(x[i], scale, y[i]);
+  for (int64_t i = 0; i < n; ++i) y[i] = exact_fma(x[i], scale, y[i]);
 }
 inline void rope(const float* x, const float* table, int64_t heads, int64_t d, int64_t offset, int64_t rot, bool interleaved,
                  float* out) {

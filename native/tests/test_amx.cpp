@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "check.hpp"
+#include "exact_fma.hpp"
 
 #define DSO_ISA_NAMESPACE emulated
 #include "../kernels/amx/tile_emulated.hpp"
@@ -192,7 +193,7 @@ void bf16_prefill(const Kernels& amx) {
           float chain[2] = {0, 0};
           for (int k = k0; k < std::min(k0 + 32, r.cols); ++k)
             chain[k % 2] =
-                flushed(std::fmaf(flushed(x[(size_t)(t * r.cols + k)]), flushed(w[(size_t)(n * r.cols + k)]), chain[k % 2]));
+                flushed(exact_fma(flushed(x[(size_t)(t * r.cols + k)]), flushed(w[(size_t)(n * r.cols + k)]), chain[k % 2]));
           c = flushed(c + flushed(chain[0] + chain[1]));
         }
         float value;

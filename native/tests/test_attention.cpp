@@ -1,6 +1,7 @@
 // Attention on every variant against softmax(scale q K^T) V in double over the cache's content. A row's bits must depend only
 // on its q and the tokens it sees: not on its task, other rows or the cache's other slots.
 #include <algorithm>
+#include <numbers>
 
 #include "int4_rows.hpp"
 #include "kv_fixture.hpp"
@@ -206,7 +207,7 @@ static void against_reference(Setup& s, Family family, const std::vector<float>&
           double qi = (double)q[(size_t)i] * c.scale;
           if (rounded) {  // q in units of log 2, nearest even in bf16
             const uint32_t u = to_bits(q[(size_t)i] * (c.scale * 1.44269504f));
-            qi = (double)from_bits((u + 0x7fff + (u >> 16 & 1)) & 0xffff0000u) * M_LN2;
+            qi = (double)from_bits((u + 0x7fff + (u >> 16 & 1)) & 0xffff0000u) * std::numbers::ln2;
           }
           x += qi * key[i];
           a += std::fabs(qi * key[i]);

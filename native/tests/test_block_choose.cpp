@@ -2,6 +2,7 @@
 // attention against softmax over the chosen blocks. A row's bits must depend only on the row and the tokens it sees.
 #include <algorithm>
 #include <memory>
+#include <numbers>
 
 #include "choice_fixture.hpp"
 #include "cache.hpp"
@@ -237,7 +238,8 @@ void against_doubles(Model& m, const Sequence& s) {
         for (int64_t u : seen) {
           double x = 0, a = 0;
           for (int64_t i = 0; i < d; ++i) {
-            const double qi = rounds_q(m) ? rounded_bf16(q[i] * (c.scale() * 1.44269504f)) * M_LN2 : (double)q[i] * c.scale();
+            const double qi =
+                rounds_q(m) ? rounded_bf16(q[i] * (c.scale() * 1.44269504f)) * std::numbers::ln2 : (double)q[i] * c.scale();
             const double term = qi * held.keys[(size_t)((kv * held.tokens + u) * d + i)];
             x += term;
             a += std::fabs(term);

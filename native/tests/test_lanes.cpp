@@ -7,11 +7,12 @@
 #endif
 
 #include "check.hpp"
+#include "exact_fma.hpp"
+#include "target_isa.hpp"
 
 #ifdef __x86_64__
 
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,bmi2")
+DSO_BEGIN_TARGET("avx2,fma,f16c,bmi2")
 #define DSO_ISA_NAMESPACE lanes_avx2
 #include "../kernels/avx2/lanes.hpp"
 #include "../kernels/generic/math.hpp"
@@ -19,20 +20,20 @@
 #undef DSO_ISA_NAMESPACE
 #undef DSO_AVX2_LANES_HPP
 #undef DSO_MATH_HPP
-#pragma GCC pop_options
+DSO_END_TARGET
 
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,bmi2,avxvnni")
+DSO_BEGIN_TARGET("avx2,fma,f16c,bmi2,avxvnni")
+#define __AVXVNNI__ 1
 #define DSO_ISA_NAMESPACE lanes_avx2_vnni
 #include "../kernels/avx2/lanes.hpp"
 #include "../kernels/generic/math.hpp"
 #include "lanes_checks.inl"
 #undef DSO_ISA_NAMESPACE
 #undef DSO_MATH_HPP
-#pragma GCC pop_options
+#undef __AVXVNNI__
+DSO_END_TARGET
 
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl")
+DSO_BEGIN_TARGET("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl")
 #define DSO_ISA_NAMESPACE lanes_avx512
 #include "../kernels/avx512/lanes.hpp"
 #include "../kernels/generic/math.hpp"
@@ -40,15 +41,18 @@
 #undef DSO_ISA_NAMESPACE
 #undef DSO_AVX512_LANES_HPP
 #undef DSO_MATH_HPP
-#pragma GCC pop_options
+DSO_END_TARGET
 
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")
+DSO_BEGIN_TARGET("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")
+#define __AVX512VNNI__ 1
+#define __AVX512BF16__ 1
 #define DSO_ISA_NAMESPACE lanes_avx512_bf16
 #include "../kernels/avx512/lanes.hpp"
 #include "../kernels/generic/math.hpp"
 #include "lanes_checks.inl"
-#pragma GCC pop_options
+#undef __AVX512BF16__
+#undef __AVX512VNNI__
+DSO_END_TARGET
 
 #else
 #define DSO_ISA_NAMESPACE lanes_neon
@@ -59,8 +63,8 @@
 #undef DSO_NEON_LANES_HPP
 #undef DSO_MATH_HPP
 
-#pragma GCC push_options
-#pragma GCC target("arch=armv8.2-a+dotprod")
+DSO_BEGIN_TARGET("arch=armv8.2-a+dotprod")
+#define __ARM_FEATURE_DOTPROD 1
 #define DSO_ISA_NAMESPACE lanes_neon_dotprod
 #include "../kernels/neon/lanes.hpp"
 #include "../kernels/generic/math.hpp"
@@ -68,15 +72,21 @@
 #undef DSO_ISA_NAMESPACE
 #undef DSO_NEON_LANES_HPP
 #undef DSO_MATH_HPP
-#pragma GCC pop_options
+#undef __ARM_FEATURE_DOTPROD
+DSO_END_TARGET
 
-#pragma GCC push_options
-#pragma GCC target("arch=armv8.2-a+dotprod+i8mm+bf16")
+DSO_BEGIN_TARGET("arch=armv8.2-a+dotprod+i8mm+bf16")
+#define __ARM_FEATURE_DOTPROD 1
+#define __ARM_FEATURE_MATMUL_INT8 1
+#define __ARM_FEATURE_BF16_VECTOR_ARITHMETIC 1
 #define DSO_ISA_NAMESPACE lanes_neon_i8mm
 #include "../kernels/neon/lanes.hpp"
 #include "../kernels/generic/math.hpp"
 #include "lanes_checks.inl"
-#pragma GCC pop_options
+#undef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
+#undef __ARM_FEATURE_MATMUL_INT8
+#undef __ARM_FEATURE_DOTPROD
+DSO_END_TARGET
 #endif
 
 int main() {

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "check.hpp"
+#include "exact_fma.hpp"
 
 namespace {
 constexpr int formats[] = {DSO_F32, DSO_BF16, DSO_FP8};
@@ -95,15 +96,15 @@ float chain(const Case& c, int t, int n) {
   for (int k = 0; k < c.cols; ++k) {
     const float a = c.x[(size_t)(t * c.cols + k)];
     if (c.format != DSO_FP8) {
-      acc = std::fmaf(c.w[(size_t)(n * c.cols + k)], a, acc);
+      acc = exact_fma(c.w[(size_t)(n * c.cols + k)], a, acc);
       continue;
     }
     int shift;
     const size_t at = code_at(c.format, n, k, c.cols, &shift);
     float scale;
     memcpy(&scale, &c.packed[at / 544 * 544 + 512], 4);
-    sum = std::fmaf(e4m3_to_float(c.packed[at]), a, sum);
-    if (k % 128 == 127 || k == c.cols - 1) acc = std::fmaf(sum, scale, acc), sum = 0;
+    sum = exact_fma(e4m3_to_float(c.packed[at]), a, sum);
+    if (k % 128 == 127 || k == c.cols - 1) acc = exact_fma(sum, scale, acc), sum = 0;
   }
   return acc;
 }

@@ -3,6 +3,7 @@
 // processor the same: product_bits.hpp has hashes of some results.
 #include "block_layout.hpp"
 #include "check.hpp"
+#include "exact_fma.hpp"
 #include "product_bits.hpp"
 
 namespace {
@@ -113,8 +114,8 @@ void reference(Case& c, const Kernels& k) {
           if (c.has_min()) error += 1e-6 * (std::fabs(min) + std::fabs(scale) * 31) * std::fabs(x[(size_t)i]);
         }
         check(std::abs(dot) <= INT32_MAX, "a dot leaves int32");
-        acc = std::fmaf((float)dot, scale * a_scale, acc);
-        if (c.has_min()) acc = std::fmaf(min * a_scale, (float)sum, acc);
+        acc = exact_fma((float)dot, scale * a_scale, acc);
+        if (c.has_min()) acc = exact_fma(min * a_scale, (float)sum, acc);
       }
       if (std::isfinite(exact))
         check(std::fabs(acc - exact) <= error + 1e-30, "%s kind %d: the recipe gives %g for %g (bound %g)", c.name(), c.kind,

@@ -1,5 +1,7 @@
 // Multi-head latent attention's kernels on every variant: latents to the cache and back, and absorbed attention against
 // softmax(scale q K^T) V in double over the cache's content. A head's bits must depend only on its q and the tokens it sees.
+#include <numbers>
+
 #include "int4_rows.hpp"
 #include "latent_fixture.hpp"
 
@@ -135,7 +137,7 @@ static void against_reference(Setup& s, const std::vector<float>& out, const std
     std::vector<double> q((size_t)width), logit, value((size_t)l.rank, 0.0);
     for (int64_t i = 0; i < width; ++i) {
       const float x = queries[(size_t)(h * width + i)] * (s.scale * 1.44269504f);  // in units of log 2
-      q[(size_t)i] = (rounded ? rounded_bf16(x) : x) * M_LN2;
+      q[(size_t)i] = (rounded ? rounded_bf16(x) : x) * std::numbers::ln2;
     }
     double top = -INFINITY, size = 0, total = 0, largest = 0;
     for (int32_t t : tokens) {

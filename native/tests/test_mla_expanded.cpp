@@ -1,6 +1,7 @@
 // Expanded latent attention's kernels on every variant: rows of latents for a product, and attention over panels of keys and
 // values against doubles. The product between the two is the caller's: here keys and values are random.
 #include <algorithm>
+#include <numbers>
 
 #include "latent_fixture.hpp"
 
@@ -97,7 +98,7 @@ static void against_reference(const Setup& s, const std::vector<float>& out) {
         const float key = held(i < h.nope ? s.kv[(size_t)(t * s.kv_dim() + i)]
                                           : latents[(size_t)(t * s.cache.width() + s.cache.layout.rank + i - h.nope)]);
         const float scaled = s.q[(size_t)(r * s.k_dim() + i)] * (s.scale * 1.44269504f);
-        const double term = (rounded ? rounded_bf16(scaled) : scaled) * M_LN2 * key;
+        const double term = (rounded ? rounded_bf16(scaled) : scaled) * std::numbers::ln2 * key;
         x += term;
         a += std::fabs(term);
       }

@@ -5,6 +5,7 @@
 
 #include "check.hpp"
 #include "dso_train.h"
+#include "exact_fma.hpp"
 
 namespace {
 constexpr const char* form_names[] = {"NT", "NN", "TN"};
@@ -113,7 +114,7 @@ void against_double(const std::string& isa, const Case& k, Operands& o) {
         float x = o.left(k, m, i), y = o.right(k, n, i);
         if (!exact) x = rounded_bf16(x), y = rounded_bf16(y);
         sum += (double)x * y, size += std::fabs((double)x * y);
-        chain = std::fmaf(x, y, chain);
+        chain = exact_fma(x, y, chain);
       }
       if (k.bias)
         sum += o.bias.values[(size_t)n], size += std::fabs(o.bias.values[(size_t)n]), chain += o.bias.values[(size_t)n];
