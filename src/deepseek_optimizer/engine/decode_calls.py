@@ -31,6 +31,8 @@ def decode_call(chunks: Sequence[ScheduledChunk], scheduler: Scheduler, facts: M
     """
     if scheduler.waiting or len(chunks) < len(scheduler.running):
         return None
+    if len({chunk.running.sequence.quality for chunk in chunks}) > 1:  # steps of different plans
+        return None
     steps = min((_room(chunk) for chunk in chunks), default=0)
     if steps < 2:
         return None

@@ -66,6 +66,7 @@ class Running:
             `Output.progress` for the next output.
         cancelled: whether the request is to be ended by the next step.
         adapter: the LoRA adapter that it uses.
+        qualities: whether the model's weights have several qualities; that of the request is its sequence's.
     """
 
     number: int
@@ -99,6 +100,7 @@ class Running:
     progress: list[int] = field(default_factory=list)
     cancelled: bool = False
     adapter: Adapter | None = None
+    qualities: bool = False
 
     def __post_init__(self) -> None:
         if self.request.prompt_logprobs is not None:
@@ -149,4 +151,5 @@ class Running:
             completion_tokens=self.generated,
             dropped_tokens=self.dropped,
             progress=progress,
+            quality=self.sequence.quality if self.qualities and self.started is not None else None,
         )

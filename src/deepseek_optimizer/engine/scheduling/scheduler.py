@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ...backends.base import DECODE, PREFILL
+from ...backends.qualities import EXACT
 from ...cache.block_manager import BLOCK_TOKENS, BlockManager
 from ...cache.forgetting import max_blocks
 from ...cache.prefix_cache import PrefixCache, keys
@@ -418,7 +419,11 @@ class Scheduler:
             adapter = b"" if running.adapter is None else running.adapter.identity
             pictures = running.request.pictures
             besides = {} if pictures is None else {"besides": pictures.digest}
-            running.keys = keys(tokens, salt, blocks, running.keys, frequencies=running.frequencies, adapter=adapter, **besides)
+            quality = b"" if running.sequence.quality == EXACT else running.sequence.quality.encode()
+            running.keys = keys(
+                tokens, salt, blocks, running.keys,
+                frequencies=running.frequencies, adapter=adapter, quality=quality, **besides,
+            )  # fmt: skip
 
     def _free(self, running: Running) -> None:
         with self.memory.locked():

@@ -1,0 +1,79 @@
+"""Qualities of a model whose matrices contain others in fewer bits (`quant/nested.py`): the same weights, read in part.
+
+| quality | reads all bits of |
+|---|---|
+| exact | every matrix |
+| balanced | every matrix but those of the feed-forward networks and experts |
+| fast | what needs it: rows of the embedding, which cost nothing, and `min_formats` |
+
+Feed-forward networks are most of a model's bytes, and the least of its error: docs/performance.md has the KL divergence that
+each choice leaves. The precision of earlier tokens hardly matters to later ones, so a request's prompt and its text have one
+quality.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..graph.ir import Graph, Node
+from ..graph.min_formats import min_formats
+from ..quant import NESTED
+from .qualities import Quality
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..quant.packed import PackedWeight
+
+_GATED = ("gate_up", "experts_gate_up", "experts_down")
+_ACTIVATIONS = ("swiglu", "clamped_swiglu", "geglu", "gelu", "gelu_erf", "relu")
+
+
+def has_qualities(weights: Mapping[str, PackedWeight | torch.Tensor]) -> bool:
+    """Whether a model with these weights has other qualities than "exact"."""
+    return any(getattr(weight, "format", None) in NESTED for weight in weights.values())
+
+
+def at_quality(
+    quality: Quality, graph: Graph, weights: Mapping[str, PackedWeight | torch.Tensor]
+) -> tuple[Graph, Mapping[str, PackedWeight | torch.Tensor]]:
+    """A graph and weights to compile, which read at this quality. Matrices that are read in part share their memory.
+
+    Args:
+        quality: the quality.
+        graph: the model's graph.
+        weights: the model's weights by name.
+    """
+    if quality == "exact":
+        return graph, weights
+    among = feed_forward_weights(graph) if quality == "balanced" else graph.weights()
+    kept = min_formats(graph)
+    parts = {name: f"{name} at {NESTED[w.format]}" for name in among if (w := _nested(weights.get(name))) and name not in kept}
+    read = {to: replace(weights[name], format=NESTED[weights[name].format]) for name, to in parts.items()}  # type: ignore
+    nodes = [
+        node if node.op == "embedding" else node.with_(weights=tuple(parts.get(name, name) for name in node.weights))
+        for node in graph.nodes
+    ]
+    return replace(graph, nodes=nodes), {**weights, **read}
+
+
+def feed_forward_weights(graph: Graph) -> set[str]:
+    """Names of the matrices before and after activations, and of experts."""
+    before = {value for node in graph.nodes if node.op in _ACTIVATIONS for value in node.inputs}
+    before |= {value for node in graph.nodes if node.op == "lora_up" and node.outputs[0] in before for value in node.inputs}
+    after = {value for node in graph.nodes if node.op in (*_ACTIVATIONS, *_GATED) for value in node.outputs}
+
+    def names(node: Node) -> tuple[str, ...]:
+        if node.op in _GATED or (node.op == "linear" and node.inputs[0] in after):
+            return node.weights
+        if node.op != "linear":
+            return ()
+        return tuple(name for name, value in zip(node.weights, node.outputs, strict=True) if value in before)
+
+    return {name for node in graph.nodes for name in names(node)}
+
+
+def _nested(weight: PackedWeight | torch.Tensor | None) -> PackedWeight | None:
+    return weight if getattr(weight, "format", None) in NESTED else None  # type: ignore[return-value]
