@@ -15,7 +15,7 @@ from deepseek_optimizer.integration.bind.swap import matrices_of, weights_of
 from deepseek_optimizer.quant.packed import PackedMatrix, PackedStack
 from support.family_configs import llama
 from support.lora import save_adapter
-from support.models import CASES, assert_close_rows, random_ids, random_model
+from support.models import CASES, random_ids, random_model
 from support.steps import runner
 
 pytestmark = pytest.mark.skipif(unavailable_reason() is not None, reason="needs the native backend")
@@ -71,7 +71,9 @@ def test_what_each_quality_reads(case, tmp_path):
         assert shared == {w.data.data_ptr() for w in matrices_of(model, graph).values()}, "nothing is copied"
         expected = runner(ReferenceBackend(), own, read).logits(ids)
         made = seen[quality] = runner(model.dso.backend, own, read, options=CompileOptions("int16")).logits(ids)
-        assert_close_rows(made, expected, 1e-2 if "deepseek" in case else 2e-3)  # which multiplies kv_b in bf16
+        errors = (made - expected).abs().amax(-1) / expected.abs().amax(-1)
+        tolerance = 1e-2 if "deepseek" in case else 2e-3  # kv_b is multiplied in bf16; some rows choose other experts
+        assert (errors.median() if "deepseek" in case else errors.max()) < tolerance
     exact = [(seen[EXACT] - seen[quality]).norm() for quality in QUALITIES]
     assert exact[0] > exact[1] > exact[2] == 0
     assert any("down_proj" in name for name in feed_forward_weights(graph))
@@ -137,8 +139,18 @@ def test_saved_and_loaded_models_are_the_same(model, tmp_path):
     assert results(make_engine(loaded).generate(requests)) == results(make_engine(model).generate(requests))
 
 
+def test_the_report_says_what_each_quality_reads(model):
+    sizes, whole = model.report().qualities, matrices_of(model, model.dso.graph)
+    read = {name: w.nbytes for name, w in whole.items() if "embed" not in name}
+    assert sizes["exact"] == sum(read.values()) and sizes["fast"] * 17 == sizes["exact"] * 9
+    feed_forward = sum(size for name, size in read.items() if "mlp" in name)
+    assert sizes["balanced"] == sizes["exact"] - feed_forward * 8 // 17
+    assert "by quality of a request: fast" in str(model.report())
+
+
 def test_other_models_refuse_the_field(checkpoint):
     engine = make_engine(load_model(checkpoint, precision="int4"))
     with pytest.raises(RequestError, match='quality: .*one precision; load it with precision="int8_nested"'):
         engine.generate([Request([1, 2], quality="fast")])
     assert engine.generate([[1, 2]], SamplingParams(max_tokens=2))[0].quality is None
+    assert not engine.core.facts.qualities

@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING
 
 from ..graph.ir import Graph, Node
 from ..graph.min_formats import min_formats
-from ..quant import NESTED
+from ..quant import NESTED, VIEWS
+from ..quant.nested import unread_bytes
+from ..quant.packed import PackedMatrix, PackedStack, PackedWeight
 from .qualities import Quality
 
 if TYPE_CHECKING:
     import torch
 
-    from ..quant.packed import PackedWeight
 
 _GATED = ("gate_up", "experts_gate_up", "experts_down")
 _ACTIVATIONS = ("swiglu", "clamped_swiglu", "geglu", "gelu", "gelu_erf", "relu")
@@ -33,7 +34,7 @@ _ACTIVATIONS = ("swiglu", "clamped_swiglu", "geglu", "gelu", "gelu_erf", "relu")
 
 def has_qualities(weights: Mapping[str, PackedWeight | torch.Tensor]) -> bool:
     """Whether a model with these weights has other qualities than "exact"."""
-    return any(getattr(weight, "format", None) in NESTED for weight in weights.values())
+    return any(_nested(weight) is not None for weight in weights.values())
 
 
 def at_quality(
@@ -50,13 +51,22 @@ def at_quality(
         return graph, weights
     among = feed_forward_weights(graph) if quality == "balanced" else graph.weights()
     kept = min_formats(graph)
-    parts = {name: f"{name} at {NESTED[w.format]}" for name in among if (w := _nested(weights.get(name))) and name not in kept}
-    read = {to: replace(weights[name], format=NESTED[weights[name].format]) for name, to in parts.items()}  # type: ignore
+    nested = {name: weight for name in among if name not in kept and (weight := _nested(weights.get(name))) is not None}
+    parts = {name: f"{name} at {NESTED[weight.format]}" for name, weight in nested.items()}
+    read = {parts[name]: replace(weight, format=NESTED[weight.format]) for name, weight in nested.items()}
     nodes = [
         node if node.op == "embedding" else node.with_(weights=tuple(parts.get(name, name) for name in node.weights))
         for node in graph.nodes
     ]
     return replace(graph, nodes=nodes), {**weights, **read}
+
+
+def bytes_read(quality: Quality, graph: Graph, weights: Mapping[str, PackedWeight | torch.Tensor]) -> int:
+    """Bytes that products read of all matrices at a quality, each once; of a model with experts, those of all experts."""
+    graph, weights = at_quality(quality, graph, weights)
+    names = {name for node in graph.nodes if node.op != "embedding" for name in node.weights}
+    packed = [w for name, w in weights.items() if name in names and isinstance(w, PackedMatrix | PackedStack)]
+    return sum(w.nbytes - (unread_bytes(w.data) if w.format in VIEWS else 0) for w in packed)
 
 
 def feed_forward_weights(graph: Graph) -> set[str]:
@@ -76,4 +86,4 @@ def feed_forward_weights(graph: Graph) -> set[str]:
 
 
 def _nested(weight: PackedWeight | torch.Tensor | None) -> PackedWeight | None:
-    return weight if getattr(weight, "format", None) in NESTED else None  # type: ignore[return-value]
+    return weight if isinstance(weight, PackedMatrix | PackedStack) and weight.format in NESTED else None

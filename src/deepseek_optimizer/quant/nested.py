@@ -94,6 +94,11 @@ def planes(tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return upper.unflatten(-1, (groups, _TILE)), lower.unflatten(-1, (groups, _REST))
 
 
+def unread_bytes(tiles: torch.Tensor) -> int:
+    """How many bytes of tiles products with int4_nested do not read."""
+    return tiles.numel() // Int4Nested.tile_bytes * _REST
+
+
 def columns(tiles: torch.Tensor, begin: int, end: int) -> torch.Tensor:
     """Groups [begin, end) of tiles uint8 [..., t, g, 544], as tiles of their own: [..., t, end - begin, 544]."""
     upper, lower = (plane[..., begin:end, :].flatten(-2) for plane in planes(tiles))
