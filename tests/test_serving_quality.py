@@ -107,7 +107,28 @@ def test_a_prefix_of_another_quality_is_not_used(model):
         engine.generate([Request(prompt, sampling, id="a", quality=quality)])[0].cached_tokens
         for quality in ("fast", "exact", None, "balanced", "fast", "balanced")
     ]
-    assert [tokens > 0 for tokens in cached] == [False, False, True, False, True, True]
+    assert [tokens > 0 for tokens in cached] == [False, False, True, True, True, True], "balanced prompts are exact"
+
+
+def test_text_of_lower_quality_does_not_become_an_exact_prompt(model):
+    prompt = random_ids(model.config, 100, seed=3)
+    sampling = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    for quality, cached in (("exact", 128), ("balanced", 96), ("fast", 0)):
+        engine = make_engine(model)
+        (first,) = engine.generate([Request(prompt, sampling, quality=quality)])
+        (then,) = engine.generate([Request(prompt + first.token_ids, sampling, quality="exact")])
+        assert cached <= then.cached_tokens < cached + 32 and then.error is None
+        if cached:
+            assert (then.cached_tokens > 96) == (quality == "exact"), "only blocks of the prompt"
+
+
+def test_preempted_requests_are_recomputed_at_their_qualities(checkpoint):
+    model = load_model(checkpoint, precision="int8_nested", batch_invariant=True)
+    requests = requests_of(model.config, length=40)
+    wanted = results(make_engine(model, drafts=False).generate(requests))
+    small = model.dso.new_arena(18 * model.dso.arena.store.block_bytes)
+    engine = make_engine(model, arena=small, drafts=False)
+    assert results(engine.generate(requests)) == wanted and engine.core.metrics.preemptions > 0
 
 
 def test_exact_is_what_the_model_computes_by_itself(model):

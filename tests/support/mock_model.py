@@ -207,7 +207,7 @@ class MockRunner:
 
     def step(self, parts, rows, *, last_hidden=False, draft_states=False):
         self.before()
-        order = [(p.sequence.quality, p.phase) for p in parts]
+        order = [(p.quality, p.phase) for p in parts]
         assert order == sorted(order)
         made, at = [], 0
         wanted = set(rows)

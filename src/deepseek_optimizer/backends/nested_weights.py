@@ -3,12 +3,11 @@
 | quality | reads all bits of |
 |---|---|
 | exact | every matrix |
-| balanced | every matrix but those of the feed-forward networks and experts |
+| balanced | every matrix for prompts; for text, every matrix but those of the feed-forward networks and experts |
 | fast | what needs it: rows of the embedding, which cost nothing, and `min_formats` |
 
-Feed-forward networks are most of a model's bytes, and the least of its error: docs/performance.md has the KL divergence that
-each choice leaves. The precision of earlier tokens hardly matters to later ones, so a request's prompt and its text have one
-quality.
+Feed-forward networks are most of a model's bytes and a smaller part of its error, and prompts are limited by arithmetic, not by
+bytes: docs/how-to/quantize.md has the KL divergence that this leaves.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ def has_qualities(weights: Mapping[str, PackedWeight | torch.Tensor]) -> bool:
 def at_quality(
     quality: Quality, graph: Graph, weights: Mapping[str, PackedWeight | torch.Tensor]
 ) -> tuple[Graph, Mapping[str, PackedWeight | torch.Tensor]]:
-    """A graph and weights to compile, which read at this quality. Matrices that are read in part share their memory.
+    """A graph and weights to compile, which read what text of this quality does. Matrices read in part share their memory.
 
     Args:
         quality: the quality.

@@ -7,3 +7,8 @@ from typing import Final, Literal
 Quality = Literal["fast", "balanced", "exact"]
 QUALITIES: Final[tuple[Quality, ...]] = ("fast", "balanced", "exact")  # the lowest first
 EXACT: Final = "exact"
+
+
+def prompt_quality(quality: Quality) -> Quality:
+    """The quality at which the prompt of a request is computed."""
+    return EXACT if quality == "balanced" else quality

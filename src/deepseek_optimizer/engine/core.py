@@ -44,7 +44,7 @@ from .scheduling.store import Store
 from .sequence import Sequence
 from .speculative.base import Proposer
 from .speculative.drafting import Drafting
-from .step_rows import logit_rows, part_of, progress_of, prompt_rows, token_choices, token_counts
+from .step_rows import logit_rows, part_of, progress_of, prompt_rows, quality_of, token_choices, token_counts
 
 if TYPE_CHECKING:
     from .runner import Runner
@@ -355,7 +355,7 @@ class EngineCore:
             if chunk.running.started is None:
                 chunk.running.started = now
         # Stable; each quality's together, of these DECODE first, and the rows of each adapter together.
-        chunks.sort(key=lambda s: (s.running.sequence.quality, s.phase, s.running.sequence.adapter))
+        chunks.sort(key=lambda s: (quality_of(s), s.phase, s.running.sequence.adapter))
         return chunks
 
     def _load(self) -> Load:

@@ -227,7 +227,7 @@ class Runner:
 
     def _run(self, parts: list[Part], rows: Int32, states: torch.Tensor | None = None, **wanted: Any) -> StepOutput:
         """Runs a step; `wanted`: as in `_batch`. `states` are None if there are plans of several qualities."""
-        runs = [list(run) for _, run in groupby(parts, lambda part: part.sequence.quality)]
+        runs = [list(run) for _, run in groupby(parts, lambda part: part.quality)]
         if len(runs) == 1 or not self._lower:
             return self.memory.run(*self._batch(parts, rows, states, **wanted))
         logits = wanted.pop("logits", None)
@@ -271,7 +271,7 @@ class Runner:
         )
         if self._embed is not None and any(p.sequence.pictures is not None for p in parts):
             batch = replace(batch, **step_fields(parts, batch.positions, self._embed))
-        plan, adapted = self._lower.get(parts[0].sequence.quality) or (self.plan, self._adapted and self._adapted[0])
+        plan, adapted = self._lower.get(parts[0].quality) or (self.plan, self._adapted and self._adapted[0])
         if self._adapted is not None and adapted is not None and (slots := _adapter_of(parts)) is not None:
             plan, store = adapted, self._adapted[1]
             batch = replace(batch, adapters=store, adapter_of=slots)

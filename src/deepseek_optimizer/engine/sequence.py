@@ -53,6 +53,7 @@ class Part:
         start: slot of the first one in the sequence's cache. Room for all must be reserved already.
         first_block: blocks of the sequence before this one are not visible in the step.
         phase: DECODE or PREFILL, the kernel family to use.
+        quality: that of the plan to use.
     """
 
     sequence: Sequence
@@ -60,6 +61,7 @@ class Part:
     start: int
     first_block: int = 0
     phase: int = DECODE
+    quality: Quality = "exact"
 
 
 def rows_of(rows: Any, parts: list[Part]) -> list[Any]:

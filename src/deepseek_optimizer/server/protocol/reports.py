@@ -26,7 +26,8 @@ class Reports(Body):
     quality: Quality | None = Field(
         None,
         description="Precision of the weights, if the model was loaded with precision int8_nested: exact reads all bits, fast "
-        "the upper 4 of 8, balanced these only in feed-forward networks. Default: exact. `usage.quality` says which was used.",
+        "the upper 4 of 8, balanced these in feed-forward networks while it generates. Default: exact. `usage.quality` says "
+        "which was used.",
     )
     min_quality: Quality | None = Field(
         None, description="The lowest quality that the request may be computed at while others wait. Default: `quality`."
