@@ -171,7 +171,7 @@ def test_the_report_says_what_each_quality_reads(model):
 
 def test_other_models_refuse_the_field(checkpoint):
     engine = make_engine(load_model(checkpoint, precision="int4"))
-    with pytest.raises(RequestError, match='quality: .*one precision; load it with precision="int8_nested"'):
+    with pytest.raises(RequestError, match='quality: .*one quality; load it with precision="int8_nested"'):
         engine.generate([Request([1, 2], quality="fast")])
     assert engine.generate([[1, 2]], SamplingParams(max_tokens=2))[0].quality is None
     assert not engine.core.facts.qualities

@@ -283,11 +283,11 @@ class Request:
 
 
 def check_quality(request: Request, qualities: bool) -> None:
-    """Raises RequestError if a request chooses a quality of a model whose weights have one precision."""
+    """Raises RequestError if a request chooses a quality of a model that has one only."""
     name = "quality" if request.quality is not None else "min_quality"
     if not qualities and (request.quality is not None or request.min_quality is not None):
-        fix = 'load it with precision="int8_nested" (dso serve --precision int8_nested), or leave the field out'
-        raise RequestError(name, f"this model's weights have one precision; {fix}")
+        fix = 'load it with precision="int8_nested" (--precision int8_nested) and in one process, or leave the field out'
+        raise RequestError(name, f"this model has one quality; {fix}")
 
 
 def check_reading(request: Request, classifies: bool) -> None:

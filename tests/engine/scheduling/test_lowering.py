@@ -123,7 +123,7 @@ def test_a_request_that_never_started_reports_no_quality():
 def test_requests_for_a_model_with_one_precision_are_refused():
     core = make_core()
     for fields, name in (({"quality": "exact"}, "quality"), ({"min_quality": "fast"}, "min_quality")):
-        with pytest.raises(RequestError, match="one precision.*int8_nested") as refused:
+        with pytest.raises(RequestError, match="one quality.*int8_nested") as refused:
             core.add(Request([1, 2], id="a", **fields))
         assert refused.value.field == name
     core.add(Request([1, 2], id="a"))

@@ -124,8 +124,9 @@ class Runtime(PackedModel):
 
     @property
     def has_qualities(self) -> bool:
-        """Whether the model's matrices contain others, so that `compile` has several qualities."""
-        return has_qualities(matrices_of(self.model, self.graph))
+        """Whether the model's matrices contain others, so that `compile` has several qualities: not in several processes, of
+        which only this one would compile them."""
+        return self.config.parallel.ranks == 1 and has_qualities(matrices_of(self.model, self.graph))
 
     def compile(self, graph: Graph, quality: Quality = EXACT) -> Plan:
         """Compiles a graph of this model (`graph`, `adapter_graph`); plans share the model's weights.

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ...backends.base import BLOCK_TOKENS
-from ...backends.nested_weights import bytes_read, has_qualities
+from ...backends.nested_weights import bytes_read
 from ...backends.qualities import QUALITIES
 from ...config import BUILT_IN_TEXT
 from ...graph.attention_mode import forgetting
@@ -338,5 +338,5 @@ def make_report(runtime: Any) -> Report:
         config=runtime.config.to_dict(),
         warnings=(*runtime.notes, *_kept_larger(runtime.config, whole, matrices)),
         profile=runtime.profile_note,
-        qualities={q: bytes_read(q, graph, matrices) for q in QUALITIES} if has_qualities(matrices) else {},
+        qualities={q: bytes_read(q, graph, matrices) for q in QUALITIES} if runtime.has_qualities else {},
     )
