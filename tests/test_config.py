@@ -14,7 +14,7 @@ from deepseek_optimizer.config import FUSION_RULES
 from deepseek_optimizer.graph.parallel import Parallel
 
 GOOD = {
-    "precision": ["auto", "int3", "int4", "q4_1", "int8", "fp8", "bf16", "fp32"],
+    "precision": ["auto", "int3", "int4", "q4_1", "int8", "int8_nested", "fp8", "bf16", "fp32"],
     "kernel_fusion": [True, False],
     "fusion_rules": [None, [], ["qkv"], ("attention_softmax", "layer_norm")],
     "attention_optimization": ["flash", "eager", "sliding", "sparse"],

@@ -168,6 +168,10 @@ DSO_API int32_t dso_mapping_check(const void* address); /* DSO_EFILE if the file
  *                32 bits and belongs to column 4 q[t] + c, q = {1, 3, 0, 2, 5, 7, 4, 6}, then uint8 s[16], the fp16 number
  *                with bits s << 7. W = s * v[4 u + h[p] + 2 h[p + 1]] for even p, s * v[4 u + g[p - 1] + 2 g[p]] for odd p,
  *                with g[p] = h[p + 1] ^ h[p - 3] and v = +-{1, 4, 6, 9, 13, 18, 24, 31}, ascending
+ *   INT8_NESTED 544 B: a row of tiles begins with the tiles of an INT4 matrix, of 288 bytes, whose nibbles are the upper 4 bits
+ *                of a code in [8, 255]; then follows for each tile a plane of the lower 4 bits, uint8 [4 j][16 r][4] in the
+ *                same order.                                                         W = scale / 16 * (code - 136)
+ *   INT4_NESTED 544 B: the INT4 matrix in INT8_NESTED: the same bytes, whose planes at the end of the rows are not read
  * A superblock (8 dso_tile_bytes) is fp16 d[16], fp16 dmin[16] if there are minimums, and 8 groups of 32 columns:
  *   Q4_K   296 B: a plane of 4 bits, int8 scale[16], int8 min[16]                      W = d * scale * code + dmin * min
  *   Q5_K   360 B: planes as Q5_0, then as Q4_K                                         W = d * scale * code + dmin * min
@@ -196,6 +200,8 @@ enum {
   DSO_Q5_1 = 14,
   DSO_MXFP4 = 15,
   DSO_INT3 = 16,
+  DSO_INT8_NESTED = 17,
+  DSO_INT4_NESTED = 18,
   DSO_VECTOR = 100
 };
 /* Source types of dso_pack. GGML: rows of blocks of the ggml type whose integer codes the format can hold, repacked without
@@ -217,8 +223,8 @@ DSO_API int64_t dso_packed_bytes(int32_t format, int64_t rows, int64_t cols);
  * error than in ggml. An element's error is weighted by importance[column] (float[cols], finite, not negative: the mean square
  * of the activations that multiply the column), or, if importance is NULL, by the element's magnitude. Other formats and GGML
  * sources ignore it. FP8: scale = max|W|/448 of each block of 128 x 128, W/scale rounded to nearest even; src starts at a
- * block's first row. Candidate scales, corner cases and padding: docs/contracts.md, "Packing, bit for bit". Bit-identical to
- * the reference in quant/. */
+ * block's first row. INT8_NESTED and INT4_NESTED give the same bytes. Candidate scales, corner cases and padding:
+ * docs/contracts.md, "Packing, bit for bit". Bit-identical to the reference in quant/. */
 DSO_API int32_t dso_pack(dso_context* c, int32_t format, int32_t src_type, const void* src, int64_t rows, int64_t cols,
                          int64_t stride, const float* importance, void* dst);
 /* Packs FP8 from weights that are already block-scaled E4M3: codes [rows, cols] (row stride `stride`) and scales float

@@ -18,6 +18,9 @@ struct IntLayout {
   bool joined;           // a scale and a minimum of 4 bits share a byte
   bool powers = false;   // a scale is 2^(byte - 128)
   bool trellis = false;  // the high plane is a path, see generic/trellis.hpp; a scale is the fp16 number with bits byte << 7
+  // A tile row ends with a plane of 4 bits for each of its groups, which `nested` formats leave out: their codes are the upper
+  // 4 bits of those of the format that reads both.
+  bool split = false, nested = false;
 };
 
 static constexpr int64_t code_bytes(IntLayout l) { return 64 * (l.low + l.high); }
@@ -26,14 +29,18 @@ static constexpr int64_t scale_bytes(IntLayout l) {  // of one group
   return l.superblock ? 16 * l.halves * (l.has_min && !l.joined ? 2 : 1) : 32 * (l.has_min ? 2 : 1);
 }
 static constexpr int64_t group_bytes(IntLayout l) { return code_bytes(l) + scale_bytes(l); }
+static constexpr int64_t split_bytes(IntLayout l) { return l.split ? 256 : 0; }  // of a group, at the end of the tile row
 // A superblock begins with its head: fp16 d[16], dmin[16]
 static constexpr int64_t head_bytes(IntLayout l) { return l.superblock ? 32 * (l.has_min ? 2 : 1) : 0; }
-// Where a group, and the head of its superblock, begin in a tile row.
-static constexpr int64_t head_at(IntLayout l, int64_t group) {
+// Where a group, and the head of its superblock, begin in a tile row of `groups` groups; of a split format, where the group's
+// plane at the end begins.
+static constexpr int64_t head_at(IntLayout l, int64_t group, int64_t groups) {
+  if (l.split) return groups * group_bytes(l) + group * split_bytes(l);
   return l.superblock ? group / superblock_groups * (head_bytes(l) + superblock_groups * group_bytes(l)) : 0;
 }
 static constexpr int64_t group_at(IntLayout l, int64_t group) {
-  return l.superblock ? head_at(l, group) + head_bytes(l) + group % superblock_groups * group_bytes(l) : group * group_bytes(l);
+  return l.superblock ? head_at(l, group, 0) + head_bytes(l) + group % superblock_groups * group_bytes(l)
+                      : group * group_bytes(l);
 }
 
 static constexpr IntLayout int_layout(int32_t format) {
@@ -65,6 +72,10 @@ static constexpr IntLayout int_layout(int32_t format) {
       return {4, 0, 1, false, false, false, true};
     case DSO_INT3:
       return {2, 1, 1, false, false, false, false, true};
+    case DSO_INT8_NESTED:
+      return {4, 0, 1, false, false, false, false, false, true, false};
+    case DSO_INT4_NESTED:
+      return {4, 0, 1, false, false, false, false, false, true, true};
     default:
       return {0, 0, 0, false, false, false};
   }
@@ -78,7 +89,10 @@ static constexpr int32_t code_offset(int32_t format) {
     case DSO_IQ4_XS:
       return 128;
     case DSO_INT4:
+    case DSO_INT4_NESTED:
       return 8;
+    case DSO_INT8_NESTED:
+      return 136;
     case DSO_MXFP4:
       return 12;
     case DSO_Q3_K:
@@ -117,7 +131,7 @@ static constexpr int64_t tile_bytes(int32_t format) {  // -1: not a packed forma
       return 544;
     default:
       const IntLayout layout = int_layout(format);
-      return layout.low ? group_bytes(layout) + head_bytes(layout) / superblock_groups : -1;
+      return layout.low ? group_bytes(layout) + split_bytes(layout) + head_bytes(layout) / superblock_groups : -1;
   }
 }
 

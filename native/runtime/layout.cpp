@@ -50,6 +50,10 @@ const char* format_name(int32_t format) {
       return "INT4";
     case DSO_INT3:
       return "INT3";
+    case DSO_INT8_NESTED:
+      return "INT8_NESTED";
+    case DSO_INT4_NESTED:
+      return "INT4_NESTED";
     case DSO_Q4_1:
       return "Q4_1";
     case DSO_FP8:

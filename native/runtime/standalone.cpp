@@ -49,7 +49,8 @@ void pack(Context& c, int32_t format, int32_t source_type, const void* source, i
   keep_handler();
   if (source_type == DSO_SRC_GGML)
     return pack_blocks(c, format, static_cast<const uint8_t*>(source), rows, cols, stride, static_cast<uint8_t*>(packed));
-  if (int_layout(format).low && format != DSO_INT8 && format != DSO_INT4 && format != DSO_INT3 && format != DSO_Q4_1)
+  if (int_layout(format).low && format != DSO_INT8 && format != DSO_INT4 && format != DSO_INT3 && format != DSO_Q4_1 &&
+      !int_layout(format).split)
     fail(DSO_EINVAL, "%s is packed from ggml blocks only, src_type is %d", format_name(format), source_type);
   for (int64_t k = 0; importance && k < cols; ++k)
     if (!(importance[k] >= 0 && importance[k] <= std::numeric_limits<float>::max()))

@@ -42,8 +42,8 @@ int main(int argc, char** argv) {
     if (*only && std::string(only) != "all" && variant.name != only) continue;
     const Kernels& k = *variant.kernels;
     printf("%s  cols %d rows %d\n", variant.name.c_str(), cols, rows);
-    for (int format : {DSO_INT3, DSO_INT4, DSO_Q4_1, DSO_INT8, DSO_Q2_K, DSO_Q3_K, DSO_Q4_K, DSO_Q5_K, DSO_Q6_K, DSO_IQ4_XS,
-                       DSO_MXFP4, DSO_FP8, DSO_BF16})
+    for (int format : {DSO_INT3, DSO_INT4, DSO_INT4_NESTED, DSO_Q4_1, DSO_INT8, DSO_INT8_NESTED, DSO_Q2_K, DSO_Q3_K, DSO_Q4_K,
+                       DSO_Q5_K, DSO_Q6_K, DSO_IQ4_XS, DSO_MXFP4, DSO_FP8, DSO_BF16})
       for (int kind : {DSO_SLOT_Q8, DSO_SLOT_Q16, DSO_SLOT_BF16}) {
         if ((kind == DSO_SLOT_BF16) != (format == DSO_FP8 || format == DSO_BF16)) continue;
         const BlockFormat* block = block_format(format);
@@ -57,7 +57,9 @@ int main(int argc, char** argv) {
               BlockMatrix{*block, data.get(), cols}.halves(r, c)[32 * field + 1] = 0x14;
         for (int r = 0; format == DSO_MXFP4 && r < rows; ++r)  // near 1: sums of infinities and subnormals take another time
           for (int c = 0; c < cols; c += 32) *BlockMatrix{*block, data.get(), cols}.byte(r, c) = 120;
-        for (size_t tile = 0; !block && tile < bytes; tile += tile_bytes(format))  // for FP8, one float
+        const bool nested = format == DSO_INT4_NESTED || format == DSO_INT8_NESTED;
+        for (size_t i = 0; nested && i < bytes; i += 2) data[i + 1] = 0x14;
+        for (size_t tile = 0; !block && !nested && tile < bytes; tile += tile_bytes(format))  // for FP8, one float
           for (size_t i = code_bytes(format); i < tile_bytes(format); i += 2) data[tile + i + 1] = 0x14;
         for (size_t i = 0; format == DSO_FP8 && i < bytes; ++i) data[i] |= 0x08;  // subnormals are rare in weights, and slow
         const Matrix w = {format, rows, cols, data.get()};

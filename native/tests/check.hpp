@@ -191,6 +191,8 @@ inline size_t tile_bytes(int format) {
       return 1024;
     case DSO_INT8:
     case DSO_FP8:
+    case DSO_INT8_NESTED:
+    case DSO_INT4_NESTED:
       return 544;
     case DSO_INT4:
       return 288;
@@ -203,12 +205,14 @@ inline size_t code_bytes(int format) {
   return format == DSO_INT8 || format == DSO_FP8 ? 512 : format == DSO_BF16 ? 1024 : 256;
 }  // before a tile's scales
 inline const char* format_name(int format) {
-  return format == DSO_INT8   ? "int8"
-         : format == DSO_INT4 ? "int4"
-         : format == DSO_Q4_1 ? "q4_1"
-         : format == DSO_BF16 ? "bf16"
-         : format == DSO_FP8  ? "fp8"
-                              : "f32";
+  return format == DSO_INT8          ? "int8"
+         : format == DSO_INT4        ? "int4"
+         : format == DSO_Q4_1        ? "q4_1"
+         : format == DSO_INT8_NESTED ? "int8_nested"
+         : format == DSO_INT4_NESTED ? "int4_nested"
+         : format == DSO_BF16        ? "bf16"
+         : format == DSO_FP8         ? "fp8"
+                                     : "f32";
 }
 inline size_t packed_bytes(int format, int64_t rows, int64_t cols) {
   return (size_t)((rows + 15) / 16 * ((cols + 31) / 32)) * ::tile_bytes(format);

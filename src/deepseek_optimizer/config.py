@@ -18,13 +18,13 @@ from deepseek_optimizer.errors import ConfigError
 from deepseek_optimizer.graph.attention_mode import AttentionMode
 from deepseek_optimizer.graph.parallel import Parallel
 from deepseek_optimizer.graph.rules import RULES
-from deepseek_optimizer.quant import QUANT_METHOD, get_format
+from deepseek_optimizer.quant import FORMATS, QUANT_METHOD, VIEWS, get_format
 from deepseek_optimizer.system.backend_entries import AUTO, BUILT_IN, names
 
 FUSION_RULES: Final = tuple(RULES)
 MAX_THREADS: Final = 1024
 
-Precision = Literal["auto", "int3", "int4", "q4_1", "int8", "fp8", "bf16", "fp32"]
+Precision = Literal["auto", "int3", "int4", "q4_1", "int8", "int8_nested", "fp8", "bf16", "fp32"]
 Attention = Literal["flash", "eager", "sliding", "sparse"]
 KvCache = Literal["auto", "fp32", "bf16", "int8", "fp8", "int4"]
 Isa = Literal["avx2", "avx512", "amx", "neon"]
@@ -128,6 +128,8 @@ def _formats(name: str, value: Any) -> dict[str, str]:
     if not isinstance(value, Mapping) or not all(isinstance(module, str) for module in value):
         raise ConfigError(f"{name} must be a dict from module names to format names, got {value!r}")
     try:
+        if views := sorted({format for format in value.values() if format in VIEWS}):
+            raise ConfigError(f"{views[0]!r} is only read out of another format; choose one of {', '.join(FORMATS)}")
         return {module: get_format(format).name for module, format in value.items()}
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from error
@@ -143,7 +145,8 @@ class DeepSeekConfig(QuantizationConfigMixin):
 
     Attributes:
         precision: format of the weight matrices: "int3" (3.25 bits per weight), "int4" (4.5 bits), "q4_1" (5 bits, with a
-            minimum), "int8", "fp8" (E4M3, blocks of 128 x 128), "bf16", "fp32", or "auto": the stored format, without loss (a
+            minimum), "int8", "int8_nested" (int8 that contains an int4 matrix, so that requests to an engine can choose a
+            `quality`), "fp8" (E4M3, blocks of 128 x 128), "bf16", "fp32", or "auto": the stored format, without loss (a
             float model's dtype; the formats of a GGUF, FP8 or packed checkpoint, except that F16 and F32 in a GGUF file become
             bf16).
         kernel_fusion: False disables all fusion rules; results stay the same within the format's tolerance.
@@ -249,7 +252,7 @@ class DeepSeekConfig(QuantizationConfigMixin):
 
     _checks: ClassVar[dict[str, Callable[[str, Any], Any]]] = {
         "quant_method": _one_of(QUANT_METHOD),
-        "precision": _one_of("auto", "int3", "int4", "q4_1", "int8", "fp8", "bf16", "fp32"),
+        "precision": _one_of("auto", "int3", "int4", "q4_1", "int8", "int8_nested", "fp8", "bf16", "fp32"),
         "kernel_fusion": _flag,
         "fusion_rules": _optional(_rules),
         "attention_optimization": _one_of("flash", "eager", "sliding", "sparse"),

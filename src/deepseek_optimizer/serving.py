@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .backends.base import BLOCK_TOKENS, Plan
+from .backends.qualities import EXACT, QUALITIES, Quality
 from .checkpoint.prefix_files import PrefixFiles
 from .engine.adapters import Adapters, AdapterWeights
 from .engine.async_engine import AsyncEngine
@@ -176,10 +177,12 @@ def _core(
         chunk=_LATENT_CHUNK if latent and not options.batch_invariant else None,
         plain=None if rope is None else rope.context,
         pictures=is_multimodal(model),
+        qualities=runtime.has_qualities,
     )
     adapted_plan = None if adapted is None else (adapted[0], adapted[1].store)
     embed = embeddings_of(model) if facts.pictures else None
-    runner = Runner(runtime.plan, arena, vocab, adapted_plan, backend.capabilities.decode_calls, embed)
+    lower = _lower_plans(runtime, options) if facts.qualities else None
+    runner = Runner(runtime.plan, arena, vocab, adapted_plan, backend.capabilities.decode_calls, embed, lower)
     draft = None if other is None else _draft_model(runtime, other, options)
     proposers = _proposers(runtime, arena, draft, None if drafts is True else drafts) if drafts else None
     store = _prefix_files(runtime, arena, options, proposers)
@@ -215,6 +218,16 @@ def _plan_with_adapters(runtime: Runtime, options: EngineOptions, name: str) -> 
             raise NotEnoughMemoryError("the adapter", size, less_reserve(free.free), remedy, free.tightest)
 
     return runtime.compile(graph), Adapters(store, read, check_memory, frozenset({name} - {""}))
+
+
+def _lower_plans(runtime: Runtime, options: EngineOptions) -> dict[Quality, tuple[Plan, Plan | None]]:
+    """Returns the plans of lower qualities, without adapters and with them."""
+    graph = runtime.adapter_graph(options.max_lora_rank) if options.max_loras else None
+    return {
+        quality: (runtime.compile(runtime.graph, quality), None if graph is None else runtime.compile(graph, quality))
+        for quality in QUALITIES
+        if quality != EXACT
+    }
 
 
 def _prefix_files(

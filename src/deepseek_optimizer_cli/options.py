@@ -20,7 +20,7 @@ Precision = Annotated[
         "--precision",
         "-p",
         metavar="FORMAT",
-        help="Weight format: int4, q4_1, int8, fp8, bf16 or fp32. Default: the format of the checkpoint.",
+        help="Weight format: int4, q4_1, int8, int8_nested, fp8, bf16 or fp32. Default: the format of the checkpoint.",
         **_MODEL,
     ),
 ]

@@ -207,8 +207,8 @@ class MockRunner:
 
     def step(self, parts, rows, *, last_hidden=False, draft_states=False):
         self.before()
-        phases = [p.phase for p in parts]
-        assert phases == sorted(phases)
+        order = [(p.quality, p.phase) for p in parts]
+        assert order == sorted(order)
         made, at = [], 0
         wanted = set(rows)
         hidden = []

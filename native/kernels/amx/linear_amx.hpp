@@ -120,7 +120,7 @@ static void integers(const Matrix& w, const Output& out, Rows<kind> x, int64_t T
       const int64_t g1 = all - g0 < panel_groups ? all : g0 + panel_groups;
       for (int n = 0; n <= (int)two; n++)
         for (int64_t g = g0; g < g1; g++)
-          W::unpack(P::place(w.data + (tile + n) * row_bytes, g), s.panel[n] + (g - g0) * W::bytes);
+          W::unpack(P::place(w.data + (tile + n) * row_bytes, g, all), s.panel[n] + (g - g0) * W::bytes);
       for (int64_t t = 0; t < T; t += block) {
         const int tokens = (int)(T - t < block ? T - t : block);
         const int first = tokens < 16 ? tokens : 16;
@@ -143,6 +143,10 @@ static void by_format(const Matrix& w, const Output& out, Rows<kind> x, int64_t 
       return integers<DSO_INT3, kind>(w, out, x, T, begin, end, scratch);
     case DSO_Q4_1:
       return integers<DSO_Q4_1, kind>(w, out, x, T, begin, end, scratch);
+    case DSO_INT8_NESTED:
+      return integers<DSO_INT8_NESTED, kind>(w, out, x, T, begin, end, scratch);
+    case DSO_INT4_NESTED:
+      return integers<DSO_INT4_NESTED, kind>(w, out, x, T, begin, end, scratch);
     case DSO_Q4_K:
       return integers<DSO_Q4_K, kind>(w, out, x, T, begin, end, scratch);
     case DSO_Q5_K:

@@ -11,12 +11,13 @@ struct Format {
   static constexpr IntLayout layout = int_layout(format);
   static constexpr bool has_min = layout.has_min;
   static constexpr int halves = layout.halves;
-  static constexpr int32_t offset = code_offset(format);  // value = stored - offset
-  static constexpr int32_t largest =                      // of the stored values
+  static constexpr bool joins = layout.split && !layout.nested;  // codes of two planes of 4 bits
+  static constexpr int32_t offset = code_offset(format);         // value = stored - offset
+  static constexpr int32_t largest =                             // of the stored values
       format == DSO_MXFP4 ? 24
       : layout.trellis    ? 63
       : has_table(format) ? 255
-                          : (1 << (layout.low + layout.high)) - 1;
+                          : (1 << (layout.low + layout.high + 4 * joins)) - 1;
   // What the products of the stored values are already reduced by, see dot_u8 in the lanes.
   static constexpr int32_t dot_bias = largest > 127 ? DSO_ISA_NAMESPACE::dot_bias : 0;
 };
@@ -38,20 +39,23 @@ struct Packed : Format<format> {
   static constexpr IntLayout layout = Base::layout;
   static constexpr int64_t bytes = group_bytes(layout);  // from one group to the next within a superblock
 
-  // Where a group's data are; `head`: that of its superblock.
+  // Where a group's data are; `head`: that of its superblock, or its plane at the end of the tile row.
   struct Place {
     const uint8_t *group, *head;
     Place rows_below(int64_t bytes) const { return {group + bytes, head + bytes}; }
   };
-  DSO_INLINE Place place(const uint8_t* row, int64_t g) { return {row + group_at(layout, g), row + head_at(layout, g)}; }
+  DSO_INLINE Place place(const uint8_t* row, int64_t g, int64_t groups) {
+    return {row + group_at(layout, g), row + head_at(layout, g, groups)};
+  }
 
-  DSO_INLINE B quad(const uint8_t* group, int q) {
-    if constexpr (layout.trellis) return trellis_quad(group, q);
-    const B low = from_plane<layout.low>(group, q, 0);
+  DSO_INLINE B quad(Place at, int q) {
+    if constexpr (layout.trellis) return trellis_quad(at.group, q);
+    if constexpr (Base::joins) return join_bits(from_plane<4>(at.group, q, 4), from_plane<4>(at.head, q, 0));
+    const B low = from_plane<layout.low>(at.group, q, 0);
     if constexpr (has_table(format))
       return look_up(table_of<format>, low);
     else if constexpr (layout.high)
-      return join_bits(low, from_plane<layout.high>(group + 64 * layout.low, q, layout.low));
+      return join_bits(low, from_plane<layout.high>(at.group + 64 * layout.low, q, layout.low));
     else
       return low;
   }
@@ -62,6 +66,8 @@ struct Packed : Format<format> {
       return load_e8(numbers);
     else if constexpr (layout.trellis)
       return load_e5m3(numbers);
+    else if constexpr (Base::joins)
+      return mul(load_f16(numbers), set(1.0f / 16));  // exact
     else if constexpr (!layout.superblock)
       return load_f16(numbers);
     else if constexpr (layout.joined)
@@ -92,7 +98,7 @@ struct Unpacked : Format<format> {  // with one scale per group
     Place rows_below(int64_t bytes) const { return {group + bytes}; }
   };
   DSO_INLINE Place place(const uint8_t* tiles, int64_t g) { return {tiles + g * bytes}; }
-  DSO_INLINE B quad(const uint8_t* tile, int q) { return load_bytes(tile + 64 * q); }
+  DSO_INLINE B quad(Place at, int q) { return load_bytes(at.group + 64 * q); }
   DSO_INLINE F scale(const uint8_t* tile) { return load((const float*)(tile + 512)); }
   DSO_INLINE F min(const uint8_t* tile) { return load((const float*)(tile + 576)); }
   template <int half>
@@ -106,7 +112,7 @@ struct Unpacked : Format<format> {  // with one scale per group
 
   DSO_INLINE void unpack(typename P::Place from, uint8_t* tile) {
 #pragma GCC unroll 8
-    for (int q = 0; q < 8; ++q) store_bytes(tile + 64 * q, P::quad(from.group, q));
+    for (int q = 0; q < 8; ++q) store_bytes(tile + 64 * q, P::quad(from, q));
     store((float*)(tile + 512), P::template scale<0>(from));
     if constexpr (Base::has_min) store((float*)(tile + 576), P::template min<0>(from));
   }

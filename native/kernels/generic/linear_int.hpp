@@ -29,7 +29,7 @@ struct Rows {
 // ---- the inner block: M tokens x N tile rows, `row_bytes` apart.
 // acc += the exact dot products of `quads` times 4 columns, from column 4 * first of a group on.
 template <class W, int first, int quads, int M, int N>
-DSO_INLINE void dots(I (&acc)[M][N], const uint8_t* w, int64_t row_bytes, const uint8_t* x, int64_t stride) {
+DSO_INLINE void dots(I (&acc)[M][N], typename W::Place w, int64_t row_bytes, const uint8_t* x, int64_t stride) {
   // Otherwise sums of small codes are 16-bit for as many quads as cannot overflow: each adds two products of at most
   // largest * 128.
   constexpr int possible = 32767 / (256 * W::largest), run = has_dot_int ? 0 : possible < quads ? possible : quads;
@@ -39,7 +39,7 @@ DSO_INLINE void dots(I (&acc)[M][N], const uint8_t* w, int64_t row_bytes, const 
 #pragma GCC unroll 8
   for (int i = 0; i < quads; ++i) {
     B b[N];
-    for (int n = 0; n < N; ++n) b[n] = W::quad(w + n * row_bytes, first + i);
+    for (int n = 0; n < N; ++n) b[n] = W::quad(w.rows_below(n * row_bytes), first + i);
     for (int m = 0; m < M; ++m) {
       const B a = broadcast4(x + m * stride + 4 * (first + i));
       for (int n = 0; n < N; ++n) {
@@ -65,6 +65,16 @@ struct Stream {
     constexpr int64_t distance = 8192;
     for (int64_t i = 0; i < W::bytes; i += 64) __builtin_prefetch(w + distance + i);
   }
+  // The same for split formats, whose tile rows `row` are streams of groups with gaps between them.
+  template <class W>
+  inline __attribute__((always_inline)) void ahead(const uint8_t* row, int64_t row_bytes, int64_t g, int64_t groups) {
+    constexpr int64_t distance = 8192 / W::bytes;  // in groups
+    const int64_t to = g + (distance < groups ? distance : groups), below = to < groups ? 0 : 1;
+    const typename W::Place at = W::place(row + below * row_bytes, to - below * groups, groups);
+    for (int64_t i = 0; i < W::bytes; i += 64) __builtin_prefetch(at.group + i);
+    if constexpr (W::joins)
+      for (int64_t i = 0; i < 256; i += 64) __builtin_prefetch(at.head + i);
+  }
 };
 // Later: prefetches what is read after the product into L2, in equal portions over `steps`.
 struct Later {
@@ -88,13 +98,17 @@ struct Later {
 // Ahead: prefetches the next tile rows into L2, in equal portions while all blocks of tokens use the current ones.
 struct Ahead {
   static constexpr bool few_tokens = false;
-  const uint8_t *at, *end;
-  int64_t portion;  // bytes per group, a multiple of 64
+  const uint8_t *at, *end;  // of what is left of a tile row
+  int64_t portion;          // bytes per group, a multiple of 64
   Later& later;
+  int64_t rows = 0, row_bytes = 0, used = 0;  // tile rows after this one, and their bytes, of which the first are used
   template <class W>
   inline __attribute__((always_inline)) void step(const uint8_t*) {
     later.step();
-    if (at >= end) return;
+    if (at >= end) {
+      if (rows == 0) return;
+      --rows, end += row_bytes, at = end - used;
+    }
     for (int64_t i = 0; i < portion; i += 64) __builtin_prefetch(at + i, 0, 2);
     at += portion;
   }
@@ -127,11 +141,11 @@ DSO_INLINE void accumulate_half(F (&acc)[M][N], typename W::Place w, int64_t row
   }
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < N; ++n) dot[m][n] = kind == DSO_SLOT_Q16 ? izero() : start[m];
-  dots<W, first, quads>(dot, w.group, row_bytes, x.codes(0) + 32 * g, x.stride);
+  dots<W, first, quads>(dot, w, row_bytes, x.codes(0) + 32 * g, x.stride);
   if constexpr (kind == DSO_SLOT_Q16) {  // so far the high bytes
     for (int m = 0; m < M; ++m)
       for (int n = 0; n < N; ++n) dot[m][n] = iadd(shl<8>(dot[m][n]), start[m]);
-    dots<W, first, quads>(dot, w.group, row_bytes, x.codes(0) + x.width + 32 * g, x.stride);
+    dots<W, first, quads>(dot, w, row_bytes, x.codes(0) + x.width + 32 * g, x.stride);
   }
   for (int n = 0; n < N; ++n) {
     const typename W::Place at = w.rows_below(n * row_bytes);
@@ -147,18 +161,21 @@ DSO_INLINE void accumulate_half(F (&acc)[M][N], typename W::Place w, int64_t row
 // All groups of M tokens x N tile rows.
 template <class W, int kind, int M, int N, class Fetch>
 DSO_INLINE void accumulate(F (&acc)[M][N], const uint8_t* w, int64_t row_bytes, const Rows<kind>& x, Fetch& fetch) {
+  const int64_t groups = x.width / 32;
   const auto group = [&](typename W::Place at, int64_t g) {
-    fetch.template step<W>(at.group);
+    if constexpr (W::layout.split && Fetch::few_tokens)
+      fetch.template ahead<W>(w, row_bytes, g, groups);
+    else
+      fetch.template step<W>(at.group);
     accumulate_half<W, 0>(acc, at, row_bytes, x, g);
     if constexpr (W::halves == 2) accumulate_half<W, 1>(acc, at, row_bytes, x, g);
   };
-  const int64_t groups = x.width / 32;
   if constexpr (W::layout.superblock) {  // loops of their own, out of which the compiler moves what all of their groups use
     constexpr int64_t bytes = superblock_groups * W::bytes + head_bytes(W::layout);
     for (int64_t first = 0; first < groups; first += superblock_groups, w += bytes)
-      for (int64_t i = 0; i < superblock_groups; ++i) group(W::place(w, i), first + i);
+      for (int64_t i = 0; i < superblock_groups; ++i) group(W::place(w, i, groups), first + i);
   } else {
-    for (int64_t g = 0; g < groups; ++g) group(W::place(w, g), g);
+    for (int64_t g = 0; g < groups; ++g) group(W::place(w, g, groups), g);
   }
 }
 
@@ -208,7 +225,8 @@ constexpr int few_rows = Format<format>::layout.trellis && registers >= 32 && ha
 // Formats that only files use are compiled for blocks of 1 and block_rows tokens: every shape of every format would make the
 // build several times as long.
 template <int format>
-constexpr bool all_shapes = format == DSO_INT8 || format == DSO_INT4 || format == DSO_INT3 || format == DSO_Q4_1;
+constexpr bool all_shapes =
+    format == DSO_INT8 || format == DSO_INT4 || format == DSO_INT3 || format == DSO_Q4_1 || Format<format>::layout.split;
 
 // Calls f<M>, where M is the number of tokens, or `most` if there are more.
 template <int most, class Function>
@@ -238,7 +256,10 @@ template <int format, int kind, int N>
 static void some_tiles(const Matrix& w, const Output& out, const Rows<kind>& x, int64_t T, int64_t tile, Later& later) {
   const int64_t groups = x.width / 32, row_bytes = groups * tile_bytes(format), blocks = (T + block_rows - 1) / block_rows;
   const uint8_t* next = w.data + (tile + N) * row_bytes;  // past the last tile row nothing is read, only prefetched
-  Ahead fetch = {next, next + N * row_bytes, (N * tile_bytes(format) / blocks + 63) / 64 * 64, later};
+  // Of a nested format only the groups, without the planes at the end of each tile row.
+  constexpr bool gaps = Format<format>::layout.nested;
+  const int64_t used = gaps ? groups * Packed<format>::bytes : N * row_bytes, portion = used / groups * (gaps ? N : 1) / blocks;
+  Ahead fetch = {next, next + used, (portion + 63) / 64 * 64, later, gaps ? N - 1 : 0, row_bytes, used};
   for (int64_t t = 0; t < T; t += block_rows) up_to_a_block<format, kind, N>(w, out, x, t, T - t, tile, fetch);
 }
 
@@ -297,7 +318,7 @@ static void unpacked_tiles(const Matrix& w, const Output& out, const Rows<kind>&
     const int64_t next = g1 < groups ? panel_groups * P::bytes : N * row_bytes - g0 * P::bytes;
     for (int n = 0; n < N; ++n)
       for (int64_t g = g0; g < g1; ++g) {
-        const typename P::Place from = P::place(rows + n * row_bytes, g);
+        const typename P::Place from = P::place(rows + n * row_bytes, g, groups);
         for (int64_t i = 0; i < P::bytes; i += 64) __builtin_prefetch(from.group + next + i, 0, 2);
         W::unpack(from, panel + (n * panel_groups + g - g0) * W::bytes);
       }
@@ -355,6 +376,10 @@ static void linear_int(const Matrix& w, const float* bias, const uint8_t* x, int
       return linear_int<DSO_INT3, kind>(w, out, rows, T, begin, end);
     case DSO_Q4_1:
       return linear_int<DSO_Q4_1, kind>(w, out, rows, T, begin, end);
+    case DSO_INT8_NESTED:
+      return linear_int<DSO_INT8_NESTED, kind>(w, out, rows, T, begin, end);
+    case DSO_INT4_NESTED:
+      return linear_int<DSO_INT4_NESTED, kind>(w, out, rows, T, begin, end);
     case DSO_Q2_K:
       return linear_int<DSO_Q2_K, kind>(w, out, rows, T, begin, end);
     case DSO_Q3_K:

@@ -89,6 +89,7 @@ static inline Numbers numbers_of(float (*t)[R], int n, const float* importance, 
   if constexpr (format == DSO_INT8) found = {as_f16(div(max(hi, sub(zero(), lo)), set(127))), zero()};
   if constexpr (format == DSO_INT4) largest = largest_of(t, hi, lo), found = first_int4(largest);
   if constexpr (format == DSO_Q4_1) found = first_q4_1(lo, hi);
+  if constexpr (format == DSO_INT8_NESTED) found = nested_scale(lo, hi);
   auto write = [&] {
     alignas(64) float scale[R], least[R];
     store(scale, found.scale), store(least, found.least);
@@ -146,6 +147,27 @@ static inline void pack_codes(const float* staged, int n, const float* importanc
   uint8_t* tail = dst + C * R * Q::bits / 8;
   memcpy(tail, scale16, sizeof scale16);
   if constexpr (format == DSO_Q4_1) memcpy(tail + sizeof scale16, min16, sizeof min16);
+}
+
+// INT8_NESTED: `group` holds the upper 4 bits of the codes, in the layout of INT4, and `end_plane` the lower ones.
+static inline void pack_nested(const float* staged, int n, uint8_t* group, uint8_t* end_plane) {
+  constexpr int format = DSO_INT8_NESTED;
+  alignas(64) float t[C][R];
+  alignas(32) uint16_t scale16[R], unused[R];
+  transpose<R, C>(staged, t);
+  const Numbers with = numbers_of<format>(t, n, nullptr, scale16, unused);
+  for (int k = n; k < C; k++) store(t[k], zero());
+  const F inverse = inverse_of(mul(with.scale, set(1.0f / 16)));
+  auto code = [&](int k) { return iadd(to_int(nearest<format>(load(t[k]), inverse)), iset(Code<format>::zero)); };
+  auto planes = [&](auto nibble, uint8_t* plane) {
+    for (int j = 0; j < C / 8; j++) {
+      auto byte = [&](int b) { return iadd(nibble(code(8 * j + b)), shl<4>(nibble(code(8 * j + 4 + b)))); };
+      store_bytes(plane + 64 * j, iadd(iadd(byte(0), shl<8>(byte(1))), iadd(shl<16>(byte(2)), shl<24>(byte(3)))));
+    }
+  };
+  planes([](I code) { return sar<4>(code); }, group);
+  planes([](I code) { return isub(code, shl<4>(sar<4>(code))); }, end_plane);
+  memcpy(group + C * R / 2, scale16, sizeof scale16);
 }
 
 static inline void pack_bf16(const float* staged, uint8_t* dst) {
@@ -256,11 +278,12 @@ static inline uint32_t plane_word(const uint8_t* plane, int quad, int r) {
   return word >> bits * (quad % per_vector) & 0x01010101u * ((1u << bits) - 1);
 }
 
-// Columns [32 g, 32 g + 32) of row r of a tile row of an integer format.
+// Columns [32 g, 32 g + 32) of row r of a tile row, with `groups` groups, of an integer format.
 template <int format>
-static inline void unpack_integers(const uint8_t* row, int64_t g, int r, float* out) {
+static inline void unpack_integers(const uint8_t* row, int64_t g, int64_t groups, int r, float* out) {
   constexpr IntLayout layout = int_layout(format);
-  const uint8_t *group = row + group_at(layout, g), *head = row + head_at(layout, g);
+  constexpr bool joins = layout.split && !layout.nested;
+  const uint8_t *group = row + group_at(layout, g), *head = row + head_at(layout, g, groups);
   const uint8_t* numbers = group + code_bytes(layout);
   for (int half = 0; half < layout.halves; half++) {
     float scale, least = 0;
@@ -268,7 +291,7 @@ static inline void unpack_integers(const uint8_t* row, int64_t g, int r, float* 
       const uint32_t e = numbers[r], bits = e < 2 ? 0x00200000u << e : (e - 1) << 23;
       memcpy(&scale, &bits, 4);
     } else if constexpr (!layout.superblock) {
-      scale = f16_at(numbers + 2 * r);
+      scale = f16_at(numbers + 2 * r) * (joins ? 1.0f / 16 : 1.0f);
       if constexpr (layout.has_min) least = f16_at(numbers + 32 + 2 * r);
     } else {
       const uint8_t byte = numbers[16 * half + r];
@@ -281,6 +304,7 @@ static inline void unpack_integers(const uint8_t* row, int64_t g, int r, float* 
     const ByteScale by = byte_scale(scale, least, code_offset(format));
     for (int quad = 8 / layout.halves * half; quad < 8 / layout.halves * (half + 1); quad++) {
       uint32_t word = plane_word<layout.low>(group, quad, r);
+      if constexpr (joins) word = word << 4 | plane_word<4>(head, quad, r);
       if constexpr (layout.high) word |= plane_word<layout.high>(group + 64 * layout.low, quad, r) << layout.low;
       if constexpr (has_table(format)) {
         uint8_t bytes[4];
@@ -303,7 +327,7 @@ static void unpack_row(const Matrix& w, int64_t row, float scale, float* out) {
     if constexpr (int_layout(format).trellis)
       unpack_trellis(tile + g * tile_bytes(format), (int)(row % R), group);
     else if constexpr (int_layout(format).low)
-      unpack_integers<format>(tile, g, (int)(row % R), group);
+      unpack_integers<format>(tile, g, groups, (int)(row % R), group);
     else
       unpack_group<format>(tile + g * tile_bytes(format), (int)(row % R), group);
     for (int64_t k = 0; k < n; k++) out[g * C + k] = group[k] * scale;
@@ -328,6 +352,10 @@ static void embed_row(const Matrix& w, int32_t row, float scale, float* out) {
       return unpack_row<DSO_INT3>(w, row, scale, out);
     case DSO_Q4_1:
       return unpack_row<DSO_Q4_1>(w, row, scale, out);
+    case DSO_INT8_NESTED:
+      return unpack_row<DSO_INT8_NESTED>(w, row, scale, out);
+    case DSO_INT4_NESTED:
+      return unpack_row<DSO_INT4_NESTED>(w, row, scale, out);
     case DSO_FP8:
       return unpack_row<DSO_FP8>(w, row, scale, out);
     case DSO_Q2_K:
@@ -373,8 +401,10 @@ static void pack_tile(int32_t format, int32_t src_type, const void* src, int64_t
   const int64_t real_rows = rows - tile * R < R ? rows - tile * R : R;
   alignas(64) float staged[R * C], columns[C][R];
   if (real_rows < R) memset(staged, 0, sizeof staged);
+  const bool split = format == DSO_INT8_NESTED || format == DSO_INT4_NESTED;
   dst += tile * groups * tile_bytes(format);
-  for (int64_t g = 0; g < groups; g++, dst += tile_bytes(format)) {
+  uint8_t* const end_planes = dst + groups * tile_bytes(DSO_INT4);
+  for (int64_t g = 0; g < groups; g++, dst += tile_bytes(split ? DSO_INT4 : format)) {
     const int64_t n = cols - g * C < C ? cols - g * C : C;
     for (int64_t r = 0; r < real_rows; r++) read_row(src_type, first_row + r * stride + g * C * size, n, staged + r * C);
     const float* weights = importance ? importance + g * C : nullptr;
@@ -397,6 +427,10 @@ static void pack_tile(int32_t format, int32_t src_type, const void* src, int64_t
         break;
       case DSO_Q4_1:
         pack_codes<DSO_Q4_1>(staged, (int)n, weights, dst);
+        break;
+      case DSO_INT8_NESTED:
+      case DSO_INT4_NESTED:  // they have the same tiles
+        pack_nested(staged, (int)n, dst, end_planes + g * split_bytes(int_layout(DSO_INT8_NESTED)));
         break;
     }
   }

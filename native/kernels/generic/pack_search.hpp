@@ -26,6 +26,10 @@ struct Code<DSO_INT4> {
   static constexpr int least = -8, most = 7, zero = 8, bits = 4;
 };
 template <>
+struct Code<DSO_INT8_NESTED> {
+  static constexpr int least = -128, most = 119, zero = 136, bits = 8;
+};
+template <>
 struct Code<DSO_Q4_1> {
   static constexpr int least = 0, most = 15, zero = 0, bits = 4;
 };
@@ -121,6 +125,15 @@ constexpr int trims = 4;
 // `largest`: the element with the largest magnitude (INT4); `low`, `high`: the range of the elements (Q4_1).
 static inline Numbers first_int4(F largest) { return {as_f16(div(largest, set(first_end))), zero()}; }
 static inline Numbers first_q4_1(F low, F high) { return {as_f16(div(sub(high, low), set(15))), as_f16(low)}; }
+
+// Of INT8_NESTED: 16 steps. The element of largest magnitude becomes -128 steps, as -8 in INT4, unless one of the other sign
+// would exceed 119 steps, the largest code whose upper part is at most 7.
+static inline Numbers nested_scale(F low, F high) {
+  const F above = max(high, zero()), below = max(sub(zero(), low), zero());
+  const F larger = max(above, below), other = min(above, below);
+  const F step = max(mul(larger, set(1.0f / 8)), div(mul(other, set(16)), set(119)));
+  return {as_f16(less(below, above, sub(zero(), step), step)), zero()};
+}
 
 // `settled`: only lanes below zero are searched, the others keep the first choice.
 static inline Numbers search_int4(const Groups& t, const Numbers& first, F settled, F largest) {

@@ -17,11 +17,11 @@ DSO_INLINE int32x4_t lane_dot(int32x4_t acc, int32x4_t w, int8x16_t x) {
 
 // Quad number 4 * four + quad of a group, and the rest of its four.
 template <class W, int four, int quad, int M, int N>
-DSO_INLINE void four_dots(I (&acc)[M][N], const uint8_t* w, int64_t row_bytes, const int8x16_t (&x)[M]) {
+DSO_INLINE void four_dots(I (&acc)[M][N], typename W::Place w, int64_t row_bytes, const int8x16_t (&x)[M]) {
   constexpr bool any_byte = W::largest > 127;
 #pragma GCC unroll 4
   for (int n = 0; n < N; ++n) {
-    const B b = W::quad(w + n * row_bytes, 4 * four + quad);
+    const B b = W::quad(w.rows_below(n * row_bytes), 4 * four + quad);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       I& a = acc[m][n];
@@ -35,7 +35,7 @@ DSO_INLINE void four_dots(I (&acc)[M][N], const uint8_t* w, int64_t row_bytes, c
 // The same as dots() of generic/linear_int.hpp, which this replaces because it is constrained.
 template <class W, int first, int quads, int M, int N>
   requires has_dot_int
-DSO_INLINE void dots(I (&acc)[M][N], const uint8_t* w, int64_t row_bytes, const uint8_t* x, int64_t stride) {
+DSO_INLINE void dots(I (&acc)[M][N], typename W::Place w, int64_t row_bytes, const uint8_t* x, int64_t stride) {
   static_assert(first % 4 == 0 && (quads == 4 || quads == 8));
   int8x16_t tokens[M];
 #pragma GCC unroll 8

@@ -22,7 +22,8 @@ template <int format, class Order>
 struct Quartered : Format<format> {
   using Base = Format<format>;
   using P = Packed<format>;
-  static_assert(Base::largest - Base::offset < 128 && Base::offset <= 128);
+  static_assert(Base::largest - Base::offset < 128 &&
+                (Base::offset <= 128 || Base::joins));                   // codes of -129 and below do not occur
   static constexpr int64_t numbers = 4 * Order::numbers * Base::halves;  // bytes
   static constexpr int64_t bytes = 512 + numbers * (Base::has_min ? 2 : 1);
   using Sums = float32x4_t[4][4];  // of quarter q, vector v
@@ -31,7 +32,7 @@ struct Quartered : Format<format> {
     B quads[8];
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
-      quads[i] = P::quad(from.group, i);
+      quads[i] = P::quad(from, i);
       if constexpr (Base::offset != 0) {
         const uint8x16_t offset = vdupq_n_u8((uint8_t)Base::offset);
 #define DSO_EACH(q) from_u8(vsubq_u8(as_u8(quads[i].q), offset))

@@ -38,6 +38,7 @@ def keys(
     *,
     frequencies: int = 0,
     adapter: bytes = b"",
+    quality: bytes = b"",
     besides: Callable[[int, int], bytes] = lambda begin, end: b"",
 ) -> list[Key]:
     """Keys of the first `blocks` full blocks.
@@ -48,11 +49,12 @@ def keys(
         known: keys of the first few blocks, computed earlier.
         frequencies: number of the RoPE frequencies that the cached keys were rotated with; 0: the model's own.
         adapter: identity of the adapter that the cached keys and values were computed with; b"": none.
+        quality: identifies the precision of the weights that they were computed with, at most 16 bytes; b"": all of it.
         besides: identifies what tokens [begin, end) are besides their ids (pictures); b"": nothing.
     """
     result = list(known or ())
     person = frequencies.to_bytes(8, "little")
-    start = hashlib.blake2b(salt.encode("utf-8", "surrogatepass"), digest_size=16, person=person, key=adapter)
+    start = hashlib.blake2b(salt.encode("utf-8", "surrogatepass"), digest_size=16, person=person, key=adapter, salt=quality)
     before = result[-1] if result else start.digest()
     for block in range(len(result), blocks):
         begin, end = block * BLOCK_TOKENS, (block + 1) * BLOCK_TOKENS

@@ -17,7 +17,7 @@ from ..errors import CheckpointError
 from ..quant import ColumnOrder, PackedMatrix, PackedStack, Packer, get_format, reference_packer
 from ..quant.base import TILE_COLS, TILE_ROWS
 from ..quant.overflow import largest_magnitude, overflow_of
-from ..quant.parts import Span
+from ..quant.parts import Span, tile_columns
 from ..quant.tiles import empty_stack, empty_tiles, panels, tile_counts
 from .files import Mapper
 from .stacks import StackPart, StackShape, is_stack, matrices_per_expert, merged_shape, parts
@@ -159,7 +159,7 @@ class Checkpoint(ABC):
             tiles = torch.empty((*tile_counts(end - begin, shape[1]), tile_bytes), dtype=torch.uint8)
             self.pack_rows(name, top + begin, top + end, format, packer, tiles)
             first = begin // TILE_ROWS
-            out[first : first + len(tiles)] = tiles[:, left // TILE_COLS : -(-right // TILE_COLS)]
+            out[first : first + len(tiles)] = tile_columns(tiles, format, left // TILE_COLS, -(-right // TILE_COLS))
         return PackedMatrix(format, bottom - top, right - left, out)
 
     def column_order(self, name: str, format: str) -> ColumnOrder | None:
@@ -200,7 +200,8 @@ class Checkpoint(ABC):
         whole = empty_stack(step, height, width, tile_bytes)
         for expert in range(begin, end):
             self.pack_matrices(name, format, shape, step * expert, packer, whole)
-            taken = whole[:, top // TILE_ROWS : -(-bottom // TILE_ROWS), left // TILE_COLS : -(-right // TILE_COLS)]
+            taken = whole[:, top // TILE_ROWS : -(-bottom // TILE_ROWS)]
+            taken = tile_columns(taken, format, left // TILE_COLS, -(-right // TILE_COLS))
             out[step * (expert - begin) : step * (expert - begin + 1)] = taken
         return PackedStack(format, len(out), bottom - top, right - left, out)
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..backends.base import DECODE
+from ..backends.qualities import EXACT
 from ..cache.block_manager import SequenceBlocks
 from ..cache.forgetting import Groups, kept_whole, max_tokens
 from ..cache.prefix_cache import PrefixCache
@@ -27,11 +28,12 @@ from .metrics import EndedRequest, EngineMetrics
 from .model_facts import ModelFacts
 from .options import EngineOptions
 from .pooling import Pooler
-from .request import Finish, Output, Request, check_reading, check_tokens
+from .request import Finish, Output, Request, check_quality, check_reading, check_tokens
 from .running import Running
 from .sampling.request_sampler import NotANumberError, RequestSampler
 from .scheduling.batch_size import BatchSize
 from .scheduling.budget import PromptBudget
+from .scheduling.lowering import Lowering
 from .scheduling.memory import Memory
 from .scheduling.policies import policy_of
 from .scheduling.policy import Load, Policy
@@ -42,7 +44,7 @@ from .scheduling.store import Store
 from .sequence import Sequence
 from .speculative.base import Proposer
 from .speculative.drafting import Drafting
-from .step_rows import logit_rows, part_of, progress_of, prompt_rows, token_choices, token_counts
+from .step_rows import logit_rows, part_of, progress_of, prompt_rows, quality_of, token_choices, token_counts
 
 if TYPE_CHECKING:
     from .runner import Runner
@@ -113,6 +115,7 @@ class EngineCore:
         )
         self.policy = policy or policy_of(options, self.times, max((most for _, most in proposers or ()), default=0))
         self.drafting = Drafting(proposers, self.times) if proposers else None
+        self.lowering = Lowering(options.lower_after) if facts.qualities else None
         self.metrics = EngineMetrics()
         self.unwatched = False  # True: nobody reads tokens before their text ends, so a step may run several decode steps
         self.on_ended: Callable[[EndedRequest, Finish], None] | None = None  # called for each request that has ended
@@ -148,6 +151,7 @@ class EngineCore:
             adapters_of(self).check(request.adapter)
         check_tokens(request, facts.vocab_size)
         check_reading(request, classifies=False)
+        check_quality(request, facts.qualities)
         if request.pictures is not None and not facts.pictures:
             raise RequestError("pictures", "this model reads text only")
         if request.pictures is not None and self.sliding is not None:
@@ -192,6 +196,7 @@ class EngineCore:
             interval = self.memory.state_interval if self.prefix is not None and not request.embed else 0
             blocks = SequenceBlocks(manager, interval, self._whole)
             sequence = Sequence(self._count, list(request.prompt), blocks, reach=reach, pictures=request.pictures)
+            sequence.quality = request.quality or EXACT
         running = Running(
             number=self._count,
             request=request,
@@ -208,6 +213,7 @@ class EngineCore:
             prompt=len(request.prompt),
             pinned=self._pinned(request),
             frequencies=0 if self.facts.plain is None or reach <= self.facts.plain else reach,
+            qualities=self.facts.qualities,
         )
         if request.adapter:
             running.adapter = adapter or adapters_of(self).acquire(request.adapter)
@@ -340,14 +346,16 @@ class EngineCore:
                 self.drafting, drafts = None, {}
             for chunk in decoders:
                 chunk.drafts = drafts.get(chunk.running, [])
+        if self.lowering is not None:
+            self.lowering.choose(self.scheduler.waiting, self.scheduler.preemptions, self.clock())
         prompts = self.scheduler.prompts(sum(1 + len(s.drafts) for s in decoders))
         chunks = [s for s in decoders + prompts if s.valid]  # not preempted since
         now = self.clock()
         for chunk in chunks:
             if chunk.running.started is None:
                 chunk.running.started = now
-        # Stable; DECODE first, and the rows of each adapter together.
-        chunks.sort(key=lambda s: (s.phase, s.running.sequence.adapter))
+        # Stable; each quality's together, of these DECODE first, and the rows of each adapter together.
+        chunks.sort(key=lambda s: (quality_of(s), s.phase, s.running.sequence.adapter))
         return chunks
 
     def _load(self) -> Load:
@@ -515,6 +523,8 @@ class EngineCore:
         if self.drafting:
             self.drafting.forget(r, ended=True)
         self.metrics.ended(r, finish, self.clock())
+        if output.quality is not None:
+            self.metrics.computed_at(output.quality, r.request.quality or EXACT)
         if self.on_ended is not None:
             self.on_ended(r, finish)
         return output

@@ -16,6 +16,7 @@ from ..backends.decoding import DecodeCall, Decoded
 from ..backends.sampling import Floats
 from .model_facts import ModelFacts
 from .scheduling.scheduler import ScheduledChunk, Scheduler
+from .step_rows import quality_of
 
 _SECONDS = 0.02  # maximum duration of a call: other threads may want the backend
 _KEPT_BYTES = 16 << 20  # of a call's logits
@@ -30,6 +31,8 @@ def decode_call(chunks: Sequence[ScheduledChunk], scheduler: Scheduler, facts: M
         facts: of the model.
     """
     if scheduler.waiting or len(chunks) < len(scheduler.running):
+        return None
+    if len({quality_of(chunk) for chunk in chunks}) > 1:  # steps of different plans
         return None
     steps = min((_room(chunk) for chunk in chunks), default=0)
     if steps < 2:

@@ -22,7 +22,7 @@ from .metrics import EndedRequest, EngineMetrics
 from .model_facts import ModelFacts
 from .options import EngineOptions
 from .pooling import pooled
-from .request import Finish, Output, Request, check_reading, check_tokens
+from .request import Finish, Output, Request, check_quality, check_reading, check_tokens
 from .scheduling.turns import Turns, alternating
 
 _log = logging.getLogger(__name__)
@@ -146,6 +146,7 @@ class EncoderCore:
             raise RequestError("model", "this model is an encoder, which cannot generate text; use /v1/embeddings")
         check_tokens(request, facts.vocab_size)
         check_reading(request, classifies=self.classifier is not None)
+        check_quality(request, facts.qualities)
         if len(prompt) > facts.context:
             message = f"{len(prompt)} tokens do not fit: this model's maximum context length is {facts.context} tokens"
             raise ContextLengthError("prompt", message, len(prompt), facts.context)

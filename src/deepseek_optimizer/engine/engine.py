@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from ..backends.qualities import Quality
 from .adapters import adapters_of
 from .core import EngineCore
 from .prompt_logprobs import PromptLogprobs
@@ -26,6 +27,7 @@ class Completion:
         prompt_tokens, cached_tokens, dropped_tokens: as in `Output`, at the end.
         embedding, scores: as in `Output`, for requests that read a prompt instead of generating text.
         prompt_logprobs: as in `Output`, for requests with `prompt_logprobs`.
+        quality: as in `Output`.
     """
 
     text: str = ""
@@ -40,6 +42,7 @@ class Completion:
     scores: Any = None
     error: str | None = None
     prompt_logprobs: PromptLogprobs | None = None
+    quality: Quality | None = None
 
     def add(self, output: Output) -> None:
         """Adds the output of a step."""
@@ -52,6 +55,7 @@ class Completion:
         self.finish, self.stop_reason, self.error = output.finish, output.stop_reason, output.error
         self.prompt_tokens, self.cached_tokens = output.prompt_tokens, output.cached_tokens
         self.dropped_tokens, self.embedding, self.scores = output.dropped_tokens, output.embedding, output.scores
+        self.quality = output.quality
 
 
 class Engine:

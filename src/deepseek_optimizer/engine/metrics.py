@@ -7,6 +7,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from ..backends.qualities import Quality
 from .request import Finish, Request
 from .running import Running
 
@@ -62,6 +63,8 @@ class EngineMetrics:
         preemptions: how often a request was preempted.
         copied_rows: number of rows of logits that were copied from a device to the host, where backends cannot choose or score.
         finished: number of ended requests by reason.
+        qualities: number of ended requests by the quality that they were computed at, if the model has several.
+        lowered: number of those that asked for a higher one.
         waits: time from arrival to the first step.
         first: time from arrival to the first token.
         between: time between the tokens of a request.
@@ -87,6 +90,8 @@ class EngineMetrics:
     cached_tokens: int = 0
     looked_up_tokens: int = 0
     finished: Counter[Finish] = field(default_factory=Counter)
+    qualities: Counter[Quality] = field(default_factory=Counter)
+    lowered: int = 0
     waits: Histogram = field(default_factory=_times)
     first: Histogram = field(default_factory=_times)
     between: Histogram = field(default_factory=_times)
@@ -121,6 +126,10 @@ class EngineMetrics:
             self.prompt_seconds += now - (r.arrived if r.started is None else r.started)
         else:
             self.between.add((now - r.last) / count, count)
+
+    def computed_at(self, quality: Quality, asked: Quality) -> None:
+        self.qualities[quality] += 1
+        self.lowered += quality != asked
 
     def ended(self, r: EndedRequest, finish: Finish, now: float) -> None:
         self.finished[finish] += 1

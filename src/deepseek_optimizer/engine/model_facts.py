@@ -17,6 +17,7 @@ class ModelFacts:
         chunk: fixed chunk size in tokens for prompts, for models whose results depend on the chunking; None: any size.
         plain: with dynamic RoPE, the length in tokens up to which frequencies are not scaled; None: they never are.
         pictures: whether prompts may have pictures.
+        qualities: whether requests may choose a quality: the model's weights have several.
     """
 
     vocab_size: int
@@ -26,3 +27,4 @@ class ModelFacts:
     chunk: int | None = None
     plain: int | None = None
     pictures: bool = False
+    qualities: bool = False

@@ -31,6 +31,9 @@ class EngineOptions:
             request's pinned tokens always stay; with attention_optimization="sliding", only the sinks of that attention. Not to
             be confused with `DeepSeekConfig.attention_window`, the tokens that each token attends to.
         sinks: number of tokens at the beginning of a sequence that always stay in the cache, with `cache_window`.
+        lower_after: if a request has waited so many seconds for its start, or one was preempted, those that start now and allow
+            it (`Request.min_quality`) are computed at their lowest quality; until the wait has been below half of that for four
+            times as long.
         max_waiting: maximum number of waiting requests of one client of an `AsyncEngine`, in addition to those that can run;
             for all clients together four times as many.
         max_loras: maximum number of LoRA adapters that are loaded at a time; 0: the engine supports none, which costs nothing.
@@ -50,6 +53,7 @@ class EngineOptions:
     batch_invariant: bool = False
     cache_window: int | None = None
     sinks: int = 4
+    lower_after: float = 1.0
     max_waiting: int = 256
     max_loras: int = 0
     max_lora_rank: int = 64

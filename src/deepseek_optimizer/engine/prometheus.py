@@ -18,6 +18,7 @@ from .core import EngineCore
 from .encoder_core import EncoderCore
 from .metrics import Histogram
 from .scheduling.learned_policy import LearnedPolicy
+from .scheduling.lowering import Lowering
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
@@ -104,6 +105,8 @@ class EngineCollector(Collector):
             config = GaugeMetricFamily("vllm:cache_config_info", "Size of the KV cache.", labels=[*label, *size])
             config.add_metric([*names, *size.values()], 1)
             yield config
+            if core.lowering is not None:
+                yield from _qualities(core, core.lowering, engine.model_name)
             if core.adapters is not None:
                 yield _adapters(core.adapters, engine.model_name)
             if isinstance(core.policy, LearnedPolicy):
@@ -157,6 +160,27 @@ def _adapters(adapters: Adapters, model_name: str) -> Metric:
     )
     family.add_metric([model_name, *labels.values()], time.time())
     return family
+
+
+def _qualities(core: EngineCore, lowering: Lowering, model_name: str) -> Iterator[Metric]:
+    """At which qualities requests were computed, and whether some are lowered now."""
+    label, names = ["model_name"], [model_name]
+    ended = CounterMetricFamily(
+        "dso:requests_by_quality", "Number of ended requests by the quality they were computed at.", labels=[*label, "quality"]
+    )
+    for quality, count in dict(core.metrics.qualities).items():
+        ended.add_metric([*names, quality], count)
+    yield ended
+    lowered = CounterMetricFamily(
+        "dso:requests_lowered", "Number of ended requests computed at a lower quality than they asked for.", labels=label
+    )
+    lowered.add_metric(names, core.metrics.lowered)
+    yield lowered
+    active = GaugeMetricFamily(
+        "dso:quality_lowered", "1 while requests that start are computed at the lowest quality they allow.", labels=label
+    )
+    active.add_metric(names, lowering.active)
+    yield active
 
 
 def _learned(policy: LearnedPolicy, model_name: str) -> Iterator[Metric]:

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ..backends.qualities import EXACT, QUALITIES, Quality
 from ..errors import RequestError, shown
 from .pictures import PictureRows
 from .pooling import Pooling
@@ -237,6 +238,8 @@ class Request:
         adapter: name of the LoRA adapter to use; "": the model without one.
         progress: report how many tokens of the prompt have been processed, see `Output.progress`.
         pictures: the prompt's rows of pictures, for multimodal models; None: it is text.
+        quality: one of `backends.qualities.QUALITIES`, of models whose weights have several; None: "exact".
+        min_quality: the lowest quality that it may be computed at while other requests wait; None: `quality`.
     """
 
     prompt: list[int]
@@ -257,6 +260,8 @@ class Request:
     prompt_logprobs: int | None = None
     progress: bool = False
     pictures: PictureRows | None = None
+    quality: Quality | None = None
+    min_quality: Quality | None = None
 
     def __post_init__(self) -> None:
         """Raises RequestError for a value outside its range."""
@@ -265,6 +270,24 @@ class Request:
             raise RequestError("pictures", f"are those of a prompt with {self.pictures.tokens} tokens, not {len(self.prompt)}")
         if self.embed and self.prompt_logprobs is not None:
             raise RequestError("prompt_logprobs", "is not possible with embed; send two requests")
+        for name, value in (("quality", self.quality), ("min_quality", self.min_quality)):
+            if value is not None and value not in QUALITIES:
+                raise RequestError(name, f"must be one of {', '.join(QUALITIES)}, got {shown(value)}")
+        if QUALITIES.index(self.floor) > QUALITIES.index(self.quality or EXACT):
+            raise RequestError("min_quality", f"{self.min_quality} is above the quality, {self.quality}; lower it")
+
+    @property
+    def floor(self) -> Quality:
+        """The lowest quality that the request may be computed at."""
+        return self.min_quality or self.quality or EXACT
+
+
+def check_quality(request: Request, qualities: bool) -> None:
+    """Raises RequestError if a request chooses a quality of a model that has one only."""
+    name = "quality" if request.quality is not None else "min_quality"
+    if not qualities and (request.quality is not None or request.min_quality is not None):
+        fix = 'load it with precision="int8_nested" (--precision int8_nested) and in one process, or leave the field out'
+        raise RequestError(name, f"this model has one quality; {fix}")
 
 
 def check_reading(request: Request, classifies: bool) -> None:
@@ -322,6 +345,7 @@ class Output:
         error: message, with finish "error".
         transient: with finish "error": the same request may succeed later, when memory is free.
         prompt_logprobs: log probabilities of the prompt's tokens, if requested, in the first output after the prompt.
+        quality: quality that the request is computed at, once it has started; None: the model's weights have one precision.
         progress: if requested, numbers of prompt tokens that are in the cache: those found in the prefix cache when the request
             starts, then after each step with a part of the prompt.
     """
@@ -342,6 +366,7 @@ class Output:
     transient: bool = False
     prompt_logprobs: PromptLogprobs | None = None
     progress: tuple[int, ...] = ()
+    quality: Quality | None = None
 
 
 def check_tokens(request: Request, vocab_size: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from ..backends.base import BLOCK_TOKENS, PREFILL, AdapterStore, Int32, Plan, StepBatch, StepOutput
 from ..backends.decoding import DecodeCall, Decoded, DraftedCall, DraftedRounds
 from ..backends.device_logits import changed_logits, log_probabilities
+from ..backends.qualities import Quality
 from ..backends.sampling import NOT_FINITE, ChangedChoice, Floats, TokenChoice
 from ..cache import states_of_step
 from ..errors import NotEnoughMemoryError
@@ -36,6 +38,7 @@ class Runner:
             the sequences' adapters are not used.
         decodes: whether `decode` and `draft_several` run several steps (`Capabilities.decode_calls`).
         embed: the model's embeddings of token ids, for steps with pictures; None: sequences have none.
+        lower: by quality, plans for sequences of a lower one than "exact": the plan, and one for steps with adapters.
 
     Attributes:
         on_host: whether the plan's logits are in host memory.
@@ -49,8 +52,9 @@ class Runner:
         adapted: tuple[Plan, AdapterStore] | None = None,
         decodes: bool = False,
         embed: Embed | None = None,
+        lower: Mapping[Quality, tuple[Plan, Plan | None]] | None = None,
     ) -> None:
-        self._adapted, self._embed = adapted, embed
+        self._adapted, self._embed, self._lower = adapted, embed, lower or {}
         self.plan, self.memory, self.on_host = plan, memory, plan.device.type == "cpu"
         self._vocab_size = vocab_size if self.on_host else 0
         self.decodes = decodes and self._vocab_size > 0
@@ -117,10 +121,10 @@ class Runner:
         return self._run(parts, rows, draft_states=draft_states, logits=self._reused(len(rows)))
 
     def step(self, parts: list[Part], rows: list[int], *, last_hidden: bool = False, draft_states: bool = False) -> StepOutput:
-        """Runs a step over parts of both phases. Its logits overwrite those of the previous step.
+        """Runs a step over parts of both phases: of each quality its own plan. Its logits overwrite those of the previous step.
 
         Args:
-            parts: the sequences' tokens, those of phase DECODE first.
+            parts: the sequences' tokens, those of a quality together, and among them those of phase DECODE first.
             rows: ascending indices, into the rows of all parts together, of the rows whose logits are needed.
             last_hidden: whether to return the last hidden states.
             draft_states: whether to return what MTP layers take as states.
@@ -222,8 +226,20 @@ class Runner:
         return self.memory.decode_drafted(plan, batch, drafting, first, call)
 
     def _run(self, parts: list[Part], rows: Int32, states: torch.Tensor | None = None, **wanted: Any) -> StepOutput:
-        """Runs a step; `wanted`: as in `_batch`."""
-        return self.memory.run(*self._batch(parts, rows, states, **wanted))
+        """Runs a step; `wanted`: as in `_batch`. `states` are None if there are plans of several qualities."""
+        runs = [list(run) for _, run in groupby(parts, lambda part: part.quality)]
+        if len(runs) == 1 or not self._lower:
+            return self.memory.run(*self._batch(parts, rows, states, **wanted))
+        logits = wanted.pop("logits", None)
+        outputs: list[StepOutput] = []
+        begin = first = 0
+        for run in runs:
+            end = begin + sum(len(part.ids) for part in run)
+            own = rows[(rows >= begin) & (rows < end)] - np.int32(begin)
+            to = None if logits is None else logits[first : first + len(own)]
+            outputs.append(self.memory.run(*self._batch(run, own, logits=to, **wanted)))
+            begin, first = end, first + len(own)
+        return _joined(outputs, logits)
 
     def _batch(
         self, parts: list[Part], rows: Int32, states: torch.Tensor | None = None, **wanted: Any
@@ -255,11 +271,25 @@ class Runner:
         )
         if self._embed is not None and any(p.sequence.pictures is not None for p in parts):
             batch = replace(batch, **step_fields(parts, batch.positions, self._embed))
-        plan = self.plan
-        if self._adapted is not None and (slots := _adapter_of(parts)) is not None:
-            plan, store = self._adapted
+        plan, adapted = self._lower.get(parts[0].quality) or (self.plan, self._adapted and self._adapted[0])
+        if self._adapted is not None and adapted is not None and (slots := _adapter_of(parts)) is not None:
+            plan, store = adapted, self._adapted[1]
             batch = replace(batch, adapters=store, adapter_of=slots)
         return plan, batch
+
+
+def _joined(outputs: list[StepOutput], logits: torch.Tensor | None) -> StepOutput:
+    """The results of steps one after the other; `logits`: those of all, which they were written to."""
+
+    def rows_of(name: str) -> torch.Tensor | None:
+        found = [getattr(output, name) for output in outputs]
+        return None if found[0] is None else torch.cat(found)
+
+    return StepOutput(
+        torch.cat([output.logits for output in outputs]) if logits is None else logits,
+        last_hidden=rows_of("last_hidden"),
+        draft_states=rows_of("draft_states"),
+    )
 
 
 def _reach(parts: list[Part]) -> Int32 | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from ..backends.qualities import prompt_quality
+from ..cache.block_manager import BLOCK_TOKENS
 from ..cache.prefix_cache import Key
 from .adapters import Adapter
 from .detokenizer import Detokenizer
@@ -47,7 +49,7 @@ class Running:
         generated: number of tokens generated so far, including dropped ones.
         frequencies: with dynamic RoPE, the length in tokens that the frequencies are scaled for; 0: they are not scaled.
         keys: prefix cache keys of its full blocks, as far as they were needed; blocks moved by a sliding window have none.
-        shareable: number of leading blocks that may be shared with other requests; None: all.
+        unmoved: number of leading blocks that a sliding window has not moved; None: all.
         registered: number of leading blocks that are in the prefix cache.
         confirmed: number of leading tokens from which finite logits were computed.
         unconfirmed: (group, index) of blocks that were released before they could be registered, and that the prefix cache
@@ -66,6 +68,7 @@ class Running:
             `Output.progress` for the next output.
         cancelled: whether the request is to be ended by the next step.
         adapter: the LoRA adapter that it uses.
+        qualities: whether the model's weights have several qualities; that of the request is its sequence's.
     """
 
     number: int
@@ -79,7 +82,7 @@ class Running:
     generated: int = 0
     frequencies: int = 0
     keys: list[Key] = field(default_factory=list)
-    shareable: int | None = None
+    unmoved: int | None = None
     registered: int = 0
     confirmed: int = 0
     unconfirmed: list[tuple[int, int]] = field(default_factory=list)
@@ -99,6 +102,7 @@ class Running:
     progress: list[int] = field(default_factory=list)
     cancelled: bool = False
     adapter: Adapter | None = None
+    qualities: bool = False
 
     def __post_init__(self) -> None:
         if self.request.prompt_logprobs is not None:
@@ -108,6 +112,16 @@ class Running:
     def order(self) -> tuple[int, int]:
         """Sort key of scheduling order."""
         return self.request.priority, self.number
+
+    @property
+    def shareable(self) -> int | None:
+        """Number of leading blocks that may be shared with other requests; None: all. Text of another quality than the prompt
+        is not shared: it would be part of the prompt in others."""
+        quality = self.sequence.quality
+        if prompt_quality(quality) == quality:
+            return self.unmoved
+        of_prompt = self.prompt // BLOCK_TOKENS
+        return of_prompt if self.unmoved is None else min(self.unmoved, of_prompt)
 
     @property
     def missing(self) -> int:
@@ -149,4 +163,5 @@ class Running:
             completion_tokens=self.generated,
             dropped_tokens=self.dropped,
             progress=progress,
+            quality=self.sequence.quality if self.qualities and self.started is not None else None,
         )

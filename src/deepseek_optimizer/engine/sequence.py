@@ -7,6 +7,7 @@ from itertools import accumulate
 from typing import Any
 
 from ..backends.base import DECODE
+from ..backends.qualities import Quality
 from ..cache import SequenceBlocks
 from .pictures import PictureRows
 
@@ -24,6 +25,7 @@ class Sequence:
             constant while it exists. None: in each step the current length.
         adapter: slot of its LoRA adapter; -1: none.
         pictures: the prompt's rows of pictures; None: it has no pictures.
+        quality: see `backends.qualities`; it stays the same while the sequence has blocks.
     """
 
     index: int
@@ -33,6 +35,7 @@ class Sequence:
     reach: int | None = None
     adapter: int = -1
     pictures: PictureRows | None = None
+    quality: Quality = "exact"
 
     @property
     def cached(self) -> int:
@@ -50,6 +53,7 @@ class Part:
         start: slot of the first one in the sequence's cache. Room for all must be reserved already.
         first_block: blocks of the sequence before this one are not visible in the step.
         phase: DECODE or PREFILL, the kernel family to use.
+        quality: that of the plan to use.
     """
 
     sequence: Sequence
@@ -57,6 +61,7 @@ class Part:
     start: int
     first_block: int = 0
     phase: int = DECODE
+    quality: Quality = "exact"
 
 
 def rows_of(rows: Any, parts: list[Part]) -> list[Any]:

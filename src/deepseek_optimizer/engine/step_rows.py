@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Container
 
 from ..backends.base import DECODE
+from ..backends.qualities import Quality, prompt_quality
 from ..backends.sampling import ChangedChoice, TokenChoice
 from .scheduling.policy import Progress
 from .scheduling.scheduler import ScheduledChunk
@@ -14,7 +15,13 @@ from .sequence import Part
 def part_of(chunk: ScheduledChunk) -> Part:
     """Returns a chunk's part of the step: its tokens, followed by its drafts."""
     tokens = chunk.running.sequence.tokens[chunk.start : chunk.start + chunk.count]
-    return Part(chunk.running.sequence, [*tokens, *chunk.drafts], chunk.start, phase=chunk.phase)
+    return Part(chunk.running.sequence, [*tokens, *chunk.drafts], chunk.start, phase=chunk.phase, quality=quality_of(chunk))
+
+
+def quality_of(chunk: ScheduledChunk) -> Quality:
+    """Returns the quality of a chunk's tokens, which are of the prompt or of the text."""
+    quality = chunk.running.sequence.quality
+    return prompt_quality(quality) if chunk.start < chunk.running.prompt else quality
 
 
 def prompt_rows(chunk: ScheduledChunk) -> range:

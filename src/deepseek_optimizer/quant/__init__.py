@@ -20,12 +20,15 @@ from .int3 import Int3
 from .int4 import Int4
 from .int8 import Int8
 from .kquants import BLOCK_FORMATS
+from .nested import NESTED, Int4Nested, Int8Nested
 from .packed import ColumnOrder, PackedMatrix, PackedStack, PackedWeight
 from .q4_1 import Q4_1
 
 FORMATS: Mapping[str, WeightFormat] = MappingProxyType(
-    {f.name: f for f in (Fp32(), Bf16(), Int8(), Int4(), Int3(), Q4_1(), Fp8(), *BLOCK_FORMATS)}
+    {f.name: f for f in (Fp32(), Bf16(), Int8(), Int8Nested(), Int4(), Int3(), Q4_1(), Fp8(), *BLOCK_FORMATS)}
 )
+# Formats that are read out of others, in which matrices are packed.
+VIEWS: Mapping[str, WeightFormat] = MappingProxyType({"int4_nested": Int4Nested()})
 # Formats that compensated rounding supports (`compensation.py`).
 GROUP_FORMATS: Mapping[str, GroupFormat | WholeGroups] = MappingProxyType(
     {"int8": Int8(), "int4": Int4(), "q4_1": Q4_1(), "int3": Int3()}
@@ -38,8 +41,8 @@ SUPERBLOCKS = frozenset(f.name for f in BLOCK_FORMATS if f.superblock)  # format
 
 def get_format(name: str) -> WeightFormat:
     """Returns the format called `name`; ConfigError, which suggests the closest name, if there is none."""
-    if isinstance(name, str) and name in FORMATS:
-        return FORMATS[name]
+    if isinstance(name, str) and (found := FORMATS.get(name) or VIEWS.get(name)):
+        return found
     near = difflib.get_close_matches(str(name), FORMATS, n=1, cutoff=0.3)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ConfigError(f"unknown weight format {name!r}{hint} (supported: {', '.join(FORMATS)})")
@@ -105,11 +108,13 @@ def take_rows(matrix: PackedMatrix, index: torch.Tensor, dtype: torch.dtype = to
 __all__ = [
     "FORMATS",
     "GROUP_FORMATS",
+    "NESTED",
     "PANEL_ROWS",
     "QUANT_METHOD",
     "SUPERBLOCKS",
     "TILE_COLS",
     "TILE_ROWS",
+    "VIEWS",
     "WEIGHED",
     "ColumnOrder",
     "GroupFormat",

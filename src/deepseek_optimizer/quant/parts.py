@@ -7,6 +7,7 @@ import torch
 from .base import PANEL_ROWS, TILE_COLS, TILE_ROWS
 from .blocks import SUPERBLOCK
 from .kquants import BLOCK_FORMATS
+from .nested import NESTED, columns
 from .packed import PackedMatrix, PackedStack
 from .tiles import empty_stack, empty_tiles
 
@@ -19,6 +20,14 @@ def part_units(format_name: str) -> tuple[int, int]:
         return PANEL_ROWS, PANEL_ROWS
     superblocks = any(f.superblock for f in BLOCK_FORMATS if f.name == format_name)
     return TILE_ROWS, SUPERBLOCK if superblocks else TILE_COLS
+
+
+def tile_columns(tiles: torch.Tensor, format_name: str, begin: int, end: int) -> torch.Tensor:
+    """Columns of tiles: of uint8 [..., t, g, tile_bytes] tiles [begin, end) of each row; a view, unless the format has parts of
+    tiles at the end of a row."""
+    if format_name in NESTED:
+        return columns(tiles, begin, end)
+    return tiles[..., begin:end, :]
 
 
 def packed_part(matrix: PackedMatrix, rows: Span | None = None, cols: Span | None = None) -> PackedMatrix:
@@ -42,7 +51,7 @@ def packed_part(matrix: PackedMatrix, rows: Span | None = None, cols: Span | Non
             raise ValueError(f"[{begin}, {end}) of {size} is not a part of {matrix.format}, whose blocks have {unit}")
     tiles = matrix.data[top // TILE_ROWS : -(-bottom // TILE_ROWS)]
     if cols is not None:
-        taken = tiles[:, left // TILE_COLS : -(-right // TILE_COLS)]
+        taken = tile_columns(tiles, matrix.format, left // TILE_COLS, -(-right // TILE_COLS))
         tiles = empty_tiles(bottom - top, right - left, matrix.data.shape[-1]).copy_(taken)
     return PackedMatrix(matrix.format, bottom - top, right - left, tiles)
 

@@ -150,7 +150,16 @@ def test_fp32_equals_transformers(backend, case, grouped):
 
 
 # Tolerance of a format's arithmetic against the same values in fp32: a property of its activations.
-FORMAT_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "int8": 1e-3, "q4_1": 1e-3, "int4": 6e-2, "mxfp4": 6e-2}
+FORMAT_TOLERANCE = {
+    "fp32": 1e-5,
+    "bf16": 2e-2,
+    "int8": 1e-3,
+    "int8_nested": 1e-3,
+    "int4_nested": 6e-2,
+    "q4_1": 1e-3,
+    "int4": 6e-2,
+    "mxfp4": 6e-2,
+}
 
 
 @pytest.mark.parametrize("format_name", FORMAT_TOLERANCE)

@@ -39,7 +39,7 @@ def test_the_default_is_the_best_that_runs_and_never_an_emulation():
     assert cpu.CpuBackend().isa == best
 
 
-@pytest.mark.parametrize("format_name", ["fp32", "bf16", "int8", "int4", "int3", "q4_1", "fp8"])
+@pytest.mark.parametrize("format_name", ["fp32", "bf16", "int8", "int8_nested", "int4_nested", "int4", "int3", "q4_1", "fp8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_native_packer_equals_the_reference_bit_for_bit(backend, format_name, dtype):
     generator = torch.Generator().manual_seed(3)
@@ -123,7 +123,7 @@ def test_fp8_products_are_close_and_independent_of_the_batch(backend):
             assert torch.equal(backend.linear(x[40 - count :], matrix, bias, decode_rows=count // 2), y[40 - count :]), count
 
 
-@pytest.mark.parametrize("format_name", ["int8", "int4", "int3", "q4_1"])
+@pytest.mark.parametrize("format_name", ["int8", "int8_nested", "int4_nested", "int4", "int3", "q4_1"])
 @pytest.mark.parametrize("activation", ["q8", "q16"])
 def test_integer_products_have_the_same_bits_on_every_isa(backend, format_name, activation):
     generator = torch.Generator().manual_seed(5)

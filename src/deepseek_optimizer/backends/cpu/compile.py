@@ -25,6 +25,7 @@ from .plan import CpuPlan
 
 INTEGER_FORMATS = (
     "int8", "int4", "int3", "q4_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "iq4_nl", "q5_0", "q5_1", "mxfp4",
+    "int8_nested", "int4_nested",
 )  # fmt: skip
 ACTIVATIONS = {"int8": "q8", "int16": "q16"}
 

@@ -29,6 +29,7 @@ BLOCK_TOKENS = 32
 FORMATS = {
     "fp32": 0, "bf16": 1, "int8": 2, "int4": 3, "q4_1": 4, "fp8": 5, "q2_k": 6, "q3_k": 7, "q4_k": 8, "q5_k": 9, "q6_k": 10,
     "iq4_xs": 11, "iq4_nl": 12, "q5_0": 13, "q5_1": 14, "mxfp4": 15, "int3": 16,
+    "int8_nested": 17, "int4_nested": 18,
 }  # fmt: skip
 VECTOR = 100
 SLOT_KINDS = {"f32": 0, "bf16": 1, "q8": 2, "q16": 3, "logits": 4}

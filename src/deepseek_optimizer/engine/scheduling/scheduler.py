@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ...backends.base import DECODE, PREFILL
+from ...backends.qualities import EXACT, prompt_quality
 from ...cache.block_manager import BLOCK_TOKENS, BlockManager
 from ...cache.forgetting import max_blocks
 from ...cache.prefix_cache import PrefixCache, keys
@@ -418,7 +419,11 @@ class Scheduler:
             adapter = b"" if running.adapter is None else running.adapter.identity
             pictures = running.request.pictures
             besides = {} if pictures is None else {"besides": pictures.digest}
-            running.keys = keys(tokens, salt, blocks, running.keys, frequencies=running.frequencies, adapter=adapter, **besides)
+            quality = prompt_quality(running.sequence.quality)  # of the blocks that are shared
+            running.keys = keys(
+                tokens, salt, blocks, running.keys, frequencies=running.frequencies, adapter=adapter,
+                quality=b"" if quality == EXACT else quality.encode(), **besides,
+            )  # fmt: skip
 
     def _free(self, running: Running) -> None:
         with self.memory.locked():
@@ -501,7 +506,7 @@ class Scheduler:
         self.running.remove(victim)
         self._free(victim)
         self._lost(victim)
-        victim.pooler = victim.shareable = None
+        victim.pooler = victim.unmoved = None
         victim.restored = False
         victim.preempted += 1
         self.preemptions += 1

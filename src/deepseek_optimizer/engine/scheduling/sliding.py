@@ -100,8 +100,8 @@ class Sliding:
             with self._memory.locked():
                 self._prefix.forget(running.keys[first : running.registered])
         running.registered = min(running.registered, first)
-        running.shareable = first if running.shareable is None else min(running.shareable, first)
-        del running.keys[running.shareable :]
+        running.unmoved = first if running.unmoved is None else min(running.unmoved, first)
+        del running.keys[running.unmoved :]
 
     def _renumber(self, running: Running, drop: Drop) -> None:
         end = drop.begin + drop.tokens

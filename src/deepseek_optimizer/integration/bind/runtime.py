@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from ...backends.base import CompileOptions, Plan
+from ...backends.nested_weights import at_quality, has_qualities
 from ...backends.parallel import StageBackend
 from ...backends.prompt_plan import PromptPlan
+from ...backends.qualities import EXACT, Quality
 from ...cache.forgetting import SPARE_OF_COPIES, Forgetting, Groups, max_blocks
 from ...checkpoint import Manifest
 from ...config import DeepSeekConfig
@@ -120,9 +122,20 @@ class Runtime(PackedModel):
                 self._plan = self.compile(self.graph)
             return self._plan
 
-    def compile(self, graph: Graph) -> Plan:
-        """Compiles a graph of this model (`graph`, `adapter_graph`); plans share the model's weights."""
-        weights = self._weights_of(graph)
+    @property
+    def has_qualities(self) -> bool:
+        """Whether the model's matrices contain others, so that `compile` has several qualities: not in several processes, of
+        which only this one would compile them."""
+        return self.config.parallel.ranks == 1 and has_qualities(matrices_of(self.model, self.graph))
+
+    def compile(self, graph: Graph, quality: Quality = EXACT) -> Plan:
+        """Compiles a graph of this model (`graph`, `adapter_graph`); plans share the model's weights.
+
+        Args:
+            graph: the graph.
+            quality: how much of the weights the plan reads, see `backends.nested_weights`.
+        """
+        graph, weights = at_quality(quality, graph, self._weights_of(graph))
         plan = self.backend.compile(graph, weights, self.compile_options)
         if (beginning := writing_graph(graph)) is not None:
             plan = PromptPlan(plan, self.backend.compile(beginning, weights, self.compile_options))

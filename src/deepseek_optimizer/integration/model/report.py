@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ...backends.base import BLOCK_TOKENS
+from ...backends.nested_weights import bytes_read
+from ...backends.qualities import QUALITIES
 from ...config import BUILT_IN_TEXT
 from ...graph.attention_mode import forgetting
 from ...graph.ir import Graph, LatentSpec
@@ -105,6 +107,7 @@ class Report:
         experts: the experts; None: the model has none.
         mtp_layers: number of layers for multi-token prediction; included in the sizes of weights and cache.
         config: the settings.
+        qualities: bytes of the weights that each quality of requests reads, if the model has several.
         profile: which profile of `dso tune` was taken, or why none was; None: none was asked for.
         warnings: what works, but more slowly than it could, or is not exactly as stored.
     """
@@ -135,6 +138,7 @@ class Report:
     config: dict[str, Any]
     warnings: tuple[str, ...]
     profile: str | None = None
+    qualities: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as a dict of JSON types."""
@@ -152,6 +156,9 @@ class Report:
         for row in self.formats:
             size = f"{row.weights / 1e6:,.1f} M weights, {row.bytes / 1e6:,.1f} MB"
             table.add_row(f"  {row.format}", f"{row.matrices} matrices, {size}")
+        if self.qualities:
+            read = (f"{name} {size / 1e6:,.1f} MB" for name, size in self.qualities.items())
+            table.add_row("bytes read", f"by quality of a request: {', '.join(read)}")
         for point in self.curve:
             table.add_row(f"  {point['bits']:.2f} bits{' (chosen)' if point['chosen'] else ''}", _point(point))
         if self.rounding:
@@ -331,4 +338,5 @@ def make_report(runtime: Any) -> Report:
         config=runtime.config.to_dict(),
         warnings=(*runtime.notes, *_kept_larger(runtime.config, whole, matrices)),
         profile=runtime.profile_note,
+        qualities={q: bytes_read(q, graph, matrices) for q in QUALITIES} if runtime.has_qualities else {},
     )

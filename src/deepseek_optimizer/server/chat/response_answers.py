@@ -163,7 +163,9 @@ class ResponseCollector:
 
     def _usage(self) -> dict[str, Any]:
         usage = self._tally.usage()
-        dropped: dict[str, Any] = {name: usage[name] for name in ("dropped_tokens", "context_tokens") if name in usage}
+        dropped: dict[str, Any] = {
+            name: usage[name] for name in ("dropped_tokens", "context_tokens", "quality") if name in usage
+        }
         return {
             "input_tokens": usage["prompt_tokens"],
             "input_tokens_details": {**usage["prompt_tokens_details"], "cache_write_tokens": 0},

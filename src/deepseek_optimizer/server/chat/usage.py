@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...backends.qualities import QUALITIES
 from ...engine.request import Output
 
 
@@ -43,4 +44,6 @@ class Tally:
         slid = sum(o.dropped_tokens for o in seen)
         if dropped := self._dropped + slid:
             values |= {"dropped_tokens": dropped, "context_tokens": prompt + completion - slid}
+        if qualities := [o.quality for o in seen if o.quality is not None]:
+            values["quality"] = min(qualities, key=QUALITIES.index)
         return values

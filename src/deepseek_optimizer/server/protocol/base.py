@@ -6,6 +6,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from ...backends.qualities import Quality
 from ...errors import excerpt, shown
 from ..http.problems import ApiError
 
@@ -127,7 +128,8 @@ class ReasoningTokens(ResponseModel):
 
 class Usage(ResponseModel):
     """Numbers of tokens, of all answers together. If the server has a cache window, `dropped_tokens` counts those that were
-    dropped from it or never in it, and `context_tokens` those in it at the end."""
+    dropped from it or never in it, and `context_tokens` those in it at the end. `quality`, of models with several: the lowest
+    that an answer was computed at."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -136,3 +138,4 @@ class Usage(ResponseModel):
     completion_tokens_details: ReasoningTokens | None = None
     dropped_tokens: int | None = None
     context_tokens: int | None = None
+    quality: Quality | None = None

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
 
+from ...backends.qualities import Quality
 from ...engine.pictures import PictureRows
 from ...engine.request import (
     MAX_STOP_CHARACTERS,
@@ -184,6 +185,8 @@ def requests_for(
     prompt_logprobs: int | None = None,
     progress: bool = False,
     pictures: PictureRows | None = None,
+    quality: Quality | None = None,
+    min_quality: Quality | None = None,
 ) -> list[Request]:
     """The engine's requests, one for each answer; those for the first prompt come first.
 
@@ -199,7 +202,7 @@ def requests_for(
         pinned: (begin, end) of prompt tokens that a cache window must keep.
         adapter: name of a LoRA adapter; "": none.
         cache_salt: of the request, in addition to the key's.
-        prompt_logprobs, progress, pictures: see `Request`.
+        prompt_logprobs, progress, pictures, quality, min_quality: see `Request`.
     """
     salt = whole_salt(salt, cache_salt)
     return [
@@ -216,6 +219,8 @@ def requests_for(
             prompt_logprobs=prompt_logprobs,
             progress=progress,
             pictures=pictures,
+            quality=quality,
+            min_quality=min_quality,
         )
         for prompt in prompts
         for i in range(n)

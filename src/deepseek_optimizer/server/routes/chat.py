@@ -127,7 +127,7 @@ async def start_chat(
         [prepared.ids], params, n, id=id, salt=salt, client=caller.key,
         deadline=caller.deadline, priority=body.priority, pinned=prepared.pinned, adapter=caller.adapter,
         cache_salt=body.cache_salt, prompt_logprobs=wanted.prompt_logprobs,
-        progress=progress, pictures=prepared.pictures,
+        progress=progress, pictures=prepared.pictures, quality=body.quality, min_quality=body.min_quality,
     )  # fmt: skip
     if body.n_predict is not None:
         requests = [state.fitted(request) for request in requests]

@@ -159,6 +159,8 @@ async def start_completion(
         cache_salt=body.cache_salt,
         prompt_logprobs=wanted.prompt_logprobs,
         progress=bool(body.stream and body.return_progress),
+        quality=body.quality,
+        min_quality=body.min_quality,
     )
     if body.n_predict is not None:
         requests = [state.fitted(request) for request in requests]
