@@ -169,20 +169,21 @@ class EngineCore:
             raise ContextLengthError("prompt", message, len(prompt), room)
         return room - len(prompt) if sampling.max_tokens is None else max_tokens
 
-    def add(self, request: Request, adapter: Adapter | None = None) -> None:
+    def add(self, request: Request, adapter: Adapter | None = None, arrived: float | None = None) -> None:
         """Adds a request to the waiting ones.
 
         Args:
             request: the request.
             adapter: the adapter that it names, if the caller has acquired that already; the engine releases it when the request
                 ends.
+            arrived: when it came, by the engine's clock; None: now.
 
         Raises:
             RequestError: a request with this id is in the engine already, or the request can never be served.
         """
         if request.id in self._requests:
             raise RequestError("id", f"{shown(request.id)} is running already")
-        sampling = request.sampling
+        sampling, now = request.sampling, self.clock()
         if self.idle:
             self._idle_since = None
         self._count += 1
@@ -204,7 +205,7 @@ class EngineCore:
                 skip_special_tokens=sampling.skip_special_tokens,
             ),
             max_tokens=max_tokens,
-            arrived=self.clock(),
+            arrived=now if arrived is None else arrived,
             prompt=len(request.prompt),
             pinned=self._pinned(request),
             frequencies=0 if self.facts.plain is None or reach <= self.facts.plain else reach,
