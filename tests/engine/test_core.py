@@ -117,6 +117,16 @@ def test_preemption_changes_no_text():
         assert actual[request.id].token_ids == expected(request.prompt, 80, None)
 
 
+def test_waiting_begins_when_a_request_came():
+    """Not when the step that was running then has ended."""
+    core = make_core()
+    core.clock.now = 5.0
+    core.add(Request([1, 2, 3], GREEDY, id="a"), arrived=2.0)
+    while not core.idle:
+        core.step()
+    assert core.metrics.first.sum > 3.0 and core.metrics.whole.sum > 3.0
+
+
 def test_higher_priorities_run_first():
     core = make_core(batch_size_range=(1, 1))
     for n, priority in enumerate([2, 1, 0, 1]):

@@ -165,7 +165,8 @@ class AsyncEngine:
         self.hidden_size = core.facts.hidden_size
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._inbox: deque[Request | str | Callable[[], None]] = deque()  # new requests, ids to cancel, jobs
+        # New requests, ids to cancel, and jobs, with the time of each by the core's clock.
+        self._inbox: deque[tuple[float, Request | str | Callable[[], None]]] = deque()
         self._jobs: deque[Callable[[], None]] = deque()  # to run on the thread when no request is in the core
         self._weights = weights
         self._observer: Observer | None = None
@@ -374,7 +375,7 @@ class AsyncEngine:
 
     def _send(self, message: Request | str | Callable[[], None]) -> None:
         with self._wake:
-            self._inbox.append(message)
+            self._inbox.append((self.core.clock(), message))
             self._wake.notify()
 
     def _deliver(self, outputs: list[Output]) -> None:
@@ -488,19 +489,19 @@ class AsyncEngine:
             while not self._inbox and not self._jobs and self.core.idle and not self._stopping:
                 self._wake.wait()
             messages, self._inbox = self._inbox, deque()
-        for message in messages:
+        for arrived, message in messages:
             if isinstance(message, str):
                 self.core.cancel(message)
             elif callable(message):
                 self._jobs.append(message)
             else:
-                self._add(message)
+                self._add(message, arrived)
 
-    def _add(self, request: Request) -> None:
+    def _add(self, request: Request, arrived: float) -> None:
         assert self._loop is not None
         adapter = self._adapters.pop(request.id, None)
         try:
-            self.core.add(request, adapter)
+            self.core.add(request, adapter, arrived)
         except Exception as error:  # such as a grammar that fails to start; other requests are not affected
             if adapter is not None:
                 adapters_of(self.core).release(adapter)

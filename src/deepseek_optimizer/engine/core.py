@@ -36,7 +36,7 @@ from .scheduling.budget import PromptBudget
 from .scheduling.lowering import Lowering
 from .scheduling.memory import Memory
 from .scheduling.policies import policy_of
-from .scheduling.policy import Load, Policy
+from .scheduling.policy import Policy
 from .scheduling.scheduler import ScheduledChunk, Scheduler
 from .scheduling.sliding import Sliding
 from .scheduling.step_times import StepTimes
@@ -44,7 +44,7 @@ from .scheduling.store import Store
 from .sequence import Sequence
 from .speculative.base import Proposer
 from .speculative.drafting import Drafting
-from .step_rows import logit_rows, part_of, progress_of, prompt_rows, quality_of, token_choices, token_counts
+from .step_rows import logit_rows, part_of, prompt_rows, quality_of, served, token_choices, token_counts
 
 if TYPE_CHECKING:
     from .runner import Runner
@@ -113,7 +113,7 @@ class EngineCore:
             lost=self._reset_drafting,
             store=store,
         )
-        self.policy = policy or policy_of(options, self.times, max((most for _, most in proposers or ()), default=0))
+        self.policy = policy or policy_of(options, self.times, facts.chunk)
         self.drafting = Drafting(proposers, self.times) if proposers else None
         self.lowering = Lowering(options.lower_after) if facts.qualities else None
         self.metrics = EngineMetrics()
@@ -173,20 +173,21 @@ class EngineCore:
             raise ContextLengthError("prompt", message, len(prompt), room)
         return room - len(prompt) if sampling.max_tokens is None else max_tokens
 
-    def add(self, request: Request, adapter: Adapter | None = None) -> None:
+    def add(self, request: Request, adapter: Adapter | None = None, arrived: float | None = None) -> None:
         """Adds a request to the waiting ones.
 
         Args:
             request: the request.
             adapter: the adapter that it names, if the caller has acquired that already; the engine releases it when the request
                 ends.
+            arrived: when it came, by the engine's clock; None: now.
 
         Raises:
             RequestError: a request with this id is in the engine already, or the request can never be served.
         """
         if request.id in self._requests:
             raise RequestError("id", f"{shown(request.id)} is running already")
-        sampling = request.sampling
+        sampling, now = request.sampling, self.clock()
         if self.idle:
             self._idle_since = None
         self._count += 1
@@ -209,7 +210,7 @@ class EngineCore:
                 skip_special_tokens=sampling.skip_special_tokens,
             ),
             max_tokens=max_tokens,
-            arrived=self.clock(),
+            arrived=now if arrived is None else arrived,
             prompt=len(request.prompt),
             pinned=self._pinned(request),
             frequencies=0 if self.facts.plain is None or reach <= self.facts.plain else reach,
@@ -220,6 +221,8 @@ class EngineCore:
             sequence.adapter = running.adapter.slot
         self._requests[request.id] = running
         self.scheduler.add(running)
+        if self.policy.learns:
+            self.policy.added(running.number, running.arrived, now)
 
     def _pinned(self, request: Request) -> tuple[tuple[int, int], ...]:
         """Returns the ranges that the sliding window must keep: none if attention itself has a window."""
@@ -281,7 +284,7 @@ class EngineCore:
         outputs = self._end_expired()
         begun = self.clock()
         try:
-            chunks = self._schedule()
+            chunks = self._schedule(begun)
         except (MemoryError, BackendError) as error:  # the requests' blocks are in an unknown state
             return outputs + self._fail(list(self.scheduler.running), error)
         outputs += self._end_starved()
@@ -316,10 +319,9 @@ class EngineCore:
                     self.metrics.copied_rows += tokens.count(None)
         except (MemoryError, BackendError) as error:
             return outputs + self._fail([chunk.running for chunk in chunks], error)
-        before = [chunk.running.generated for chunk in chunks]
         outputs += self._advance(chunks, tokens, logits, last_hidden, states, drafted=call is None)
         if self.policy.learns:
-            self.policy.stepped(ran - begun, progress_of(chunks, before, self._requests))
+            self.policy.stepped(ran - begun, prompt, steps * sum(chunk.phase == DECODE and chunk.ends for chunk in chunks))
         for chunk in chunks:
             self.scheduler.forget(chunk.running)
         seconds = (ran - begun) / steps
@@ -328,11 +330,10 @@ class EngineCore:
             self.metrics.step(len(chunks), decoding, prompt, seconds, self.scheduler.preemptions)
         return outputs
 
-    def _schedule(self) -> list[ScheduledChunk]:
-        limits = self.policy.limits(self._load() if self.policy.learns else None)
-        self.scheduler.limit(limits)
+    def _schedule(self, now: float) -> list[ScheduledChunk]:
+        self.scheduler.limit(self.policy.limits(now))
         running = [r for r in self.scheduler.running if r.decoding]
-        max_drafts = self.drafting.max_drafts(running, limits.drafts) if self.drafting and running else {}
+        max_drafts = self.drafting.max_drafts(running) if self.drafting and running else {}
         decoders = self.scheduler.decoders(max_drafts)
         if max_drafts and self.drafting:
             room = {s.running: max_drafts[s.running] for s in decoders if max_drafts.get(s.running)}
@@ -357,12 +358,6 @@ class EngineCore:
         # Stable; each quality's together, of these DECODE first, and the rows of each adapter together.
         chunks.sort(key=lambda s: (quality_of(s), s.phase, s.running.sequence.adapter))
         return chunks
-
-    def _load(self) -> Load:
-        running, drafting = self.scheduler.running, self.drafting
-        tokens = sum(len(r.sequence.tokens) for r in running)
-        acceptance = drafting.acceptance if drafting else 0.0
-        return Load(len(self.scheduler.waiting), len(running), tokens / max(1, len(running)), acceptance)
 
     def _check_stalled(self) -> list[Output]:
         """Handles a step in which no request can run, as others use the cache: after _PATIENCE the first request fails."""
@@ -442,6 +437,7 @@ class EngineCore:
                 row += 1 + more
                 outputs.append(output)
                 if chunk.phase == DECODE and generated:
+                    r.rounds, r.drafted = r.rounds + (1 if drafted else len(output.token_ids)), r.drafted + more * drafted
                     accepted = max(0, len(output.token_ids) - 1)
                     outcomes += [(r, more, accepted)] if drafted else [(r, 0, 0)]
                 cached = chunk.start + chunk.count - 1 + len(output.token_ids)
@@ -525,6 +521,8 @@ class EngineCore:
         self.metrics.ended(r, finish, self.clock())
         if output.quality is not None:
             self.metrics.computed_at(output.quality, r.request.quality or EXACT)
+        if self.policy.learns:
+            self.policy.ended(served(r))
         if self.on_ended is not None:
             self.on_ended(r, finish)
         return output

@@ -152,8 +152,8 @@ class EncoderCore:
             raise ContextLengthError("prompt", message, len(prompt), facts.context)
         return 0
 
-    def add(self, request: Request, adapter: Adapter | None = None) -> None:
-        """Adds a request to the waiting ones. `adapter`: always None, as encoders have none.
+    def add(self, request: Request, adapter: Adapter | None = None, arrived: float | None = None) -> None:
+        """Adds a request to the waiting ones, see `EngineCore.add`. `adapter`: always None, as encoders have none.
 
         Raises:
             RequestError: a request with this id is in the engine already, or the request can never be served.
@@ -162,7 +162,7 @@ class EncoderCore:
             raise RequestError("id", f"{shown(request.id)} is running already")
         self.check(request)
         self._count += 1
-        self._requests[request.id] = EncoderRequest(self._count, request, self.clock())
+        self._requests[request.id] = EncoderRequest(self._count, request, self.clock() if arrived is None else arrived)
 
     def cancel(self, request_id: str) -> None:
         """Cancels a request: it ends with the next step, unless it has ended already."""

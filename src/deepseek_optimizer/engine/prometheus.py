@@ -193,12 +193,12 @@ def _learned(policy: LearnedPolicy, model_name: str) -> Iterator[Metric]:
         decisions.add_metric([*names, str(limits)], count)
     yield decisions
     for name, value, text in (
-        ("dso:policy_regret_seconds", policy.regret, "Seconds lost by not having used the limits now believed to be best."),
         (
-            "dso:policy_credit_seconds",
-            policy.credit.seconds,
-            "Seconds that trying limits other than the options may cost.",
+            "dso:policy_regret_seconds",
+            policy.regret,
+            "Seconds of requests (latency) or steps lost against the best fixed limits.",
         ),
+        ("dso:policy_credit_seconds", policy.credit.seconds, "Such seconds that other limits than the options may still cost."),
     ):
         family = GaugeMetricFamily(name, text, labels=label)
         family.add_metric(names, value)

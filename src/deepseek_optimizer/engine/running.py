@@ -57,6 +57,7 @@ class Running:
         unconfirmed_states: numbers of blocks with recurrent states after them of which the same is true.
         restored: whether what the prefix cache lacked of its prompt was looked up in the cache's files.
         cached: number of tokens that were found in the prefix cache on admission.
+        rounds, drafted: number of its decode steps, and of drafts in them.
         dropped: number of tokens that the sliding window has dropped.
         preempted: number of preemptions.
         starved: number of preemptions since its last token while no other request was running.
@@ -89,6 +90,8 @@ class Running:
     unconfirmed_states: list[int] = field(default_factory=list)
     restored: bool = False
     cached: int = 0
+    rounds: int = 0
+    drafted: int = 0
     dropped: int = 0
     preempted: int = 0
     starved: int = 0

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
-
 from ..backends.base import DECODE
 from ..backends.qualities import Quality, prompt_quality
 from ..backends.sampling import ChangedChoice, TokenChoice
-from .scheduling.policy import Progress
+from ..cache.block_manager import BLOCK_TOKENS
+from .running import Running
+from .scheduling.policy import Served
 from .scheduling.scheduler import ScheduledChunk
 from .sequence import Part
 
@@ -54,22 +54,12 @@ def token_counts(chunks: list[ScheduledChunk]) -> tuple[int, int]:
     return sum(1 + len(chunk.drafts) for chunk in decoders), sum(chunk.count for chunk in chunks) - len(decoders)
 
 
-def progress_of(chunks: list[ScheduledChunk], before: list[int], unfinished: Container[str]) -> list[Progress]:
-    """Returns what a step has done for each of its requests.
-
-    Args:
-        chunks: the chunks of the step.
-        before: number of tokens that each request had generated before it.
-        unfinished: ids of the requests that have not ended.
-    """
-    found = []
-    for chunk, generated in zip(chunks, before, strict=True):
-        r = chunk.running
-        prompt = (0, 0) if generated else (chunk.count, r.prompt - chunk.start)
-        left = 0 if r.request.embed else r.max_tokens - generated
-        answer = None if r.request.id in unfinished else r.generated
-        found.append(Progress(prompt[0], r.generated - generated, prompt[1], left, answer))
-    return found
+def served(r: Running) -> Served:
+    """Returns what a request that has ended took."""
+    prompt = 0 if r.started is None else max(1, r.prompt - r.cached)
+    cached, last = r.cached // BLOCK_TOKENS, r.prompt // BLOCK_TOKENS
+    prefix = r.keys[cached - 1] if 0 < cached <= len(r.keys) else None
+    return Served(r.number, prompt, r.rounds, 1 + r.drafted / r.rounds if r.rounds else 1.0, prefix, r.keys[cached:last])
 
 
 def token_choices(chunks: list[ScheduledChunk], on_host: bool) -> list[TokenChoice | ChangedChoice | None]:

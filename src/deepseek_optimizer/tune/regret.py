@@ -9,7 +9,7 @@ from ..engine.options import EngineOptions
 from ..engine.scheduling.learned_policy import arms_around
 from ..engine.scheduling.policy import FixedPolicy, StepLimits, limits_of
 from .settings import value
-from .simulation import DRAFTS, Machine, simulate
+from .simulation import Machine, simulate
 from .traces import Trace
 
 
@@ -53,9 +53,8 @@ def regret(
         goal: "latency" or "throughput".
         among: fixed limits to replay, the engine's own first; None: all.
     """
-    drafts = DRAFTS if any(request.accepted for request in trace) else 0
     fixed = {
         limits: value(goal, simulate(trace, options, machine, FixedPolicy(limits)), None)
-        for limits in among or arms_around(limits_of(options), drafts)
+        for limits in among or arms_around(limits_of(options))
     }
     return Regret(fixed, value(goal, simulate(trace, replace(options, policy=goal), machine), None))

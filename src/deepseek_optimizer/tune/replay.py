@@ -55,7 +55,7 @@ def replay(
         while waiting and trace[waiting[0]].at <= now:
             index = waiting.pop(0)
             sampling = SamplingParams(temperature=0, max_tokens=trace[index].new_tokens, ignore_eos=True)
-            core.add(Request(tokens[index], sampling, id=str(index), salt=salt))
+            core.add(Request(tokens[index], sampling, id=str(index), salt=salt), arrived=began + trace[index].at)
         if core.idle:
             sleep(max(_SOON, trace[waiting[0]].at - now))
             continue

@@ -77,7 +77,7 @@ def mixed(seed: int = 0, seconds: float = 1800.0) -> Trace:
     return _sorted(found)
 
 
-TRACES: Mapping[str, Callable[[], Trace]] = MappingProxyType(
+TRACES: Mapping[str, Callable[..., Trace]] = MappingProxyType(
     {"steady": steady, "bursty": bursty, "diurnal": diurnal, "agents": agents, "documents": documents, "mixed": mixed}
 )
 

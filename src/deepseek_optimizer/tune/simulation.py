@@ -30,7 +30,7 @@ from .traces import Trace, prompts
 
 _VOCABULARY, _CONTEXT = 32_000, 1 << 17
 _TOKEN = 1  # that every text consists of
-DRAFTS = 8  # of a round, at most
+_DRAFTS = 8  # of a round, at most
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def simulate(trace: Trace, options: EngineOptions, machine: Machine, policy: Pol
         runner.now += seconds
 
     drafted = any(request.accepted for request in trace)
-    proposers: list[tuple[Proposer, int]] | None = [(_Proposer(trace), DRAFTS)] if drafted else None
+    proposers: list[tuple[Proposer, int]] | None = [(_Proposer(trace), _DRAFTS)] if drafted else None
     core = EngineCore(runner, memory, facts, options, proposers=proposers, clock=clock, policy=policy)
     if proposers is not None:
         core.drafting = Drafting(proposers, core.times, clock)

@@ -35,7 +35,8 @@ class Credit:
 
         Args:
             seconds: how long it has been in force, above 0.
-            saved: seconds that it has saved compared with the known decision; negative: lost.
+            saved: seconds that it has saved compared with the known decision; negative: lost. A known decision may save
+                something, too, if it finds less to do than it would have left.
         """
         if self._mean == 0.0:
             self._mean, self._seconds = seconds, self._first * seconds

@@ -6,9 +6,11 @@ rounding of kernels that depends on the batch (see `EngineOptions.batch_invarian
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from ...cache.prefix_cache import Key
 from ..options import EngineOptions
 
 
@@ -19,72 +21,64 @@ class StepLimits:
     Attributes:
         batch: largest number of sequences at once; fewer are chosen if they are as fast (`BatchSize`).
         step_tokens, stall: see `EngineOptions`.
-        drafts: largest number of drafts of a request; None: as many as speculative decoding allows.
     """
 
     batch: int
     step_tokens: int
     stall: float | None
-    drafts: int | None = None
 
     def __str__(self) -> str:
         stall = "none" if self.stall is None else f"{self.stall:g}"
-        drafts = "all" if self.drafts is None else str(self.drafts)
-        return f"batch={self.batch} step_tokens={self.step_tokens} stall={stall} drafts={drafts}"
+        return f"batch={self.batch} step_tokens={self.step_tokens} stall={stall}"
 
 
 @dataclass(frozen=True)
-class Load:
-    """The state of the engine before a step.
+class Served:
+    """What a request that has ended took.
 
     Attributes:
-        waiting, running: number of requests that wait for the batch, and of those in it.
-        context: mean number of tokens of the running ones.
-        acceptance: share of recent drafts that were accepted; 0 without drafts.
+        number: identifies the request.
+        prompt: tokens of its prompt that were not in the prefix cache.
+        rounds: decode steps of its answer.
+        rows: mean number of rows in each of these: 1, and drafts.
+        prefix: key of the last block of its prompt that was in the prefix cache; None: there was none.
+        keys: of the other whole blocks of its prompt.
     """
 
-    waiting: int
-    running: int
-    context: float
-    acceptance: float
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a step did for a request.
-
-    Attributes:
-        prompt, generated: tokens of its prompt that were processed, and generated ones.
-        prompt_left, answer_left: tokens of its prompt that were missing before, and the most that could still be generated.
-        answer: length of its answer in tokens, if it has ended; None: it has not.
-    """
-
+    number: int
     prompt: int
-    generated: int
-    prompt_left: int
-    answer_left: int
-    answer: int | None = None
+    rounds: int
+    rows: float = 1.0
+    prefix: Key | None = None
+    keys: Sequence[Key] = ()
 
 
 class Policy(Protocol):
     """Chooses the limits of steps.
 
     Attributes:
-        learns: whether `limits` needs a load, and `stepped` is to be called.
+        learns: whether the other methods than `limits` are to be called.
     """
 
     learns: bool
 
-    def limits(self, load: Load | None) -> StepLimits:
-        """Returns the limits of the next step."""
+    def limits(self, now: float) -> StepLimits:
+        """Returns the limits of the next step, which begins now."""
 
-    def stepped(self, seconds: float, progress: list[Progress]) -> None:
-        """Adds a step with these limits.
+    def added(self, request: int, arrived: float, now: float) -> None:
+        """Adds a request that came a while ago, while a step was running, or now."""
+
+    def stepped(self, seconds: float, prompt: int, answers: int) -> None:
+        """Adds a step with these limits, after the requests that it ended.
 
         Args:
             seconds: its duration.
-            progress: of each request in it.
+            prompt: number of prompt tokens in it.
+            answers: number of requests that it decoded tokens for, times the decode steps in it.
         """
+
+    def ended(self, request: Served) -> None:
+        """Adds that a request has ended."""
 
 
 def limits_of(options: EngineOptions) -> StepLimits:
@@ -100,8 +94,14 @@ class FixedPolicy:
     def __init__(self, limits: StepLimits) -> None:
         self._limits = limits
 
-    def limits(self, load: Load | None) -> StepLimits:
+    def limits(self, now: float) -> StepLimits:
         return self._limits
 
-    def stepped(self, seconds: float, progress: list[Progress]) -> None:
+    def added(self, request: int, arrived: float, now: float) -> None:
+        """Learns nothing."""
+
+    def stepped(self, seconds: float, prompt: int, answers: int) -> None:
+        """Learns nothing."""
+
+    def ended(self, request: Served) -> None:
         """Learns nothing."""

@@ -30,7 +30,6 @@ class Drafting:
 
     Attributes:
         proposed, accepted, drafts: number of draft tokens verified so far, of those accepted, and of the drafts they were in.
-        acceptance: share of recent drafts that were accepted.
     """
 
     def __init__(
@@ -44,26 +43,19 @@ class Drafting:
         self._seconds = {p.name: 0.0 for p, _ in proposers}  # per draft
         self._chosen: dict[int, int] = {}  # sequence index -> index of its proposer in this step
         self.proposed = self.accepted = self.drafts = 0
-        self.acceptance = 0.0
 
     @property
     def wants_states(self) -> bool:
         """Whether a proposer needs the model's draft states."""
         return any(p.wants_states for p, _ in self._proposers)
 
-    def max_drafts(self, running: list[Running], most: int | None = None) -> dict[Running, int]:
-        """Chooses a proposer for each request; returns the maximum number of drafts of each, to reserve room for.
-
-        Args:
-            running: the requests.
-            most: largest number of drafts of each; None: not limited.
-        """
+    def max_drafts(self, running: list[Running]) -> dict[Running, int]:
+        """Chooses a proposer for each request; returns the maximum number of drafts of each, to reserve room for."""
         self._chosen.clear()
         drafts, rows, sequences = {}, len(running), len(running)
         for r in running:
             if r.request.drafts is False or r.room < 2:
                 continue
-            room = r.room - 1 if most is None else min(r.room - 1, most)
             bandits = self._bandits.get(r.sequence.index)
             if bandits is None:
                 bandits = [DraftBandit(limit, _PRIORS.get(p.name, 0.7)) for p, limit in self._proposers]
@@ -71,7 +63,7 @@ class Drafting:
             for n, ((proposer, _), bandit) in enumerate(zip(self._proposers, bandits, strict=True)):
                 if not proposer.ready(r.sequence):
                     continue
-                count = bandit.choose(room, rows, sequences, self._times, self._seconds[proposer.name])
+                count = bandit.choose(r.room - 1, rows, sequences, self._times, self._seconds[proposer.name])
                 if count:
                     drafts[r], self._chosen[r.sequence.index] = count, n
                     break
@@ -106,8 +98,6 @@ class Drafting:
         for r, drafted, accepted in outcomes:
             self.proposed, self.accepted = self.proposed + drafted, self.accepted + accepted
             self.drafts += drafted > 0
-            if drafted:
-                self.acceptance = _FADING * self.acceptance + (1 - _FADING) * accepted / drafted
             bandits = self._bandits.get(r.sequence.index)
             if bandits is None or plain is None:
                 continue
