@@ -77,7 +77,15 @@ def test_traces_grow_with_time(name):
 
 
 @pytest.mark.parametrize(
-    ("gain", "ratio", "verdict"), [(0.16, 1.2, "reached"), (0.1, 1.02, "reached"), (0.1, 1.1, "missed"), (0.0, 0.9, "reached")]
+    ("gain", "ratio", "verdict"),
+    [
+        (0.16, None, "reached"),
+        (0.1, None, "missed"),
+        (0.16, 1.2, "reached"),
+        (0.1, 1.02, "reached"),
+        (0.1, 1.1, "missed"),
+        (0.0, 0.9, "reached"),
+    ],
 )
 def test_the_bar(gain, ratio, verdict):
     assert tune_defaults.verdict(gain, ratio) == verdict
@@ -86,8 +94,8 @@ def test_the_bar(gain, ratio, verdict):
 def test_on_a_tiny_model(tiny_model, tmp_path, monkeypatch, capsys):
     pytest.importorskip("optuna")
     results = tmp_path / "results.json"
-    options = ["tune_defaults", str(tiny_model), "--trace", "documents", "--settings", "3", "--trials", "2", "--seconds", "0.3"]
-    monkeypatch.setattr(sys, "argv", [*options, "--results", str(results)])
+    options = ["tune_defaults", str(tiny_model), "--trace", "documents", "--settings", "3", "--trials", "2", "--random"]
+    monkeypatch.setattr(sys, "argv", [*options, "--seconds", "0.3", "--results", str(results)])
     monkeypatch.setattr(tune_defaults, "LONGEST", 100.0)
     for name in ("PAIRS", "LAST"):
         monkeypatch.setattr(tune_race, name, 1)

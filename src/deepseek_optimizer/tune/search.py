@@ -1,8 +1,8 @@
 """The search: Optuna's TPE over measured replays. Replays that are clearly worse than others are ended early.
 
-The best of many noisy measurements is an overestimate. So the best settings and the defaults are measured again in the end, in
-pairs, and the defaults stay unless the others are better in every pair, and by more than 3% by the median of the pairs. Of
-settings that are equal, one in 32 passes the first of these conditions.
+The best of many noisy measurements is an overestimate. So the few best settings are measured again, in pairs with the defaults,
+and then the best of these once more. The defaults stay unless it is better in every one of the last pairs, and by more than 3%
+by their median. Of settings that are equal, one in 32 passes the first of these conditions.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from .settings import Figures, Settings, value
 
 MARGIN = 0.03  # improvements up to this are noise
 ROUNDS = 3  # replays of settings
+FINALISTS, QUALIFYING = 4, 3  # settings that meet the defaults, if there are so many, and in how many pairs
 PAIRS = 5  # of replays of the two sides in the end
 _STARTUP = 8  # trials before TPE and pruning have something to go by
 
@@ -123,28 +124,42 @@ def search(
     if known:
         study.enqueue_trial(own)  # not replayed again
     study.optimize(objective, n_trials=max(1, trials - 1) + known)
-    measured = [(value(goal, one.figures, plain), one.settings) for one in tried if one.figures is not None]
-    return _confirm(measure, min(measured, key=lambda one: one[0])[1], defaults, goal, tried)
+    ranked = sorted(
+        (value(goal, one.figures, plain), number) for number, one in enumerate(tried) if one.figures is not None
+    )  # fmt: skip
+    return _confirm(measure, [tried[number].settings for _, number in ranked], defaults, goal, tried)
 
 
-def _confirm(measure: Measure, best: Settings, defaults: Settings, goal: str, tried: list[Trial]) -> Found:
-    """Measures the best settings and the defaults again, in pairs."""
-    if best == defaults:
+def _confirm(measure: Measure, ranked: list[Settings], defaults: Settings, goal: str, tried: list[Trial]) -> Found:
+    """Measures the best settings and the defaults again, in pairs. ranked: what was measured, the best first."""
+    if ranked[0] == defaults:
         figures = tried[0].figures
         assert figures is not None
         return Found(defaults, defaults, 0.0, figures, figures, tried)
-    sides: dict[Settings, list[Figures]] = {best: [], defaults: []}
-    for pair in range(PAIRS):
-        for settings in (best, defaults) if pair % 2 else (defaults, best):  # what comes second has no advantage
-            sides[settings] += _some(measure(settings), 1)
-    plain, better = _mean(sides[defaults]), _mean(sides[best])
-    gains = [
-        value(goal, a, None) / value(goal, b, plain) - 1 for a, b in zip(sides[defaults], sides[best], strict=True)
-    ]  # of each pair
-    gain = statistics.median(gains)
-    if min(gains) <= 0 or gain <= MARGIN:
+    best, *others = [settings for settings in ranked if settings != defaults][:FINALISTS]
+    if others:
+        gains = {one: _pairs(measure, one, defaults, goal, QUALIFYING)[0] for one in (best, *others)}
+        best = max(gains, key=lambda one: statistics.median(gains[one]))
+    last, better, plain = _pairs(measure, best, defaults, goal, PAIRS)
+    gain = statistics.median(last)
+    if min(last) <= 0 or gain <= MARGIN:
         return Found(defaults, defaults, 0.0, plain, plain, tried)
     return Found(best, defaults, gain, better, plain, tried)
+
+
+def _pairs(
+    measure: Measure, settings: Settings, defaults: Settings, goal: str, count: int
+) -> tuple[list[float], Figures, Figures]:
+    """Replays settings and the defaults in turns: the gain of each pair, and the figures of both."""
+    sides: dict[Settings, list[Figures]] = {settings: [], defaults: []}
+    for pair in range(count):
+        for one in (settings, defaults) if pair % 2 else (defaults, settings):  # what comes second has no advantage
+            sides[one] += _some(measure(one), 1)
+    plain, better = _mean(sides[defaults]), _mean(sides[settings])
+    gains = [
+        value(goal, a, None) / value(goal, b, plain) - 1 for a, b in zip(sides[defaults], sides[settings], strict=True)
+    ]  # fmt: skip
+    return gains, better, plain
 
 
 def _some(iterator: Iterator[Figures], count: int) -> Iterator[Figures]:
