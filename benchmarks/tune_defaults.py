@@ -4,8 +4,8 @@
 
 Bar of issue 22: on each of three traces, `dso tune` is at least 15% better at the trace's goal, or the defaults are within 3%
 of the best random settings, which are measured only if it is not (or with --random): a search takes 2 to 4 minutes, 200
-settings up to 12. Nothing else may run meanwhile. The results of a trace are added to a file, and traces that are in it with the same
-options are not measured again.
+settings up to 12. Nothing else may run meanwhile. The results of a trace are added to a file, and traces that are in it with
+the same options are not measured again.
 """
 
 from __future__ import annotations

@@ -74,7 +74,8 @@ class PretendedEngine:
     def used_bytes(self):
         return 100 * len(self.running)
 
-    def add(self, request):
+    def add(self, request, arrived):
+        assert arrived <= self.now
         self.running[request.id] = request.sampling.max_tokens
 
     def step(self):

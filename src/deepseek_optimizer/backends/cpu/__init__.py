@@ -11,6 +11,7 @@ import torch
 
 from ...errors import BackendError
 from ...graph.ir import Graph
+from ...quant import VIEWS
 from ...quant.packed import PackedMatrix, PackedWeight
 from ...system.memory import FreeMemory, free_memory
 from ...system.threads import one_torch_thread
@@ -95,7 +96,7 @@ class CpuBackend(CpuSizes):
             name=self.name,
             device_type=self.device.type,
             phases=PHASES,
-            weight_formats=tuple(native.FORMATS),
+            weight_formats=tuple(name for name in native.FORMATS if name not in VIEWS),
             kv_dtypes=tuple(native.KV_TYPES),
             attention_modes=("flash", "eager", "sliding", "sparse"),
             activations=("auto", *ACTIVATIONS),
