@@ -27,9 +27,10 @@ struct Rows {
 };
 
 // ---- the inner block: M tokens x N tile rows, `row_bytes` apart.
-// acc += the exact dot products of `quads` times 4 columns, from column 4 * first of a group on.
-template <class W, int first, int quads, int M, int N>
-DSO_INLINE void dots(I (&acc)[M][N], typename W::Place w, int64_t row_bytes, const uint8_t* x, int64_t stride) {
+// acc += the exact dot products of `quads` times 4 columns, from column 4 * first of a group on. Place: W::Place; deduced,
+// since GCC cannot order overloads by their constraints otherwise (neon/lane_dots.hpp).
+template <class W, int first, int quads, int M, int N, class Place>
+DSO_INLINE void dots(I (&acc)[M][N], Place w, int64_t row_bytes, const uint8_t* x, int64_t stride) {
   // Otherwise sums of small codes are 16-bit for as many quads as cannot overflow: each adds two products of at most
   // largest * 128.
   constexpr int possible = 32767 / (256 * W::largest), run = has_dot_int ? 0 : possible < quads ? possible : quads;

@@ -33,9 +33,9 @@ DSO_INLINE void four_dots(I (&acc)[M][N], typename W::Place w, int64_t row_bytes
 }
 
 // The same as dots() of generic/linear_int.hpp, which this replaces because it is constrained.
-template <class W, int first, int quads, int M, int N>
+template <class W, int first, int quads, int M, int N, class Place>
   requires has_dot_int
-DSO_INLINE void dots(I (&acc)[M][N], typename W::Place w, int64_t row_bytes, const uint8_t* x, int64_t stride) {
+DSO_INLINE void dots(I (&acc)[M][N], Place w, int64_t row_bytes, const uint8_t* x, int64_t stride) {
   static_assert(first % 4 == 0 && (quads == 4 || quads == 8));
   int8x16_t tokens[M];
 #pragma GCC unroll 8
