@@ -74,7 +74,7 @@ BAD = {
     "kl_budget": [0, -0.1, float("nan"), float("inf"), "0.02", True],
     "strict": [1, "yes", None],
     "formats": [["int8"], {"lm_head": "int2"}, {"lm_head": None}, {1: "int8"}],
-    "parallel": [2, None, [2], {"tensors": 2}, {"tensor": 0}, {"tensor": True}, {"expert": 2}, {"pipeline": 2}],
+    "parallel": [2, None, [2], {"tensors": 2}, {"tensor": 0}, {"tensor": True}, {"expert": 0}, {"pipeline": 1.5}],
     "quant_method": ["bitsandbytes", None],
 }
 

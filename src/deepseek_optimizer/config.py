@@ -128,7 +128,7 @@ def _formats(name: str, value: Any) -> dict[str, str]:
     if not isinstance(value, Mapping) or not all(isinstance(module, str) for module in value):
         raise ConfigError(f"{name} must be a dict from module names to format names, got {value!r}")
     try:
-        if views := sorted({format for format in value.values() if format in VIEWS}):
+        if views := [view for view in VIEWS if view in value.values()]:
             raise ConfigError(f"{views[0]!r} is only read out of another format; choose one of {', '.join(FORMATS)}")
         return {module: get_format(format).name for module, format in value.items()}
     except ConfigError as error:
