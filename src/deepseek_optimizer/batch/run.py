@@ -53,13 +53,15 @@ async def run_batch(
 
 @asynccontextmanager
 async def client_of(app: Any) -> AsyncIterator[httpx.AsyncClient]:
-    """Starts the server's application for the context, and yields a client of it, without a network."""
-    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url=BASE_URL, timeout=None) as client,
-    ):
+    """Starts the server's application for the context, and yields a client of it."""
+    async with app.router.lifespan_context(app), client_of_started(app) as client:
         yield client
+
+
+def client_of_started(app: Any) -> httpx.AsyncClient:
+    """A client of the server's application, which has been started, without a network."""
+    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url=BASE_URL, timeout=None)
 
 
 async def answer_all(

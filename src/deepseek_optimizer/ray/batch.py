@@ -11,7 +11,6 @@ import base64
 import json
 import logging
 import pickle
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
@@ -30,9 +29,9 @@ from ..server.app import create_app
 from ..server.loading import load_served_model
 from ..server.served_model import ServedModel
 from ..server.settings import ServerSettings
+from ..system.interpreter import switch_often
 
 logger = logging.getLogger("deepseek_optimizer.ray")
-_SWITCH = 1e-3  # seconds, as in `server.run`
 _BLOCK = 4  # requests: their answers arrive together
 
 
@@ -70,7 +69,7 @@ class Answerer:
     """
 
     def __init__(self, served: ServedModel, settings: ServerSettings, job: BatchInput, at_once: int) -> None:
-        sys.setswitchinterval(_SWITCH)
+        switch_often()
         self._job, self._places = job, Places(at_once)
         self._failure: DeepSeekOptimizerError | None = None
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from typing import Any
 
 from ..engine.core import EngineCore
@@ -12,10 +11,10 @@ from ..server.loading import load_served_model
 from ..server.served_model import ServedModel
 from ..server.settings import ServerSettings
 from ..server.state import ServerState
+from ..system.interpreter import switch_often
 from .proxy import note_replica
 
 logger = logging.getLogger("deepseek_optimizer.ray")
-_SWITCH = 1e-3  # seconds, as in `server.run`
 
 
 class Replica:
@@ -29,7 +28,7 @@ class Replica:
     def __init__(self, served: ServedModel, settings: ServerSettings) -> None:
         from ray import serve
 
-        sys.setswitchinterval(_SWITCH)
+        switch_often()
         self.engine, settings, _, facts = load_served_model(served, settings, logger.warning)
         self._app = create_app(self.engine, settings)
         self._state: ServerState = self._app.state.server

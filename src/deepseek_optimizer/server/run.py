@@ -23,6 +23,7 @@ from fastapi import FastAPI
 
 from ..errors import ConfigError
 from ..longdoc.recognized import PageReader
+from ..system.interpreter import switch_often
 from .app import create_app
 from .http.connections import protocol_for
 from .http.tracing import Tracer
@@ -32,7 +33,6 @@ from .settings import ServerSettings
 from .state import ServerState
 
 logger = logging.getLogger("deepseek_optimizer.server")
-_SWITCH = 1e-3  # seconds that a Python thread may keep the engine and the event loop waiting for the interpreter lock
 _LAST_BYTES = 2.0  # seconds that clients have to read their answers after these were written
 
 
@@ -205,6 +205,6 @@ def serve_models(pool: ModelPool, sock: socket.socket, banner: Callable[[str, in
 
 def run(app: FastAPI, settings: ServerSettings, sock: socket.socket, banner: Callable[[str, int], None]) -> None:
     """Runs an application until a signal stops the process; arguments as for `serve`."""
-    sys.setswitchinterval(_SWITCH)
+    switch_often()
     gc.freeze()  # existing objects live on; a collection that visits them takes a tenth of a second
     Server(app, settings, banner).run([sock])

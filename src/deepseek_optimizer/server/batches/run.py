@@ -10,13 +10,12 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-import httpx
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ...batch.places import Places
 from ...batch.requests import BatchInput, read_requests
 from ...batch.results import Results, encoded
-from ...batch.run import BASE_URL, answer_all
+from ...batch.run import answer_all, client_of_started
 from ...errors import DataError, EngineDeadError, excerpt
 from ..http.caller import FOR_OWNER
 from ..settings import MAX_PRIORITY
@@ -141,8 +140,7 @@ class Runner:
                 if done < total and not self._files.fits(batch.owner, results.size):
                     raise _FullError
 
-            transport = httpx.ASGITransport(app=self._app_for(batch.owner), raise_app_exceptions=False)
-            async with httpx.AsyncClient(transport=transport, base_url=BASE_URL, timeout=None) as client:
+            async with client_of_started(self._app_for(batch.owner)) as client:
                 work = asyncio.ensure_future(
                     answer_all(client, job, results, self._places, progress, priority=MAX_PRIORITY, patient=True)
                 )
