@@ -33,6 +33,7 @@ def unnamed(tree: ast.AST) -> list[str]:
     return result
 
 
+@pytest.mark.every_run
 def test_every_factory_names_its_dtype_and_device():
     files = sorted(SOURCE.rglob("*.py"))
     assert len(files) > 200

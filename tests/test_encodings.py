@@ -59,6 +59,7 @@ def test_binary_modes_need_no_encoding(call):
     assert not list(silent_places(call))
 
 
+@pytest.mark.every_run
 def test_every_text_names_its_encoding():
     actual = [
         f"{path}:{line}"

@@ -164,6 +164,7 @@ def test_every_folder_and_file_has_a_layer():
         assert subfolders <= {name for level in layer.levels for name in level}, layer.name
 
 
+@pytest.mark.every_run
 def test_files_form_no_cycle():
     assert cycles(own_imports()) == []
 
@@ -184,6 +185,7 @@ def test_transformers_internals_in_integration_only():
     assert set(EXCEPTIONS) <= used  # unused exceptions must be removed
 
 
+@pytest.mark.every_run
 def test_private_attributes_in_integration_only():
     trees = {module: ast.parse(file.read_text(encoding="utf-8")) for module, file in modules().items()}
     ours = {name for tree in trees.values() for name in _defined(tree)}

@@ -14,7 +14,7 @@ PROCESSOR = re.compile(
     r"immintrin|x86intrin|arm_neon|arm_sve|<cpuid\.h>"  # headers
     r"|\b_mm\d*_\w+|\b__m(128|256|512)|\b_cvt\w+_\w+|\b_MM_\w+|__rdtsc|__builtin_ia32|__get_cpuid"  # intrinsics of x86
     r"|\bv(ld|st)\d\w*_[fsu]\d+|\bv\w+q_[fsu]\d+|\b(float|u?int)\d+x\d+(x\d)?_t\b|__builtin_aarch64"  # and of ARM
-    r"|__(x86_64|i386|aarch64|arm|AVX\w*|SSE\w*|FMA|F16C|ARM_\w+)__?\b"  # macros
+    r"|__(x86_64|i386|aarch64|arm|AVX\w*|SSE\w*|FMA|F16C)__?\b|\b__ARM_\w+"  # macros
     r"|\b(__)?asm(__)?\s+volatile\s*\(\s*\"[^\"]"  # instructions; an empty one is a barrier for the compiler
 )
 SYSTEM = re.compile(r"#\s*include\s*<(sys/|linux/|mach/|unistd\.h|pthread\.h|sched\.h|signal\.h|fcntl\.h|windows\.h)")

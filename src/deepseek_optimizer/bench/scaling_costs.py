@@ -114,10 +114,10 @@ def fit(works: Sequence[StepWork], seconds: Sequence[float]) -> StepCosts:
     """The costs, none below zero, by which the steps' times come out with the least squares of relative errors."""
     import torch
 
-    times = torch.tensor(seconds, dtype=torch.float64)
-    parts = torch.tensor([_parts(work) for work in works], dtype=torch.float64) / times[:, None]
+    times = torch.tensor(seconds, dtype=torch.float64, device="cpu")
+    parts = torch.tensor([_parts(work) for work in works], dtype=torch.float64, device="cpu") / times[:, None]
     scale = parts.amax(0).clamp_min(1e-300)
-    kept, found = list(range(parts.shape[1])), torch.zeros(parts.shape[1], dtype=torch.float64)
+    kept, found = list(range(parts.shape[1])), torch.zeros(parts.shape[1], dtype=torch.float64, device="cpu")
     while kept:  # what comes out below zero costs nothing, and the rest is fitted again
         solved = torch.linalg.lstsq((parts / scale)[:, kept], torch.ones_like(times)).solution
         if solved.min() >= 0:

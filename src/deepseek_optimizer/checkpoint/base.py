@@ -156,7 +156,7 @@ class Checkpoint(ABC):
         tile_bytes = get_format(format).tile_bytes
         out = empty_tiles(bottom - top, right - left, tile_bytes)
         for begin, end in panels(bottom - top, shape[1], PANEL_ELEMENTS):
-            tiles = torch.empty((*tile_counts(end - begin, shape[1]), tile_bytes), dtype=torch.uint8)
+            tiles = torch.empty((*tile_counts(end - begin, shape[1]), tile_bytes), dtype=torch.uint8, device="cpu")
             self.pack_rows(name, top + begin, top + end, format, packer, tiles)
             first = begin // TILE_ROWS
             out[first : first + len(tiles)] = tile_columns(tiles, format, left // TILE_COLS, -(-right // TILE_COLS))

@@ -15,6 +15,12 @@ OLDEST_TORCH = "2.10"  # that has `scaled_mm`
 HOPPER = 9  # compute capability, major
 FOUR = 4  # cuBLASLt requires columns of 128 x 128 block scales to be padded to a multiple of four
 _CUDA = (12, 9)
+_ROWS = 16  # rows of a are padded to a multiple: what torch requires of other dimensions, and cuBLASLt of some
+
+
+def padded_rows(rows: int) -> int:
+    """The rows of the product for this number of rows of a."""
+    return -(-rows // _ROWS) * _ROWS
 
 
 def why_not(device: torch.device) -> str | None:

@@ -9,16 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 from ...quant.fp8 import BLOCK
-from ...quant.scaled_mm import FOUR, HOPPER, OLDEST_TORCH, why_not
+from ...quant.scaled_mm import FOUR, HOPPER, OLDEST_TORCH, padded_rows, why_not
 from .alternative import Alternative, ProductShape
 
-ROWS = 16  # rows of x are padded to a multiple: what torch requires of other dimensions, and cuBLASLt of some
 _SCALE_BYTES = _RESULT_BYTES = 4
-
-
-def padded_rows(rows: int) -> int:
-    """The rows of the product for this number of rows of x."""
-    return -(-rows // ROWS) * ROWS
 
 
 def _fits(product: ProductShape) -> bool:

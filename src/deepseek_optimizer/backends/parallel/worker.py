@@ -81,5 +81,5 @@ class _Commands:
             return batch
         elements = needed * width
         if self._logits is None or len(self._logits) < elements:
-            self._logits = torch.empty(elements, dtype=torch.float32)
+            self._logits = torch.empty(elements, dtype=torch.float32, device="cpu")
         return replace(batch, logits=self._logits[:elements].view(needed, width))

@@ -10,10 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ....quant.scaled_mm import FOUR, multiply
+from ....quant.scaled_mm import FOUR, multiply, padded_rows
 from ..gates import NO_GATE, Gate
 from ..matrices import DeviceMatrix
-from ..scaled_mm import padded_rows
 from .coded_rows import coded_rows
 from .elementwise import apply
 from .tiles import load_codes, load_scales
