@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from deepseek_optimizer import ConfigError, Request, SamplingParams, load_model, make_engine
-from deepseek_optimizer.backends.cpu import unavailable_reason
+from deepseek_optimizer.backends.cpu import CpuPlan, unavailable_reason
 from deepseek_optimizer.errors import RankLostError, UnsupportedModelError, UnsupportedRequestError
 from support.divided import close, load_divided, save_divisible
 from support.family_configs import deepseek_v3, gemma3_text, lfm2, qwen2
@@ -73,6 +73,28 @@ def test_drafts(models):
     drafts = {"use_mtp": True} if models[0].config.model_type == "deepseek_v3" else {"prompt_lookup_num_tokens": 3}
     texts = [model.generate(ids, **options, **drafts).tolist() for model in models]
     assert texts[0] == texts[1]
+
+
+def test_a_step_that_fails_here_leaves_the_others_ready(models, monkeypatch):
+    """They have been told of the step before it failed."""
+    _, divided = models
+    before = divided.generate(prompt(divided, 12), max_new_tokens=4, do_sample=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(CpuPlan, "run", lambda *_: (_ for _ in ()).throw(MemoryError("none is left")))
+        with pytest.raises(MemoryError, match="none is left"):
+            divided.generate(prompt(divided, 12), max_new_tokens=4, do_sample=False)
+    assert divided.generate(prompt(divided, 12), max_new_tokens=4, do_sample=False).tolist() == before.tolist()
+
+
+def test_sampled_tokens(models):
+    """From torch's generator, with tokens that the first steps bar and penalties."""
+    ids, options = prompt(models[0], 9), {"max_new_tokens": 24, "do_sample": True, "temperature": 1.3, "top_k": 40}
+    for more in ({"min_new_tokens": 8}, {"repetition_penalty": 1.2}, {"num_return_sequences": 3}):
+        texts = []
+        for model in models:
+            torch.manual_seed(4)
+            texts.append(model.generate(ids, **options, **more).tolist())
+        assert texts[0] == texts[1], more
 
 
 def test_each_process_has_its_layers_only(models):

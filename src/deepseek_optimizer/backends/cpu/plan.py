@@ -215,7 +215,8 @@ class CpuPlan:
         self._call("dso_plan_run", b, output)
         return self._returned(batch, output)
 
-    def decode(self, batch: StepBatch, store: KvStore, call: DecodeCall) -> Decoded:
+    def decode(self, batch: StepBatch, store: KvStore | None, call: DecodeCall) -> Decoded:
+        """See `Plan.decode`. A plan without a cache, such as of what follows the last layer, needs no store."""
         changing = self._rope is not None and batch.reach is None  # frequencies that depend on the length
         steps = 1 if changing or self.has_states else call.steps
         sequences = len(batch.query_len)

@@ -17,8 +17,10 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
+import torch
+
 from ...errors import BackendError, RankLostError
-from .messages import DONE, END, FAILED, READY, receive
+from .messages import DONE, END, FAILED, READY, packed, receive
 from .uninterrupted import Uninterrupted
 
 Result = TypeVar("Result")
@@ -102,7 +104,19 @@ class Links:
         """
         self._check_usable()
         try:
-            self._connections[rank - 1].send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
+            self._connections[rank - 1].send_bytes(packed(message))
+        except OSError:
+            self._lose(rank)
+
+    def send_rows(self, rank: int, rows: torch.Tensor | None) -> None:
+        """Sends the hidden rows, float32 [T, H], of the step of the last message; None: the step is not run, nor answered.
+
+        Raises:
+            RankLostError: a process has ended.
+        """
+        self._check_usable()
+        try:
+            self._connections[rank - 1].send_bytes(b"" if rows is None else rows.contiguous().numpy().data.cast("B"))
         except OSError:
             self._lose(rank)
 

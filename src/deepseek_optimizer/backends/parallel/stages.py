@@ -20,7 +20,7 @@ from ...graph.rope_rotation import KeyRotation
 from ...quant.packed import PackedWeight
 from ..base import DEFAULTS, Capabilities, CompileOptions, Int32, KvStore, Plan, StepBatch, StepOutput
 from ..cpu import CpuBackend, CpuPlan, CpuStore
-from ..decode_one import decode_one
+from ..decode_steps import decode_steps
 from ..decoding import DecodeCall, Decoded, DraftedCall, DraftedRounds
 from ..drafted_round import drafted_round
 from ..stage_batch import layer_batch, tail_batch
@@ -61,7 +61,7 @@ class StageBackend(CpuBackend):
     @property
     def capabilities(self) -> Capabilities:
         able = super().capabilities
-        return replace(able, training=False, adapters=False, decode_calls=False, drafted_calls=False, dense_operations=False)
+        return replace(able, training=False, adapters=False, drafted_calls=False, dense_operations=False)
 
     @property
     def detail(self) -> str:
@@ -242,26 +242,39 @@ class FirstPlan(WrappedPlan):
         Raises:
             UnsupportedRequestError: hidden states are requested: other processes have those of their layers.
         """
-        assert isinstance(store, FirstStore)
         if batch.hidden:
             raise UnsupportedRequestError(
                 f"the model runs in {len(self._stages)} processes, which have the hidden states of their own layers; load it "
                 "without parallel for output_hidden_states"
             )
-        number, own = store.number, store.own
-
-        def layers() -> torch.Tensor | None:
-            self._links.check()
-            rows = self._first.run(layer_batch(batch, self._stages[0].groups, None), own).last_hidden
-            for rank, stage in enumerate(self._stages[1:], 1):
-                rows = self._links.ask(rank, "run", number, layer_batch(_sent(batch), stage.groups, rows))
-            return rows
-
-        return self._tail.run(tail_batch(batch, self._links.together(layers)), None)
+        return self._tail.run(self._links.together(lambda: self._after_layers(batch, store)), None)
 
     def decode(self, batch: StepBatch, store: KvStore, call: DecodeCall) -> Decoded:
-        """See `Plan.decode`."""
-        return decode_one(self, batch, store, call)
+        """See `Plan.decode`. The first process chooses the tokens."""
+
+        def step(batch: StepBatch, call: DecodeCall) -> Decoded:
+            return self._tail.decode(self._after_layers(batch, store), None, call)
+
+        return self._links.together(lambda: decode_steps(step, batch, call))
+
+    def _after_layers(self, batch: StepBatch, store: KvStore | None) -> StepBatch:
+        """Runs the layers of all processes; returns the batch of the tail. The others get the step before this process runs its
+        own layers, so that they have read it when the hidden rows arrive."""
+        assert isinstance(store, FirstStore)
+        self._links.check()
+        others, sent = range(1, len(self._stages)), _sent(batch)
+        for rank in others:
+            self._links.send(rank, "run", store.number, layer_batch(sent, self._stages[rank].groups, None))
+        try:
+            rows = self._first.run(layer_batch(batch, self._stages[0].groups, None), store.own).last_hidden
+        except BaseException:
+            for rank in others:
+                self._links.send_rows(rank, None)
+            raise
+        for rank in others:
+            self._links.send_rows(rank, rows)
+            rows = self._links.answer(rank)
+        return tail_batch(batch, rows)
 
     def decode_drafted(
         self, batch: StepBatch, drafter: Plan, pending: StepBatch, store: KvStore, call: DraftedCall
