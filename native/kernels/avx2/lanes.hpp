@@ -273,6 +273,17 @@ DSO_INLINE __m256i dot_u8_half(__m256i acc, __m256i w,
 DSO_INLINE I dot_u7(I acc, B w, B a) { return {dot_u7_half(acc.lo, w.lo, a.lo), dot_u7_half(acc.hi, w.hi, a.hi)}; }
 DSO_INLINE I dot_u8(I acc, B w, B a) { return {dot_u8_half(acc.lo, w.lo, a.lo), dot_u8_half(acc.hi, w.hi, a.hi)}; }
 #endif
+// The unsigned bytes of even and of odd columns as 16-bit words; and acc + the products of a lane's two words.
+DSO_INLINE B even_words(B x) {
+  const __m256i low = _mm256_set1_epi16(255);
+  return {_mm256_and_si256(x.lo, low), _mm256_and_si256(x.hi, low)};
+}
+DSO_INLINE B odd_words(B x) { return {_mm256_srli_epi16(x.lo, 8), _mm256_srli_epi16(x.hi, 8)}; }
+DSO_INLINE I dot_words(I acc, B w, B a) {
+  return {_mm256_add_epi32(acc.lo, _mm256_madd_epi16(w.lo, a.lo)), _mm256_add_epi32(acc.hi, _mm256_madd_epi16(w.hi, a.hi))};
+}
+// x is computed here. GCC would otherwise compute all products first, for which there are not enough registers.
+DSO_INLINE void compute_now(I& x) { __asm__("" : "+x"(x.lo), "+x"(x.hi)); }
 
 // Cheaper sums of dot_u7 without VNNI: 32 16-bit sums, which must not overflow (INT4: at most 8*2*15*128 = 30720 per group).
 DSO_INLINE I pairs_u7(I acc, B w, B a) {

@@ -180,6 +180,12 @@ DSO_INLINE I dot_u8(I acc, B w, B a) {  // even and odd bytes as 16-bit integers
   return _mm512_add_epi32(acc, _mm512_add_epi32(_mm512_madd_epi16(we, ae), _mm512_madd_epi16(wo, ao)));
 }
 #endif
+// The unsigned bytes of even and of odd columns as 16-bit words; and acc + the products of a lane's two words.
+DSO_INLINE B even_words(B x) { return _mm512_and_si512(x, _mm512_set1_epi16(255)); }
+DSO_INLINE B odd_words(B x) { return _mm512_srli_epi16(x, 8); }
+DSO_INLINE I dot_words(I acc, B w, B a) { return _mm512_add_epi32(acc, _mm512_madd_epi16(w, a)); }
+// x is computed here. GCC would otherwise compute all products first, for which there are not enough registers.
+DSO_INLINE void compute_now(I& x) { __asm__("" : "+v"(x)); }
 
 // Cheaper sums of dot_u7 without VNNI: 32 16-bit sums, which must not overflow (INT4: at most 8*2*15*128 = 30720 per group).
 DSO_INLINE I pairs_u7(I acc, B w, B a) { return _mm512_add_epi16(acc, _mm512_maddubs_epi16(w, a)); }

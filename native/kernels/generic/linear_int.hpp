@@ -57,6 +57,21 @@ DSO_INLINE void dots(I (&acc)[M][N], Place w, int64_t row_bytes, const uint8_t* 
   if constexpr (two_chains) acc[0][0] = iadd(acc[0][0], odd);
 }
 
+// dot = start + the same products with activations of a kind; `x`: those of the group, of rows `stride` bytes apart; `width`:
+// bytes from high bytes to low ones.
+template <class W, int kind, int first, int quads, int M, int N, class Place>
+DSO_INLINE void group_dots(I (&dot)[M][N], const I (&start)[M], Place w, int64_t row_bytes, const uint8_t* x, int64_t stride,
+                           int64_t width) {
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < N; ++n) dot[m][n] = kind == DSO_SLOT_Q16 ? izero() : start[m];
+  dots<W, first, quads>(dot, w, row_bytes, x, stride);
+  if constexpr (kind == DSO_SLOT_Q16) {  // so far the high bytes
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < N; ++n) dot[m][n] = iadd(shl<8>(dot[m][n]), start[m]);
+    dots<W, first, quads>(dot, w, row_bytes, x + width, stride);
+  }
+}
+
 // Prefetching: the hardware's own prefetchers stop at every page.
 // Stream: prefetches weights `distance` bytes ahead, for weights that only one block of tokens uses.
 struct Stream {
@@ -140,14 +155,7 @@ DSO_INLINE void accumulate_half(F (&acc)[M][N], typename W::Place w, int64_t row
       sum[m] = to_float(s);
     }
   }
-  for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) dot[m][n] = kind == DSO_SLOT_Q16 ? izero() : start[m];
-  dots<W, first, quads>(dot, w, row_bytes, x.codes(0) + 32 * g, x.stride);
-  if constexpr (kind == DSO_SLOT_Q16) {  // so far the high bytes
-    for (int m = 0; m < M; ++m)
-      for (int n = 0; n < N; ++n) dot[m][n] = iadd(shl<8>(dot[m][n]), start[m]);
-    dots<W, first, quads>(dot, w, row_bytes, x.codes(0) + x.width + 32 * g, x.stride);
-  }
+  group_dots<W, kind, first, quads>(dot, start, w, row_bytes, x.codes(0) + 32 * g, x.stride, x.width);
   for (int n = 0; n < N; ++n) {
     const typename W::Place at = w.rows_below(n * row_bytes);
     const F scale = W::template scale<half>(at);
