@@ -377,6 +377,7 @@ def sources():
         yield from sorted((Path(deepseek_optimizer.__file__).parents[1] / package).rglob("*.py"))
 
 
+@pytest.mark.every_run
 def test_no_code_asks_for_a_backend_by_name():
     """No comparison with a backend's name and no getattr of the protocol's members, outside the backends' folders."""
     found, count = [], 0

@@ -56,6 +56,7 @@ class Capabilities:
         dense_operations: whether `feed_forward`, `norm` and `attend` are faster than the operations of torch that they replace
             in models without a plan.
         host_experts: whether plans may have experts in the host's memory (`CompileOptions.host_experts`).
+        kernel_divisions: whether it is a `CudaBackend`, whose kernels' division of work may be chosen (`dso tune --kernels`).
     """
 
     name: str
@@ -73,6 +74,7 @@ class Capabilities:
     drafted_calls: bool = False
     dense_operations: bool = False
     host_experts: bool = False
+    kernel_divisions: bool = False
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ class StepTimes:
     def __init__(self, model: Any, clock: Callable[[], float] = time.perf_counter) -> None:
         self._runtime, self._clock = runtime_of(model), clock
         backend = self._runtime.backend
-        if not hasattr(backend, "divided"):
+        if not backend.capabilities.kernel_divisions:
             raise ConfigError(f'kernels are those of backend "cuda", but the model runs on {backend.name}; use --device cuda')
         if self._runtime.compile_options.host_experts:
             raise ConfigError("some experts of the model run on the CPU; tune the kernels with a model that fits on the device")

@@ -26,8 +26,10 @@ IDENTITY = {
     "backends/cpu/kept_rows.py", "backends/cpu/mapped_file.py", "integration/load/mapped.py", "integration/multimodal/tower.py",
     "integration/bind/runtime.py", "integration/general/head.py", "integration/generation/fingerprint.py", "train/precision.py",
     "train/saved_activations.py", "calibration/inputs.py", "integration/load/rounding.py",
-    "backends/cuda/captured.py",
+    "backends/cuda/plan.py", "backends/cuda/store.py", "backends/cuda/ops.py",
+    "backends/cuda/adapter_ops.py",
 }  # fmt: skip
+DEVICE_TABLES = {"backends/cuda/adapters.py"}  # addresses on a device, which its kernels read
 
 
 def pointers(tree: ast.AST) -> list[int]:
@@ -35,10 +37,11 @@ def pointers(tree: ast.AST) -> list[int]:
     return sorted(n.lineno for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr in POINTERS)
 
 
+@pytest.mark.every_run
 def test_addresses_are_taken_in_one_function():
     actual = {str(f.relative_to(SOURCE)) for f in SOURCE.rglob("*.py") if pointers(ast.parse(f.read_text()))}
-    assert actual - IDENTITY == {"backends/cpu/buffers.py"}
-    assert actual >= IDENTITY, "the exceptions name files that have none"
+    assert actual - IDENTITY - DEVICE_TABLES == {"backends/cpu/buffers.py"}
+    assert actual >= IDENTITY | DEVICE_TABLES, "the exceptions name files that have none"
 
 
 def test_addresses_taken_elsewhere_are_detected():

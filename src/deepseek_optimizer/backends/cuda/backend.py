@@ -85,6 +85,7 @@ class CudaBackend(CudaSizes):
             adapters=True,
             activations=("auto", "fp8"),
             host_experts=self._create_host is not None,
+            kernel_divisions=True,
         )
 
     @property
