@@ -56,7 +56,7 @@ class Capabilities:
         dense_operations: whether `feed_forward`, `norm` and `attend` are faster than the operations of torch that they replace
             in models without a plan.
         host_experts: whether plans may have experts in the host's memory (`CompileOptions.host_experts`).
-        kernel_divisions: whether it is a `CudaBackend`, whose kernels' division of work may be chosen (`dso tune --kernels`).
+        kernel_divisions: whether `dso tune --kernels` may choose how kernels divide their work (`CudaBackend.divided`).
     """
 
     name: str

@@ -24,16 +24,14 @@ def decode_steps(run_step: Callable[[StepBatch, DecodeCall], Decoded], batch: St
     begun, chosen = time.perf_counter(), []
     for step in range(1 if single else call.steps):
         decoded = run_step(batch, replace(call, steps=1, rows=[_from_step(row, step) for row in call.rows]))
-        if decoded.logits is not None or single:
-            break
         chosen.append(decoded.tokens)
+        if decoded.logits is not None:
+            break
         took = (time.perf_counter() - begun) / len(chosen)
         if np.isin(decoded.tokens, call.stops).any() or took * (len(chosen) + 1) > call.seconds:
             break
         batch = replace(batch, token_ids=decoded.tokens[0], positions=batch.positions + 1, context_len=batch.context_len + 1)
-    if decoded.logits is None and not single:
-        return Decoded(np.concatenate(chosen))
-    return replace(decoded, tokens=np.concatenate([*chosen, decoded.tokens]))
+    return replace(decoded, tokens=np.concatenate(chosen))
 
 
 def _from_step(row: RowChoice, step: int) -> RowChoice:

@@ -8,7 +8,12 @@ import threading
 from multiprocessing.connection import Connection
 from types import SimpleNamespace
 
+import numpy as np
+import torch
+
+from deepseek_optimizer.backends.base import StepBatch
 from deepseek_optimizer.backends.parallel.links import Links
+from deepseek_optimizer.backends.parallel.stage_worker import next_message
 from deepseek_optimizer.backends.parallel.stages import FirstStore
 
 
@@ -49,3 +54,17 @@ def test_a_store_that_is_freed_while_a_message_is_sent():
     assert not other.is_alive() and not sender.is_alive()
     assert [message[0] for message in got] == ["new_store", "step", "drop_store", "step", "end"]
     assert got[1][1] == bytes(8 << 20) and got[2][1] == number
+
+
+def test_a_step_comes_with_its_rows_is_left_out_or_ends_with_the_group():
+    ours, theirs = (Connection(end.detach()) for end in socket.socketpair())
+    links, rows = Links([ours]), torch.randn(2, 8, dtype=torch.float32)
+    for number, sent in ((1, rows), (2, None), (3, -rows)):
+        links.send(1, "run", number, StepBatch(*[np.zeros(2, np.int32)] * 7))
+        links.send_rows(1, sent)
+    for number, sent in ((1, rows), (3, -rows)):
+        name, (got, batch) = next_message(theirs)
+        assert (name, got) == ("run", number) and torch.equal(batch.states, sent)
+    links.send(1, "run", 4, StepBatch(*[np.zeros(2, np.int32)] * 7))
+    links.close()
+    assert next_message(theirs) == ("end", [])

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from ...errors import BackendError, RankLostError
 from ..cpu.group import Group
-from .messages import DONE, END, FAILED, READY, receive
+from .messages import DONE, END_BYTES, FAILED, READY, receive
 from .uninterrupted import Uninterrupted
 
 Result = TypeVar("Result")
@@ -177,7 +177,7 @@ def _close(
         if not held:
             group.lose(0)  # ends the step that is running
         elif group.lost is None:
-            group.send(pickle.dumps((END,)))
+            group.send(END_BYTES)
     except RankLostError:
         pass
     finally:

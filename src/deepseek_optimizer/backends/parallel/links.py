@@ -6,7 +6,6 @@ A message is a pickled tuple. Both ends belong to one group, which is started as
 from __future__ import annotations
 
 import os
-import pickle
 import signal
 import socket
 import subprocess
@@ -20,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from ...errors import BackendError, RankLostError
-from .messages import DONE, END, FAILED, READY, packed, receive
+from .messages import DONE, END_BYTES, FAILED, READY, pickled, receive
 from .uninterrupted import Uninterrupted
 
 Result = TypeVar("Result")
@@ -104,7 +103,7 @@ class Links:
         """
         self._check_usable()
         try:
-            self._connections[rank - 1].send_bytes(packed(message))
+            self._connections[rank - 1].send_bytes(pickled(message))
         except OSError:
             self._lose(rank)
 
@@ -226,7 +225,7 @@ def _close(
 
 def _say_end(connection: Connection) -> None:
     try:
-        connection.send_bytes(pickle.dumps((END,)))
+        connection.send_bytes(END_BYTES)
     except OSError:
         pass
     connection.close()  # they also end without a message

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 END = "end"  # the message after which a process ends
+END_BYTES = pickle.dumps((END,))
 READY, DONE, FAILED = "ready", "done", "failed"  # kinds of answers
-UNANSWERED = object()  # the result of a message that has no answer
 
 
 class _Pickler(pickle.Pickler):
@@ -23,7 +23,7 @@ class _Pickler(pickle.Pickler):
         return NotImplemented
 
 
-def packed(message: Any) -> bytes:
+def pickled(message: Any) -> bytes:
     """A message in bytes, tensors by value: the pipe's own `send` would share their memory."""
     file = io.BytesIO()
     _Pickler(file, pickle.HIGHEST_PROTOCOL).dump(message)
@@ -32,7 +32,7 @@ def packed(message: Any) -> bytes:
 
 def answer(pipe: Connection, kind: str, value: Any) -> None:
     """Sends an answer."""
-    pipe.send_bytes(packed((kind, value)))
+    pipe.send_bytes(pickled((kind, value)))
 
 
 def receive(pipe: Connection) -> tuple[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from ...errors import CheckpointChangedError
 from ...graph.ir import Graph
 from ..base import StepBatch
-from .messages import DONE, END, FAILED, UNANSWERED, answer
+from .messages import DONE, END, END_BYTES, FAILED, answer
 from .stages import StageBackend
 
 
@@ -27,18 +27,18 @@ def serve_stage(backend: StageBackend, graph: Graph, link: Connection) -> bool:
     Returns:
         Whether the first process has said so; False: it is gone, or the files of the model have changed.
     """
-    commands = _Commands(backend, graph, link)
+    commands = _Commands(backend, graph)
     try:
         with backend.thread_context():
             while True:
                 try:
-                    name, *arguments = pickle.loads(link.recv_bytes())  # noqa: S301  # from the first process of the group
+                    name, arguments = next_message(link)
                 except (EOFError, OSError):
                     return False
                 if name == END:
                     return True
                 result = getattr(commands, name)(*arguments)
-                if result is not UNANSWERED:
+                if name != "drop_store":
                     answer(link, DONE, result)
     except BaseException as error:
         try:
@@ -50,29 +50,42 @@ def serve_stage(backend: StageBackend, graph: Graph, link: Connection) -> bool:
         return False
 
 
+def next_message(link: Connection) -> tuple[str, list[Any]]:
+    """The name and the arguments of the next message, of a step with its hidden rows. Steps that are not run are left out; if
+    the group ends before the rows come, `END`."""
+    while True:
+        name, *arguments = pickle.loads(link.recv_bytes())  # noqa: S301  # from the first process of the group
+        if name != "run":
+            return name, arguments
+        number, batch = arguments
+        rows = link.recv_bytes()
+        if not rows:
+            continue
+        if rows == END_BYTES:
+            return END, []
+        states = torch.frombuffer(bytearray(rows), dtype=torch.float32).view(len(batch.positions), -1)
+        return name, [number, replace(batch, states=states)]
+
+
 class _Commands:
     """One method per message."""
 
-    def __init__(self, backend: StageBackend, graph: Graph, link: Connection) -> None:
-        self._backend, self._graph, self._link = backend, graph, link
+    def __init__(self, backend: StageBackend, graph: Graph) -> None:
+        self._backend, self._graph = backend, graph
         self._stores: dict[int, Any] = {}
 
     def new_store(self, number: int, kv_dtype: str, num_blocks: int) -> int:
         store = self._stores[number] = self._backend.new_store(self._graph, kv_dtype, num_blocks)
         return int(store.saved_bytes)
 
-    def drop_store(self, number: int) -> object:
+    def drop_store(self, number: int) -> None:
         self._stores.pop(number, None)
-        return UNANSWERED
 
     def store(self, number: int, method: str, arguments: tuple[Any, ...]) -> Any:
         return getattr(self._stores[number], method)(*arguments)
 
-    def run(self, number: int, batch: StepBatch) -> object:
-        """Runs a step, whose hidden rows follow as bytes, none if the step is not run."""
-        plan = self._backend.plan
-        assert plan is not None
-        rows = torch.empty((len(batch.positions), plan.hidden_size), dtype=torch.float32, device="cpu")
-        if self._link.recv_bytes_into(rows.numpy().data.cast("B")) == 0:
-            return UNANSWERED
-        return plan.run(replace(batch, states=rows), self._stores[number]).last_hidden
+    def run(self, number: int, batch: StepBatch) -> torch.Tensor:
+        assert self._backend.plan is not None
+        rows = self._backend.plan.run(batch, self._stores[number]).last_hidden
+        assert rows is not None
+        return rows
