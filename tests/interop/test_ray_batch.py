@@ -61,6 +61,7 @@ def test_two_workers_one_of_which_is_killed(job, tmp_path) -> None:
     children = psutil.Process(process.pid).children(recursive=True)
     workers = [child for child in children if any(part.startswith(_WORKER) for part in child.cmdline())]
     assert len(workers) == 2
+    assert {worker.nice() for worker in workers} == {psutil.Process().nice()}
     workers[0].kill()
     finish(process)
     assert answers.read_bytes() == expected

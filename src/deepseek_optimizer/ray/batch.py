@@ -11,14 +11,15 @@ import base64
 import json
 import logging
 import pickle
-from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Generator
+from contextlib import AsyncExitStack, closing
 from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
 import ray
 import ray.data
+from ray.data.block import BlockAccessor
 
 from ..batch.places import Places
 from ..batch.requests import BatchInput, BatchRequest
@@ -30,6 +31,7 @@ from ..server.loading import load_served_model
 from ..server.served_model import ServedModel
 from ..server.settings import ServerSettings
 from ..system.interpreter import switch_often
+from .start import start
 
 logger = logging.getLogger("deepseek_optimizer.ray")
 _BLOCK = 4  # requests: their answers arrive together
@@ -149,16 +151,16 @@ def run_batch(
     served = replace(served, config={"threads": max(1, int(workers.cpus)), **served.config})
     started = not ray.is_initialized()
     if started:
-        local = workers.address is None  # "local": not a cluster that an environment variable names, or that was started here
-        ray.init("local" if local else workers.address, include_dashboard=False if local else None, log_to_driver=False)
+        start(workers.address, log_to_driver=False)
     try:
         _check_resources(workers)
-        for row in _answers(served, settings, workers, replace(job, requests=(), written=results.written), rows):
-            if row["error"]:
-                raise pickle.loads(base64.b64decode(row["error"]))
-            if row["index"] not in results.done:  # a worker that died may have answered it already
-                results.add(int(row["index"]), json.loads(row["line"]))
-                progress(len(results.done), len(job.requests))
+        with closing(_answers(served, settings, workers, replace(job, requests=(), written=results.written), rows)) as answers:
+            for row in answers:
+                if row["error"]:
+                    raise pickle.loads(base64.b64decode(row["error"]))
+                if row["index"] not in results.done:  # a worker that died may have answered it already
+                    results.add(int(row["index"]), json.loads(row["line"]))
+                    progress(len(results.done), len(job.requests))
     finally:
         if started:
             ray.shutdown()
@@ -166,8 +168,12 @@ def run_batch(
 
 def _answers(
     served: ServedModel, settings: ServerSettings, workers: Workers, job: BatchInput, rows: list[dict[str, Any]]
-) -> Iterator[dict[str, Any]]:
-    """The rows of `Answerer`, in the order in which they are ready."""
+) -> Generator[dict[str, Any], None, None]:
+    """The rows of `Answerer`, in the order in which they are ready.
+
+    Blocks are read in this thread. `Dataset.iter_rows` reads them in others, which go on for a moment after an error has ended
+    the loop, and one that uses Ray after it has been shut down ends the process.
+    """
     at_once = -(-workers.at_once // _BLOCK)  # blocks that a worker answers together
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False  # the job has one
@@ -182,7 +188,9 @@ def _answers(
             num_cpus=workers.cpus,
             num_gpus=workers.gpus,
         )
-        yield from answers.iter_rows()
+        for bundle in answers.iter_internal_ref_bundles():
+            for reference in bundle.block_refs:
+                yield from BlockAccessor.for_block(ray.get(reference)).iter_rows(public_row_format=True)
 
 
 def _check_resources(workers: Workers) -> None:

@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .proxy import CALLBACK, IMPORT_PATH
+from .start import start
 
 _NAME = "dso"  # of the application
 _LOOK_SECONDS = 0.2  # between two looks at what was asked for, and at replicas that are being replaced
-_ENVIRONMENT = {
-    CALLBACK: IMPORT_PATH,
-    # Ray's workers have a niceness of 15, so that on a busy machine a replica would wait for everything else.
-    "RAY_worker_niceness": "0",
-    # Seconds: the proxy imports this package, which takes longer than Ray expects on a busy machine.
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "180",
-    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
-}
-
-
-def set_up_environment() -> None:
-    """Sets what Ray's processes read when they start, unless it is set. Only a Ray that this process starts sees it."""
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
 
 
 def serve_until_stopped(
@@ -47,14 +32,11 @@ def serve_until_stopped(
         banner: called when all replicas are ready.
         note: called with what happens to the replicas later.
     """
-    if address is None:
-        set_up_environment()
+    asked = _Asked()
+    start(address)
     import ray
     from ray import serve
 
-    asked = _Asked()
-    # "local": not a cluster that an environment variable names, or that somebody started on this machine
-    ray.init(address or "local", include_dashboard=False if address is None else None)
     asked.listen()  # after ray.init, which installs handlers that end the process at once
     try:
         listen = {"host": host, "port": port}
