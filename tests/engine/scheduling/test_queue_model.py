@@ -9,8 +9,8 @@ from deepseek_optimizer.engine.scheduling import queue_model
 from deepseek_optimizer.engine.scheduling.batch_size import BatchSize
 from deepseek_optimizer.engine.scheduling.budget import PromptBudget
 from deepseek_optimizer.engine.scheduling.learned_policy import arms_around
-from deepseek_optimizer.engine.scheduling.policy import FixedPolicy, StepLimits, limits_of
-from deepseek_optimizer.engine.scheduling.queue_model import ModelledRequest, QueueModel
+from deepseek_optimizer.engine.scheduling.policy import FixedPolicy, Served, StepLimits, limits_of
+from deepseek_optimizer.engine.scheduling.queue_model import QueueModel
 from deepseek_optimizer.engine.scheduling.step_times import StepTimes
 from deepseek_optimizer.tune.simulated_traces import bursty
 from deepseek_optimizer.tune.simulation import Machine, simulate
@@ -37,7 +37,7 @@ def model(limits: StepLimits = OWN) -> QueueModel:
 def test_one_request_by_hand():
     """A prompt of 1,000 tokens takes two steps of at most 512, and three more tokens a step each."""
     made = model()
-    made.add(ModelledRequest(1.0, 1000, 3))
+    made.add(1.0, Served(0, 1000, 3))
     assert made.run(100.0, 50) > 0
     assert made.waited == pytest.approx(2 * STEP + 1000 * PROMPT + 3 * (STEP + ROW)) == made.busy
     assert made.now == 100.0
@@ -47,7 +47,7 @@ def test_it_stops_when_it_is_told_and_goes_on():
     whole, parts = model(), model()
     for made in (whole, parts):
         for n in range(5):
-            made.add(ModelledRequest(0.1 * n, 100 + n, 30))
+            made.add(0.1 * n, Served(0, 100 + n, 30))
     whole.run(100.0, 1000)
     assert parts.run(100.0, 1) == 0 and parts.now < 100.0
     now = 0.0
@@ -61,7 +61,7 @@ def test_it_stops_when_it_is_told_and_goes_on():
 def test_a_batch_of_one_serves_one_after_the_other():
     made = model(StepLimits(1, 512, None))
     for _ in range(3):
-        made.add(ModelledRequest(0.0, 100, 9))
+        made.add(0.0, Served(0, 100, 9))
     made.run(100.0, 1000)
     each = STEP + 100 * PROMPT + 9 * (STEP + ROW)
     assert made.busy == pytest.approx(3 * each) and made.waited == pytest.approx((1 + 2 + 3) * each)
@@ -70,8 +70,8 @@ def test_a_batch_of_one_serves_one_after_the_other():
 def test_a_prompt_waits_for_blocks_that_another_one_is_computing():
     def waited(prefix):
         made = model(StepLimits(32, 512, None))
-        made.add(ModelledRequest(0.0, 2048, 0, keys=[b"a", b"b"]))
-        made.add(ModelledRequest(0.1, 8, 0, prefix=prefix))
+        made.add(0.0, Served(0, 2048, 0, keys=[b"a", b"b"]))
+        made.add(0.1, Served(0, 8, 0, prefix=prefix))
         made.run(100.0, 1000)
         return made.waited
 
@@ -83,8 +83,8 @@ def test_a_prompt_waits_for_blocks_that_another_one_is_computing():
 def test_limits_change_from_now_on():
     made = model()
     made.limit(StepLimits(1, 512, None))
-    made.add(ModelledRequest(0.0, 10, 5))
-    made.add(ModelledRequest(0.0, 10, 5))
+    made.add(0.0, Served(0, 10, 5))
+    made.add(0.0, Served(0, 10, 5))
     made.run(STEP + 10 * PROMPT, 1)
     made.limit(OWN)
     made.run(100.0, 1000)
@@ -95,7 +95,7 @@ def test_it_holds_a_bounded_number_of_requests(monkeypatch):
     monkeypatch.setattr(queue_model, "_MOST", 10)
     made = model()
     for _ in range(50):
-        made.add(ModelledRequest(0.0, 1, 0))
+        made.add(0.0, Served(0, 1, 0))
     made.run(1e6, 1000)
     assert made.waited == pytest.approx(10 * (STEP + 10 * PROMPT))
 
@@ -106,7 +106,7 @@ def test_it_predicts_what_the_engine_does(limits):
     found = simulate(trace, EngineOptions(stall=2.5), Machine(STEP, ROW, PROMPT, context=0.0), FixedPolicy(limits))
     made = model(limits)
     for request in trace:
-        made.add(ModelledRequest(request.at, request.prompt_tokens, request.new_tokens - 1))
+        made.add(request.at, Served(0, request.prompt_tokens, request.new_tokens - 1))
     assert made.run(1e6, 100_000) > 0
     assert limits_of(EngineOptions(stall=2.5)) == OWN
     assert made.waited / len(trace) == pytest.approx(found.latency_s, rel=0.02)

@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from .arm_values import ArmValues
 from .credit import Credit
 from .policy import Served, StepLimits
-from .queue_model import ModelledRequest, QueueModel, work
+from .queue_model import QueueModel, work
 from .step_times import StepTimes
 
 GOALS = ("latency", "throughput")
@@ -149,7 +149,7 @@ class LearnedPolicy:
         while self._served and self._served[0][0] <= until:
             arrived, _, request = heapq.heappop(self._served)
             for model in self._models:
-                model.add(ModelledRequest(arrived, request.prompt, request.rounds, request.rows, request.prefix, request.keys))
+                model.add(arrived, request)
         events = [_EVENTS] * len(self._models)
         while True:
             ends = bool(self._ended) and self._ended[0].end <= until

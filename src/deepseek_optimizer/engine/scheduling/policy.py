@@ -39,7 +39,7 @@ class Served:
     Attributes:
         number: identifies the request.
         prompt: tokens of its prompt that were not in the prefix cache.
-        rounds: decode steps of its answer.
+        rounds: decode steps of its answer after the step that completed the prompt.
         rows: mean number of rows in each of these: 1, and drafts.
         prefix: key of the last block of its prompt that was in the prefix cache; None: there was none.
         keys: of the other whole blocks of its prompt.

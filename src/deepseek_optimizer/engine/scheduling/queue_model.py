@@ -10,14 +10,13 @@ that do the same are computed together, so that a request costs a few events. Do
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil
 
 from ...cache.prefix_cache import Key
 from .batch_size import BatchSize
 from .budget import PromptBudget
-from .policy import StepLimits
+from .policy import Served, StepLimits
 from .step_times import StepTimes
 
 _REFRESHED = 64  # calls of `run` after which step times are looked up again
@@ -26,24 +25,13 @@ _MOST = 1024  # requests that a model holds; more are answered at once
 
 
 @dataclass
-class ModelledRequest:
-    """A request in a model.
-
-    Attributes:
-        arrived: time of its arrival.
-        prompt: tokens of its prompt that are to be processed, without those in the prefix cache.
-        rounds: steps of its answer after the one that completes the prompt.
-        rows: mean number of rows of each of these, with drafts.
-        prefix: key of the last block of its prompt that was in the prefix cache; None: there was none.
-        keys: of the other whole blocks of its prompt.
-    """
+class _Modelled:
+    """A request in a model: when it arrived, what it takes in all, and what is left of its prompt and of its answer's steps."""
 
     arrived: float
+    request: Served
     prompt: int
     rounds: int
-    rows: float = 1.0
-    prefix: Key | None = None
-    keys: Sequence[Key] = ()
 
 
 def work(times: StepTimes, prompt: int, answers: int) -> float:
@@ -73,9 +61,9 @@ class QueueModel:
     def __init__(self, batch: BatchSize, budget: PromptBudget, times: StepTimes) -> None:
         self.now = self.busy = self.done = 0.0
         self._batch, self._budget, self._times = batch, budget, times
-        self._coming: deque[ModelledRequest] = deque()
-        self._waiting: list[ModelledRequest] = []
-        self._running: list[ModelledRequest] = []
+        self._coming: deque[_Modelled] = deque()
+        self._waiting: list[_Modelled] = []
+        self._running: list[_Modelled] = []
         self._filling: set[Key] = set()  # blocks of prompts that are being computed
         self._ended = 0.0  # seconds of all requests that have ended
         self._runs, self._size = 0, 1
@@ -83,10 +71,10 @@ class QueueModel:
         self._plain: dict[int, float] = {}
         self._each = 0.0
 
-    def add(self, request: ModelledRequest) -> None:
-        """Adds a copy of a request. Requests are added in the order of their arrival, and before the model runs past it."""
+    def add(self, arrived: float, request: Served) -> None:
+        """Adds a request. Requests are added in the order of their arrival, and before the model runs past it."""
         if len(self._coming) + len(self._waiting) < _MOST:
-            self._coming.append(replace(request))
+            self._coming.append(_Modelled(arrived, request, request.prompt, request.rounds))
 
     def run(self, until: float, events: int) -> int:
         """Serves requests until a time; a step may end a little later.
@@ -128,7 +116,7 @@ class QueueModel:
         """Computes steps up to the next one that does something else."""
         self._admit()
         decoding = [r for r in self._running if r.prompt <= 0]
-        rows = round(sum(r.rows for r in decoding))
+        rows = round(sum(r.request.rows for r in decoding))
         chunks = self._chunks(rows)
         seconds = self._seconds(rows, sum(count for _, count in chunks))
         if len(self._running) < self._size and self._coming:
@@ -143,7 +131,7 @@ class QueueModel:
         for r, tokens in chunks:
             r.prompt -= count * tokens
             if r.prompt <= 0:
-                self._filling.difference_update(r.keys)
+                self._filling.difference_update(r.request.keys)
         ended = [r for r in self._running if r.prompt <= 0 and r.rounds <= 0]
         if ended:
             self._ended += sum(self.now - r.arrived for r in ended)
@@ -154,13 +142,13 @@ class QueueModel:
             self._waiting.append(self._coming.popleft())
         place = 0
         while place < len(self._waiting) and len(self._running) < self._size:
-            if self._waiting[place].prefix in self._filling:
+            if self._waiting[place].request.prefix in self._filling:
                 place += 1
                 continue
             self._running.append(self._waiting.pop(place))
-            self._filling.update(self._running[-1].keys)
+            self._filling.update(self._running[-1].request.keys)
 
-    def _chunks(self, rows: int) -> list[tuple[ModelledRequest, int]]:
+    def _chunks(self, rows: int) -> list[tuple[_Modelled, int]]:
         """Returns the prompt tokens of a step: half of the room is the shortest prompt's, the rest in order."""
         filling = [r for r in self._running if r.prompt > 0]
         if not filling:
