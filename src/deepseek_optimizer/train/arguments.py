@@ -11,6 +11,7 @@ from transformers import TrainingArguments as PlainArguments
 
 from ..errors import ConfigError
 from ..integration.training.trainer import optimizer_names
+from . import process_group
 from .quantization import check_format
 
 ADAMW_DEEPSEEK: Final = "adamw_deepseek"
@@ -107,6 +108,7 @@ class DeepSeekTrainingArguments(PlainArguments):
         optim, bf16 = self.optim, self.bf16
         # Transformers rejects this optimizer name, takes bf16 for autocast, and rejects that on a CPU without use_cpu.
         self.optim, self.bf16 = "adamw_torch" if optim == ADAMW_DEEPSEEK else optim, False
+        process_group.create(self.ddp_backend, self.ddp_timeout, on_cpu=self.use_cpu)
         try:
             super().__post_init__()
         finally:
