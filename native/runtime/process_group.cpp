@@ -19,6 +19,9 @@ namespace {
 constexpr int32_t kMostRanks = 64;
 constexpr int64_t kRingBytes = 1 << 20;
 constexpr double kLookAfter = 0.2;  // seconds between two looks whether the parent is still there
+// How long an exchange spins at most. Processes have fixed shares of a stage's work, so they arrive farther apart than the
+// threads of a pool.
+constexpr double kExchangeSpinSeconds = 300e-6;
 
 struct alignas(64) Counter {
   std::atomic<uint64_t> value{0};
@@ -42,6 +45,7 @@ ProcessGroup::ProcessGroup(int fd, int32_t rank, int32_t ranks)
       rank_(rank),
       ranks_(ranks),
       spin_ticks_(spin_ticks(kSpinSeconds)),
+      most_exchange_spin_ticks_(spin_ticks(kExchangeSpinSeconds)),
       head_bytes_(round_up(int64_t(sizeof(Shared)), page_bytes())) {
   if (ranks < 1 || ranks > kMostRanks || rank < 0 || rank >= ranks) {
     if (fd_ >= 0) close_file(fd_);
@@ -93,11 +97,16 @@ void ProcessGroup::arrived() {
 }
 
 template <class Ready>
-bool ProcessGroup::wait(const Ready& ready) {
-  for (const uint64_t start = ticks(); ticks() - start < spin_ticks_;) {
+bool ProcessGroup::spin(uint64_t longest, const Ready& ready) {
+  for (const uint64_t start = ticks(); ticks() - start < longest;) {
     if (ready()) return true;
     relax();
   }
+  return false;
+}
+
+template <class Ready>
+bool ProcessGroup::sleep(const Ready& ready) {
   for (;;) {
     // As in Team::wait: either the other process sees this sleeper, or the futex sees the change.
     const uint32_t changes = shared_->changes.load();
@@ -108,6 +117,11 @@ bool ProcessGroup::wait(const Ready& ready) {
     shared_->sleepers.fetch_sub(1);
     if (rank_ > 0 && parent_process() != shared_->leader.load()) lose(0);
   }
+}
+
+template <class Ready>
+bool ProcessGroup::wait(const Ready& ready) {
+  return spin(spin_ticks_, ready) || sleep(ready);
 }
 
 void ProcessGroup::send(const uint8_t* data, int64_t bytes) {
@@ -162,8 +176,16 @@ uint8_t* ProcessGroup::part(int32_t rank) const { return regions_ + (int64_t(exc
 void ProcessGroup::exchange() {
   shared_->arrived[rank_].value.store(exchanges_);
   arrived();
-  for (int32_t r = 0; r < ranks_; ++r)
-    if (!wait([&] { return shared_->arrived[r].value.load() >= exchanges_; })) return;
+  for (int32_t r = 0; r < ranks_; ++r) {
+    const auto there = [&] { return shared_->arrived[r].value.load() >= exchanges_; };
+    // Less and less while it is in vain: with fewer cores than processes, the one that is waited for needs this core.
+    if (spin(exchange_spin_ticks_, there)) {
+      exchange_spin_ticks_ = std::min(exchange_spin_ticks_ + exchange_spin_ticks_ / 8, most_exchange_spin_ticks_);
+    } else {
+      exchange_spin_ticks_ = std::max(exchange_spin_ticks_ / 2, spin_ticks_);
+      if (!sleep(there)) return;
+    }
+  }
 }
 
 }  // namespace dso

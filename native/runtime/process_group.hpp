@@ -39,13 +39,18 @@ class ProcessGroup {
  private:
   struct Shared;
   template <class Ready>
-  bool wait(const Ready& ready);  // false: a process is lost
+  bool spin(uint64_t longest, const Ready& ready);  // for so many ticks; false: in vain
+  template <class Ready>
+  bool sleep(const Ready& ready);  // false: a process is lost
+  template <class Ready>
+  bool wait(const Ready& ready);  // spins, then sleeps; false: a process is lost
   void arrived();                 // wakes those that wait
   uint8_t* map(int64_t offset, int64_t bytes) const;
 
   const int fd_;
   const int32_t rank_, ranks_;
-  const uint64_t spin_ticks_;
+  const uint64_t spin_ticks_, most_exchange_spin_ticks_;
+  uint64_t exchange_spin_ticks_ = most_exchange_spin_ticks_;
   const int64_t head_bytes_;  // of the counters, in whole pages
   Shared* shared_ = nullptr;
   uint8_t* ring_ = nullptr;
