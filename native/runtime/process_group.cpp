@@ -176,15 +176,17 @@ uint8_t* ProcessGroup::part(int32_t rank) const { return regions_ + (int64_t(exc
 void ProcessGroup::exchange() {
   shared_->arrived[rank_].value.store(exchanges_);
   arrived();
-  for (int32_t r = 0; r < ranks_; ++r) {
-    const auto there = [&] { return shared_->arrived[r].value.load() >= exchanges_; };
-    // Less and less while it is in vain: with fewer cores than processes, the one that is waited for needs this core.
-    if (spin(exchange_spin_ticks_, there)) {
-      exchange_spin_ticks_ = std::min(exchange_spin_ticks_ + exchange_spin_ticks_ / 8, most_exchange_spin_ticks_);
-    } else {
-      exchange_spin_ticks_ = std::max(exchange_spin_ticks_ / 2, spin_ticks_);
-      if (!sleep(there)) return;
-    }
+  int32_t there = 0;  // ranks below have arrived
+  const auto all = [&] {
+    while (there < ranks_ && shared_->arrived[there].value.load() >= exchanges_) ++there;
+    return there == ranks_;
+  };
+  // Less and less while it is in vain: with fewer cores than processes, the one that is waited for needs this core.
+  if (spin(exchange_spin_ticks_, all)) {
+    exchange_spin_ticks_ = std::min(exchange_spin_ticks_ + exchange_spin_ticks_ / 8, most_exchange_spin_ticks_);
+  } else {
+    exchange_spin_ticks_ = std::max(exchange_spin_ticks_ / 2, spin_ticks_);
+    sleep(all);
   }
 }
 
