@@ -105,10 +105,10 @@ class DeepSeekTrainingArguments(PlainArguments):
     def __post_init__(self) -> None:
         self._check_values()
         self._check_agreement()
+        process_group.create(self.ddp_backend, self.ddp_timeout, on_cpu=self.use_cpu)
         optim, bf16 = self.optim, self.bf16
         # Transformers rejects this optimizer name, takes bf16 for autocast, and rejects that on a CPU without use_cpu.
         self.optim, self.bf16 = "adamw_torch" if optim == ADAMW_DEEPSEEK else optim, False
-        process_group.create(self.ddp_backend, self.ddp_timeout, on_cpu=self.use_cpu)
         try:
             super().__post_init__()
         finally:
