@@ -35,6 +35,14 @@ def test_outliers_are_ignored():
     assert t.decode(1) < 1.3
 
 
+def test_an_outlier_that_comes_first_is_forgotten_with_the_second_measurement():
+    t = times(30.0, 0.0, rows=(1,))
+    t.add(1.0, 1, 0)
+    assert t.decode(1) == 1.0
+    t.add(2.0, 1, 0)
+    assert t.decode(1) == pytest.approx(1.2)  # from then on a moving average
+
+
 def test_prompt_tokens_are_limited_by_the_stall():
     budget = PromptBudget(512, 3.0, times(2.0, 0.5, prompt=0.1))
     assert budget.tokens(4) == pytest.approx(2 * 4.0 / 0.1, abs=1)

@@ -9,12 +9,14 @@ _MEMORY = 512  # steps after which a measurement that was not repeated is discar
 class StepTimes:
     """Exponential moving averages of step times.
 
-    Disturbances only make steps slower, so a sample counts as at most twice the mean.
+    Disturbances only make steps slower, so a sample counts as at most twice the mean, and the mean of the first two is the
+    smaller one.
     """
 
     def __init__(self) -> None:
         self._decode: dict[int, float] = {}
         self._seen: dict[int, int] = {}  # step of the latest measurement, by number of rows
+        self._once: set[int] = set()  # numbers of rows that were measured once
         self._steps = 0
         self._prompt: float | None = None
 
@@ -29,7 +31,7 @@ class StepTimes:
         self._steps += 1
         if prompt == 0:
             if rows:
-                self._decode[rows] = _mixed(self._decode.get(rows), seconds)
+                self._decode[rows] = self._mean(rows, seconds)
                 self._seen[rows] = self._steps
                 self._forget()
             return
@@ -37,9 +39,20 @@ class StepTimes:
         plain = (self.decode(rows) or 0.0) if rows else line[0]
         self._prompt = _mixed(self._prompt, max(seconds - plain, seconds * 0.1) / prompt)
 
+    def _mean(self, rows: int, seconds: float) -> float:
+        """The mean of a number of rows with a further measurement."""
+        mean = self._decode.get(rows)
+        if mean is None:
+            self._once.add(rows)
+        elif rows in self._once:
+            self._once.remove(rows)
+            return min(mean, seconds)
+        return _mixed(mean, seconds)
+
     def _forget(self) -> None:
         for rows in [n for n, when in self._seen.items() if self._steps - when > _MEMORY]:
             del self._seen[rows], self._decode[rows]
+            self._once.discard(rows)
 
     @property
     def prompt(self) -> float | None:
