@@ -93,7 +93,6 @@ def test_drafts_of_an_mtp_layer(models, monkeypatch):
     assert texts[0] == texts[1] == models[0].generate(ids, max_new_tokens=20, do_sample=False).tolist()
 
 
-@pytest.mark.wide
 @pytest.mark.parametrize("parallel", [{"expert": 2}, {"tensor": 2}], ids=["expert", "tensor"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("family", CONFIGS)

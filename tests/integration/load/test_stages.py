@@ -119,7 +119,6 @@ def test_what_it_cannot_do(models):
     assert divided(ids).logits.isfinite().all()
 
 
-@pytest.mark.wide
 @pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
 @pytest.mark.parametrize("family", ["qwen2", "deepseek_v3"])
 def test_weight_formats(family, precision, tmp_path):
