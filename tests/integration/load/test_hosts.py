@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing.connection import Connection
 
@@ -109,7 +110,7 @@ def test_over_two_network_namespaces(saved, expected, namespaces):
 
 
 def test_both_sides_prove_that_they_know_the_key():
-    first = Place(0, 2, "127.0.0.1", free_port(), KEY.encode(), "0", hosted=False)
+    first = Place(0, 2, "127.0.0.1", free_port(), KEY.encode(), hosted=False)
     second, links = replace(first, rank=1), []
     stranger = replace(second, key=b"another secret, of others")
     accepting = threading.Thread(target=lambda: links.extend(first.accept()))
@@ -122,6 +123,21 @@ def test_both_sides_prove_that_they_know_the_key():
     assert link.recv_bytes() == b"welcome"
 
 
+def test_processes_that_torchrun_has_restarted_meet_anew():
+    """torchrun's store still has the port of a process that has ended."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    first = Place(0, 2, "127.0.0.1", store.port, KEY.encode(), hosted=True)
+    second = replace(first, rank=1)
+    for attempt in range(3):
+        with ThreadPoolExecutor(1) as pool:
+            accepting = pool.submit(first.accept)
+            link = second.connect()
+            (accepted,) = accepting.result(timeout=60)
+        accepted.send(attempt)
+        assert link.recv() == attempt
+        link.close()
+
+
 def test_connections_that_say_nothing_delay_nobody(monkeypatch):
     """Rank 0 waits 10 s for each of them, but for all at once; what is no challenge is refused."""
     servers, create = [], socket.create_server
@@ -130,7 +146,7 @@ def test_connections_that_say_nothing_delay_nobody(monkeypatch):
         servers.append(create(*arguments, **options))
         return servers[-1]
 
-    first = Place(0, 2, "127.0.0.1", free_port(), KEY.encode(), "0", hosted=False)
+    first = Place(0, 2, "127.0.0.1", free_port(), KEY.encode(), hosted=False)
     monkeypatch.setattr(rendezvous.socket, "create_server", remembered)
     links, accepting = [], threading.Thread(target=lambda: links.extend(first.accept()))
     accepting.start()
@@ -150,7 +166,7 @@ def test_connections_that_say_nothing_delay_nobody(monkeypatch):
 
 
 def test_a_rank_that_connects_again_replaces_its_first_connection():
-    first = Place(0, 3, "127.0.0.1", free_port(), KEY.encode(), "0", hosted=False)
+    first = Place(0, 3, "127.0.0.1", free_port(), KEY.encode(), hosted=False)
     second, links = replace(first, rank=1), []
     accepting = threading.Thread(target=lambda: links.extend(first.accept()))
     accepting.start()
@@ -168,7 +184,7 @@ def test_a_rank_that_connects_again_replaces_its_first_connection():
 def test_a_rank_that_does_not_come(monkeypatch):
     monkeypatch.setattr(rendezvous, "PATIENCE", 1.0)
     with pytest.raises(BackendError, match="rank 1, 2 has not connected within 1 seconds"):
-        Place(0, 3, "127.0.0.1", free_port(), KEY.encode(), "0", hosted=False).accept()
+        Place(0, 3, "127.0.0.1", free_port(), KEY.encode(), hosted=False).accept()
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,9 @@ from multiprocessing.connection import Connection, answer_challenge, deliver_cha
 from typing import Any
 
 from ...errors import BackendError, ConfigError
+from ...system.attempt_store import store_of_attempt
 
+_PORT = "dso/port"  # the key of process 0's port
 PATIENCE = 600.0  # seconds until all processes have connected
 _HANDSHAKE = 10  # seconds
 _LOOK = 0.05  # seconds between looks for processes that have proved who they are
@@ -36,8 +38,7 @@ class Place:
         rank, ranks: its number, and how many there are.
         address, port: of process 0, for the rendezvous.
         key: the secret that all processes know.
-        attempt: how often the processes were started anew.
-        hosted: whether torchrun keeps the store of the rendezvous.
+        hosted: whether torchrun keeps the store of the rendezvous, also while it restarts processes.
     """
 
     rank: int
@@ -45,7 +46,6 @@ class Place:
     address: str
     port: int
     key: bytes
-    attempt: str
     hosted: bool
 
     @classmethod
@@ -74,8 +74,7 @@ class Place:
                 "anybody who reaches their ports could run code there"
             )
         hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return cls(rank, ranks, found["MASTER_ADDR"], port, key.encode(), attempt, hosted)
+        return cls(rank, ranks, found["MASTER_ADDR"], port, key.encode(), hosted)
 
     def accept(self) -> list[Connection]:
         """Connections to ranks 1 and higher; of rank 0.
@@ -86,7 +85,7 @@ class Place:
         try:
             with socket.create_server((_bound(self.address), 0), family=_family(self.address)) as server:
                 store = self._store()
-                store.set(self._name, str(server.getsockname()[1]))
+                store.set(_PORT, str(server.getsockname()[1]))
                 found = self._meet(server)
         except (OSError, RuntimeError) as error:
             raise BackendError(f"several machines: rank 0 at {self.address} cannot meet the others: {error}") from error
@@ -100,7 +99,7 @@ class Place:
             BackendError: it cannot be reached in time, or has another key.
         """
         try:
-            port = int(self._store().get(self._name))
+            port = int(self._store().get(_PORT))
             connected = socket.create_connection((self.address, port), timeout=_HANDSHAKE)
             link = _link(connected, int(PATIENCE))  # rank 0 may have other things to do first
             answer_challenge(link, self.key)
@@ -113,15 +112,12 @@ class Place:
             ) from error
         return _patient(link)
 
-    @property
-    def _name(self) -> str:
-        return f"dso/{self.attempt}/port"
-
     def _store(self) -> Any:
         from torch.distributed import TCPStore
 
         own = self.rank == 0 and not self.hosted
-        return TCPStore(self.address, self.port, is_master=own, timeout=timedelta(seconds=PATIENCE), wait_for_workers=False)
+        store = TCPStore(self.address, self.port, is_master=own, timeout=timedelta(seconds=PATIENCE), wait_for_workers=False)
+        return store_of_attempt(store, self.rank, self.ranks, PATIENCE) if self.hosted else store
 
     def _meet(self, server: socket.socket) -> dict[int, Connection]:
         """The connections to all other ranks. Each is welcomed in a thread of its own: others may say nothing."""
