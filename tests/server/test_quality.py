@@ -48,6 +48,37 @@ def test_streams_say_it_in_their_usage(served):
     assert lines[-1] == "[DONE]" and json.loads(lines[-2])["usage"]["quality"] == "balanced"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("protocol", ["responses", "messages", "ollama chat", "ollama generate", "tgi", "llama.cpp"])
+def test_other_protocols(served, protocol, stream):
+    chat, wanted = [{"role": "user", "content": "Hello"}], {"quality": "fast"}
+    path, body, where = {
+        "responses": ("/v1/responses", {"input": "Hello", "max_output_tokens": 16, **wanted}, "usage.quality"),
+        "messages": ("/v1/messages", {"messages": chat, "max_tokens": 3, **wanted}, "usage.quality"),
+        "ollama chat": ("/api/chat", {"messages": chat, "options": {"num_predict": 3, **wanted}}, "quality"),
+        "ollama generate": ("/api/generate", {"prompt": "Hello", "options": {"num_predict": 3, **wanted}}, "quality"),
+        "tgi": ("/generate", {"inputs": "Hello", "parameters": {"details": True, **wanted}}, "details.quality"),
+        "llama.cpp": ("/completion", {"prompt": "Hello", "n_predict": 3, **wanted}, "quality"),
+    }[protocol]
+    if protocol == "tgi" and stream:
+        path = "/generate_stream"
+    elif protocol != "tgi":
+        body["stream"] = stream
+    answer = served.client.post(path, json=body)
+    assert answer.status_code == 200, answer.text
+    lines = [line.removeprefix("data:") for line in answer.text.splitlines() if line and not line.startswith("event:")]
+    objects = [json.loads(line) for line in lines if line.strip() != "[DONE]"]
+    if protocol == "responses":
+        objects = [one.get("response", one) for one in objects]
+    assert {value for one in objects if (value := _at(one, where.split("."))) is not None} == {"fast"}
+
+
+def _at(value, path):
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
 def test_a_busy_engine_lowers_what_allows_it_and_says_so(served):
     """Started requests have exact weights; once the engine is busy, the next one that allows it has not."""
     lowering = served.engine.core.lowering

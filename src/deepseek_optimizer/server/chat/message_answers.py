@@ -122,11 +122,13 @@ class MessageCollector:
     def usage(self) -> dict[str, Any]:
         usage = self._tally.usage()
         cached = usage["prompt_tokens_details"]["cached_tokens"]
+        quality = {"quality": usage["quality"]} if "quality" in usage else {}
         return {
             "input_tokens": usage["prompt_tokens"] - cached,
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": cached,
             "output_tokens": usage["completion_tokens"],
+            **quality,
         }
 
 

@@ -147,6 +147,7 @@ class NativeAnswers:
             "stop_type": kind,
             "stopping_word": stop if isinstance(stop, str) else "",
             "timings": native_timings(end, times.prompt, times.answer),
+            **({} if end.quality is None else {"quality": end.quality}),
         }
 
     def _settings(self) -> dict[str, Any]:

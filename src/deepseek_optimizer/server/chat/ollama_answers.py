@@ -89,6 +89,7 @@ class OllamaWriter:
             "prompt_eval_duration": nanoseconds(times.prompt),
             "eval_count": last.completion_tokens if last else 0,
             "eval_duration": nanoseconds(times.answer),
+            **({"quality": last.quality} if last and last.quality is not None else {}),
         }
 
     def _line(self, value: dict[str, Any]) -> bytes:

@@ -75,5 +75,6 @@ class TgiAnswer:
         last = self._last
         assert last is not None
         reason = "length" if last.finish == "length" else "stop_sequence" if last.stop_reason is not None else "eos_token"
+        quality = {} if last.quality is None else {"quality": last.quality}
         return {"finish_reason": reason, "generated_tokens": last.completion_tokens, "input_length": last.prompt_tokens,
-                "seed": self._seed}  # fmt: skip
+                "seed": self._seed, **quality}  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator
 
+from ...backends.qualities import Quality
 from .base import TOKEN_ID, Body, ModelName, ResponseModel, parse
 from .chat import _Scalar
 from .completions import MAX_PROMPTS, CompletionRequest
@@ -139,6 +140,7 @@ class NativeCompletion(ResponseModel):
     stopping_word: str
     timings: NativeTimings
     completion_probabilities: list[dict[str, Any]] | None = None
+    quality: Quality | None = None
 
 
 def completion_request(body: _Generation, tokens_of: Mapping[str, list[int]], eos: frozenset[int]) -> CompletionRequest:

@@ -1,5 +1,4 @@
-"""What an answer reports besides its text: log probabilities of the prompt and token ids, under vLLM's names; and how it is
-computed."""
+"""What an answer reports besides its text: log probabilities of the prompt and token ids, under vLLM's names."""
 
 from __future__ import annotations
 
@@ -7,13 +6,12 @@ from typing import Annotated
 
 from pydantic import Field
 
-from ...backends.qualities import Quality
 from ...engine.request import MAX_LOGPROBS
 from .base import Body, ResponseModel
 
 
 class Reports(Body):
-    """vLLM's fields for evaluation, the salt of the caches, and the precision of the weights."""
+    """vLLM's fields for evaluation, and the salt of the caches."""
 
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(
         None, description="Number of most likely tokens to report for each prompt token. Not available with stream."
@@ -22,15 +20,6 @@ class Reports(Body):
     return_tokens_as_token_ids: bool | None = Field(None, description="In log probabilities, write tokens as token_id:ID.")
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
         None, description="Only requests with the same salt, and the same API key, share cached prefixes and pictures."
-    )
-    quality: Quality | None = Field(
-        None,
-        description="Precision of the weights, if the model was loaded with precision int8_nested: exact reads all bits, fast "
-        "the upper 4 of 8, balanced these in feed-forward networks while it generates. Default: exact. `usage.quality` says "
-        "which was used.",
-    )
-    min_quality: Quality | None = Field(
-        None, description="The lowest quality that the request may be computed at while others wait. Default: `quality`."
     )
 
 

@@ -6,8 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, TypeAdapter, field_validator, model_validator
 
+from ...backends.qualities import Quality
 from ...engine.request import MAX_LOGPROBS
 from .base import Body, Ignored, IgnoredFields, ModelName, ResponseModel
+from .by_quality import ByQuality
 from .chat import Effort, _Scalar
 from .messages import _Name, only_text
 from .sampling import MaxTokens, Priority, Seed
@@ -194,7 +196,7 @@ _Input = (
 )
 
 
-class ResponsesRequest(IgnoredFields, Telemetry):
+class ResponsesRequest(IgnoredFields, ByQuality, Telemetry):
     """A conversation to continue: `input`, after that of a stored response."""
 
     model: ModelName = None
@@ -258,6 +260,7 @@ class ResponseUsage(ResponseModel):
     output_tokens: int
     output_tokens_details: OutputTokensDetails
     total_tokens: int
+    quality: Quality | None = None
 
 
 class IncompleteDetails(ResponseModel):

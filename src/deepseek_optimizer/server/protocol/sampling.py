@@ -20,6 +20,7 @@ from ...engine.request import (
 from ..http.problems import ApiError
 from ..settings import MAX_PRIORITY
 from .base import TOKEN_ID
+from .by_quality import ByQuality
 from .reports import Reports
 from .samplers import Samplers
 from .telemetry import Telemetry
@@ -46,7 +47,7 @@ _Penalty = Annotated[float, Field(ge=-2, le=2)]
 _N = TypeAdapter[int | None](Annotated[int, Field(ge=1, le=MAX_N)] | None)
 
 
-class Sampling(Samplers, Reports, Telemetry):
+class Sampling(Samplers, Reports, ByQuality, Telemetry):
     """Fields that are omitted or null have the values recommended by the model's authors or, without any, OpenAI's defaults."""
 
     max_tokens: MaxTokens = Field(

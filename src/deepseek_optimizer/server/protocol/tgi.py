@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 
 from .base import Body, ResponseModel, parse
+from .by_quality import ByQuality
 from .completions import CompletionRequest
 from .sampling import _Stop, _Tokens
 
@@ -21,7 +22,7 @@ class Grammar(Body):
     value: Any
 
 
-class Parameters(Body):
+class Parameters(ByQuality):
     """Parameters of the generation; others are ignored. Without a sampling parameter, decoding is greedy."""
 
     model_config = ConfigDict(extra="ignore")
@@ -74,7 +75,17 @@ def completion_request(body: TgiRequest, details: bool) -> CompletionRequest:
     """
     given = body.parameters or Parameters.model_validate({})
     fields = given.model_dump(
-        include={"temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "frequency_penalty", "seed"},
+        include={
+            "temperature",
+            "top_k",
+            "top_p",
+            "typical_p",
+            "repetition_penalty",
+            "frequency_penalty",
+            "seed",
+            "quality",
+            "min_quality",
+        },
         exclude_none=True,
     )
     if not given.do_sample and all(getattr(given, name) is None for name in _SAMPLED):

@@ -82,6 +82,7 @@ def add(app: FastAPI, state: ServerState) -> None:
                 prepared.ids, params, id=head["id"], salt=salt, client=caller.key,
                 deadline=caller.deadline, priority=body.priority or 0, pinned=prepared.pinned,
                 adapter=caller.adapter, progress=progress, pictures=prepared.pictures,
+                quality=body.quality, min_quality=body.min_quality,
             )  # fmt: skip
             answers, [answer] = prepared.submit([sequence], one_call)
             texts, dropped = state.texts if wants_logprobs else None, prepared.dropped

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from ..base import Body, Ignored, ModelName
+from ..by_quality import ByQuality
 from ..messages import _Name
 from ..sampling import _Stop, _Tokens
 
@@ -209,7 +210,7 @@ class CountTokensRequest(Body):
     speed: Ignored
 
 
-class MessagesRequest(CountTokensRequest):
+class MessagesRequest(CountTokensRequest, ByQuality):
     """A conversation to continue."""
 
     max_tokens: _Tokens

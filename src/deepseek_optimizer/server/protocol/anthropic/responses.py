@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from ....backends.qualities import Quality
 from ..base import ResponseModel
 
 
 class AnthropicUsage(ResponseModel):
-    """Numbers of tokens. Those of the prompt are `input_tokens` and `cache_read_input_tokens` together."""
+    """Numbers of tokens. Those of the prompt are `input_tokens` and `cache_read_input_tokens` together. `quality`: of models
+    with several, the one that was used."""
 
     input_tokens: int
     cache_creation_input_tokens: int
     cache_read_input_tokens: int
     output_tokens: int
+    quality: Quality | None = None
 
 
 class AnthropicMessage(ResponseModel):

@@ -69,6 +69,8 @@ def chat_request(body: CountTokensRequest, has_switch: bool) -> ChatRequest:
             "top_p": body.top_p,
             "top_k": body.top_k,
             "stream": body.stream,
+            "quality": body.quality,
+            "min_quality": body.min_quality,
         }
     return parse(ChatRequest, chat)
 

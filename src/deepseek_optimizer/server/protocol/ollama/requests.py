@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from ..base import Body, Ignored, ModelName
+from ..by_quality import ByQuality
 from ..messages import _Name
 from ..sampling import _Penalty, _Stop, _Unit
 
@@ -14,7 +15,7 @@ _MAX = (1 << 31) - 1
 _Text = Annotated[str, Field(min_length=1)]
 
 
-class Options(Body):
+class Options(ByQuality):
     """Parameters of a model. Omitted ones have this server's defaults, not Ollama's; others, such as num_ctx, are ignored."""
 
     model_config = ConfigDict(extra="ignore")

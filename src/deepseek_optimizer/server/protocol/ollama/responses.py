@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from ....backends.qualities import Quality
 from ..base import ResponseModel
 
 
 class _Ended(ResponseModel):
-    """Fields of the last object. Durations are in nanoseconds."""
+    """Fields of the last object. Durations are in nanoseconds. `quality`: of models with several, the one that was used."""
 
     model: str
     created_at: str
@@ -20,6 +21,7 @@ class _Ended(ResponseModel):
     prompt_eval_duration: int | None = None
     eval_count: int | None = None
     eval_duration: int | None = None
+    quality: Quality | None = None
 
 
 class OllamaMessage(ResponseModel):

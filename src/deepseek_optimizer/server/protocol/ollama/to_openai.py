@@ -71,6 +71,8 @@ def _common(body: ollama.OllamaChatRequest | ollama.OllamaGenerateRequest, think
         "frequency_penalty": options.frequency_penalty,
         "seed": options.seed if options.seed is not None and options.seed >= 0 else None,
         "stop": options.stop or None,
+        "quality": options.quality,
+        "min_quality": options.min_quality,
     }
     if body.format == "json":
         fields["response_format"] = {"type": "json_object"}
