@@ -9,7 +9,7 @@ import torch
 
 from deepseek_optimizer import ConfigError, load_model
 from deepseek_optimizer.backends.cpu import CpuBackend, native
-from deepseek_optimizer.backends.cpu.topology import describe, read_topology
+from deepseek_optimizer.backends.cpu.topology import Cpu, cpus_of_rank, describe, read_topology
 
 SERVER = {
     "nodes": [
@@ -108,3 +108,27 @@ def test_nodes_change_no_bits(monkeypatch, write, tiny_model, nodes, precision):
         model = load_model(tiny_model, config)
         assert model.dso.backend.context.nodes == [1] * nodes
         assert torch.equal(model(ids).logits, want)
+
+
+def machine(*cores: int) -> list[Cpu]:
+    """Memory nodes with so many cores of two CPUs each; second CPUs have the higher numbers, as on Linux."""
+    nodes = [node for node, count in enumerate(cores) for _ in range(count)]
+    return [Cpu(n, n % len(nodes), node, node, node, 1024) for n, node in enumerate(2 * nodes)]
+
+
+@pytest.mark.parametrize(
+    "cores,ranks,expected",
+    [
+        ((4,), 2, [None, None]),
+        ((2, 2), 2, [{0, 1, 4, 5}, {2, 3, 6, 7}]),
+        ((2, 2), 4, [{0, 4}, {1, 5}, {2, 6}, {3, 7}]),
+        ((1, 1, 1, 1), 2, [{0, 1, 4, 5}, {2, 3, 6, 7}]),
+        ((3, 3), 4, [{0, 6}, {1, 2, 7, 8}, {3, 9}, {4, 5, 10, 11}]),
+        ((2, 2, 2), 2, [None, None]),
+        ((1, 1), 4, [None] * 4),
+        ((1, 2), 4, [None] * 4),
+    ],
+)
+def test_processes_that_divide_a_model_are_divided_among_the_memory_nodes(cores, ranks, expected):
+    found = [cpus_of_rank(machine(*cores), rank, ranks) for rank in range(ranks)]
+    assert [own and {cpu.number for cpu in own} for own in found] == expected

@@ -24,7 +24,8 @@ from deepseek_optimizer import (
     make_async_engine,
     make_engine,
 )
-from deepseek_optimizer.backends.cpu import unavailable_reason
+from deepseek_optimizer.backends.cpu import CpuPlan, unavailable_reason
+from deepseek_optimizer.backends.cpu.topology import Cpu
 from deepseek_optimizer.backends.prompt_plan import PromptPlan
 from deepseek_optimizer.checkpoint import open_checkpoint
 from deepseek_optimizer.errors import (
@@ -265,6 +266,43 @@ def test_a_service_manager_that_ends_all_processes_leaves_requests_to_the_leader
     for pid in divided.dso.backend.leader.pids:
         os.kill(pid, signal.SIGTERM)
     assert divided(prompt(divided, 4)).logits.isfinite().all()
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
+def test_on_several_memory_nodes_each_process_runs_on_one(saved, whole, monkeypatch):
+    first, second = sorted(os.sched_getaffinity(0))[:2]
+    machine = [Cpu(first, 0, 0, 0, 0, 1024), Cpu(second, 1, 1, 1, 1, 1024)]
+    monkeypatch.setattr(ranks, "machine_cpus", lambda: machine)
+    before, seen = os.sched_getaffinity(0), []
+    model = load_divided(saved, precision="fp32")
+    decode = CpuPlan.decode
+    monkeypatch.setattr(CpuPlan, "decode", lambda *given: (seen.append(os.sched_getaffinity(0)), decode(*given))[1])
+    try:
+        ids = prompt(whole, 9)
+        texts = [m.generate(ids, max_new_tokens=6, do_sample=False).tolist() for m in (model, whole)]
+        (pid,) = model.dso.backend.leader.pids
+        assert os.sched_getaffinity(pid) == {second}
+    finally:
+        close(model)
+    assert texts[0] == texts[1]
+    assert seen[0] == {first} and seen[-1] == before == os.sched_getaffinity(0)
+
+
+def test_variables_of_memory_nodes(saved, whole, tmp_path, monkeypatch):
+    monkeypatch.setenv("DSO_NUMA", "sideways")
+    with pytest.raises(ConfigError, match="DSO_NUMA must be off, move or copy"):
+        load_divided(saved, precision="fp32")
+    (tmp_path / "machine.json").write_text(json.dumps({"nodes": [{"l3_groups": [{"cores": 2}]}] * 4}))
+    monkeypatch.setenv("DSO_TOPOLOGY", str(tmp_path / "machine.json"))
+    ids = prompt(whole, 20)
+    for nodes, expected in (("off", [2]), ("move", [1, 1])):
+        monkeypatch.setenv("DSO_NUMA", nodes)
+        model = load_divided(saved, precision="fp32", threads=2)
+        try:
+            assert model.dso.backend.context.nodes == expected
+            assert_close_rows(model(ids).logits[0], whole(ids).logits[0], 1e-5)
+        finally:
+            close(model)
 
 
 def test_only_load_model_divides(saved):

@@ -65,9 +65,13 @@ class CpuBackend(CpuSizes):
 
     def __init__(self, isa: str | None = None, threads: int | None = None, group: Group | None = None) -> None:
         requested = isa or forced_isa()
-        make = native.shared_context if group is None else native.Context
+        threads = threads or forced_threads()
         try:
-            self.context = make(_variant(requested), threads or forced_threads())
+            variant = _variant(requested)
+            if group is None:
+                self.context = native.shared_context(variant, threads)
+            else:
+                self.context = native.context_of_rank(variant, threads, group.rank, group.ranks)
         except BackendError as error:
             if isa is None and requested is not None:
                 raise BackendError(f"DSO_ISA={requested}: {error}") from error

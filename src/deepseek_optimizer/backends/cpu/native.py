@@ -21,7 +21,7 @@ from . import native_train
 from .buffers import Outputs, checking
 from .environment import memory_nodes, topology_file
 from .kept_rows import KeptRows
-from .topology import Cpu, read_topology
+from .topology import Cpu, cpus_of_rank, read_topology
 
 ABI_VERSION = 19
 BLOCK_TOKENS = 32
@@ -441,6 +441,16 @@ def default_threads() -> int:
 @functools.lru_cache(maxsize=8)
 def _shared_context(isa: str | None, threads: int, machine: str | None, nodes: int) -> Context:
     return Context(isa, threads, read_topology(machine) if machine else None, nodes)
+
+
+def context_of_rank(isa: str | None, threads: int | None, rank: int, ranks: int) -> Context:
+    """A context of one of several processes that divide a model, for DSO_TOPOLOGY and DSO_NUMA; the calling thread is on the
+    process's CPUs (`cpus_of_rank`). Raises ConfigError for an invalid variable."""
+    file, nodes = topology_file(), NODES[memory_nodes()]
+    machine = read_topology(file) if file else None
+    if machine is not None and nodes != NODES["off"]:
+        machine = cpus_of_rank(machine, rank, ranks) or machine
+    return Context(isa, threads, machine, nodes)
 
 
 def machine_cpus() -> list[Cpu]:

@@ -16,7 +16,7 @@ in this order.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,6 +77,33 @@ def describe(cpus: list[Cpu], nodes: list[int], source: str) -> dict[str, Any]:
     if len(nodes) > 1:
         counts["threads per memory node"] = nodes
     return {**counts, "source": source}
+
+
+def cpus_of_rank(cpus: Sequence[Cpu], rank: int, ranks: int) -> list[Cpu] | None:
+    """The CPUs of one of several processes that divide a model and compute at the same time: those of its memory nodes, or its
+    share of the cores of a node.
+
+    Args:
+        cpus: of the machine.
+        rank, ranks: the process's number, and how many there are.
+
+    Returns:
+        None: any. There is one memory node, or the nodes cannot be divided evenly among the processes, or their cores.
+    """
+    nodes = sorted({cpu.node for cpu in cpus})
+    if len(nodes) == 1:
+        return None
+    if len(nodes) % ranks == 0:
+        each = len(nodes) // ranks
+        own = nodes[rank * each : (rank + 1) * each]
+        return [cpu for cpu in cpus if cpu.node in own]
+    each = ranks // len(nodes)  # processes of a node
+    cores = [sorted({cpu.core for cpu in cpus if cpu.node == node}) for node in nodes]
+    if ranks % len(nodes) or min(map(len, cores)) < each:
+        return None
+    of_node = cores[rank // each]
+    begin, end = (len(of_node) * n // each for n in (rank % each, rank % each + 1))
+    return [cpu for cpu in cpus if cpu.core in of_node[begin:end]]
 
 
 class _InvalidFieldError(Exception):

@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 from ...errors import BackendError, RankLostError
+from ...system.affinity import OnCpus
 from ..cpu.group import Group
 from .messages import DONE, END_BYTES, FAILED, READY, receive
 from .uninterrupted import Uninterrupted
@@ -34,9 +35,17 @@ class Leader:
         group: this process's place in the group, rank 0.
         processes: of ranks 1 and higher, which have been started.
         answers: a pipe from each of them.
+        cpus: those that this process computes on; None: all that it may use.
     """
 
-    def __init__(self, group: Group, processes: Sequence[subprocess.Popen[bytes]], answers: Sequence[Connection]) -> None:
+    def __init__(
+        self,
+        group: Group,
+        processes: Sequence[subprocess.Popen[bytes]],
+        answers: Sequence[Connection],
+        cpus: Sequence[int] | None = None,
+    ) -> None:
+        self._cpus = cpus
         self.group, self._processes, self._answers = group, list(processes), list(answers)
         self._pid, self._lock = os.getpid(), threading.RLock()
         self._dropped: deque[int] = deque()  # numbers of stores that the others may free
@@ -105,7 +114,8 @@ class Leader:
             while self._dropped:
                 self.group.send(pickle.dumps(("drop_store", self._dropped.popleft())))
             self.group.send(pickle.dumps(message))
-            return function()
+            with OnCpus(self._cpus):
+                return function()
 
         with self._lock:
             try:

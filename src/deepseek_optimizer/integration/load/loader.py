@@ -32,6 +32,7 @@ from ...config import BUILT_IN_TEXT, DeepSeekConfig
 from ...errors import CheckpointError, ConfigError, DeepSeekOptimizerError
 from ...graph.min_formats import exact_weights, fp32_weights
 from ...quant import PackedWeight, Packer
+from ...system.affinity import OnCpus
 from ...system.progress import show_progress
 from ..bind.classes import check_causal
 from ..bind.context_extension import extended
@@ -50,7 +51,7 @@ from .kl_budget import adapt, calibration_tokens
 from .mtp_layers import add_mtp_layers, own_tensors, same_tensor, stored_mtp_layers
 from .placement import packing_backend, parse_device, placed, with_backend
 from .quantizer import mark_quantized
-from .ranks import Member, check_divisible, narrow, share_of, start_ranks
+from .ranks import Member, Share, check_divisible, narrow, share_of, start_ranks
 from .resolve import resolve
 from .same_model import fingerprint
 
@@ -149,6 +150,20 @@ def _load_part(
         share_of(model, settings, 0)  # raises errors before processes are started
         member = start_ranks(checkpoint, settings)
     share = share_of(model, settings, member.rank)
+    with OnCpus(member.cpus):
+        return _load_share(model, checkpoint, settings, dtype, packing, member, share)
+
+
+def _load_share(
+    model: Any,
+    checkpoint: Checkpoint,
+    settings: DeepSeekConfig,
+    dtype: torch.dtype,
+    packing: Backend,
+    member: Member,
+    share: Share,
+) -> Any:
+    """Loads what a process has of a model, and runs it in all processes but the first one."""
     try:
         if share.names is not None:
             _check_memory(model, checkpoint, torch.device("cpu"), settings.kv_cache_memory, share.names)

@@ -22,6 +22,8 @@ def main() -> int:
     memory, pipe = map(int, sys.argv[1:])
     answers = Connection(pipe)
     job = answers.recv()
+    if job["cpus"] is not None:
+        os.sched_setaffinity(0, job["cpus"])  # before there are other threads, which then stay on these CPUs too
     from ...backends.cpu.group import Group
     from ...backends.parallel import serve
     from ...backends.parallel.messages import FAILED, READY, answer

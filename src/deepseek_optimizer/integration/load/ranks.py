@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from ...backends.cpu import CpuBackend, unavailable_reason
-from ...backends.cpu.environment import forced_threads
+from ...backends.cpu.environment import forced_threads, memory_nodes, topology_file
 from ...backends.cpu.group import Group
-from ...backends.cpu.native import library, number
+from ...backends.cpu.native import library, machine_cpus, number
+from ...backends.cpu.topology import cpus_of_rank
 from ...backends.parallel import Leader, Links, RankBackend, StageBackend
 from ...backends.parallel.backend import shard_of
 from ...checkpoint import Checkpoint
@@ -51,6 +52,7 @@ class Member:
         leader: of rank 0 the other processes.
         link: of the other ranks of a pipeline, the connection to rank 0.
         one_host: whether all processes are on one machine.
+        cpus: those that it runs on; None: all that it may use.
     """
 
     rank: int
@@ -59,6 +61,7 @@ class Member:
     leader: Leader | Links | None = None
     link: Connection | None = None
     one_host: bool = True
+    cpus: list[int] | None = None
 
     def backend(self, settings: DeepSeekConfig, share: Share) -> RankBackend | StageBackend:
         """The backend that runs this process's part."""
@@ -220,6 +223,7 @@ def start_ranks(checkpoint: Checkpoint, settings: DeepSeekConfig) -> Member:
         if place.rank > 0:
             return Member(place.rank, threads, link=place.connect(), one_host=False)
         return Member(0, threads, leader=Links(place.accept()), one_host=False)
+    cpus = [None] * ranks if pipeline else [_cpus_of(rank, ranks, threads) for rank in range(ranks)]
     memory = -1 if pipeline else os.memfd_create("dso-group", os.MFD_CLOEXEC)
     processes: list[subprocess.Popen[bytes]] = []
     try:
@@ -233,7 +237,7 @@ def start_ranks(checkpoint: Checkpoint, settings: DeepSeekConfig) -> Member:
             finally:
                 theirs.close()
             answers.append(link)
-            link.send(_job(checkpoint.path, settings, rank, threads))
+            link.send(_job(checkpoint.path, settings, rank, threads, cpus[rank]))
     except BaseException:
         for process in processes:
             process.kill()
@@ -242,8 +246,19 @@ def start_ranks(checkpoint: Checkpoint, settings: DeepSeekConfig) -> Member:
     finally:
         if memory >= 0:
             os.close(memory)
-    leader = Links(answers, processes) if group is None else Leader(group, processes, answers)
-    return Member(0, threads, group, leader)
+    leader = Links(answers, processes) if group is None else Leader(group, processes, answers, cpus[0])
+    return Member(0, threads, group, leader, cpus=cpus[0])
+
+
+def _cpus_of(rank: int, ranks: int, threads: int) -> list[int] | None:
+    """The CPUs of a process of those that compute at the same time, unless it has more threads than they have cores; see
+    `cpus_of_rank`. Raises ConfigError for an invalid DSO_NUMA."""
+    if memory_nodes() == "off" or topology_file() is not None:  # of another machine: nothing is bound
+        return None
+    own = cpus_of_rank(machine_cpus(), rank, ranks)
+    if own is None or threads > len({cpu.core for cpu in own}):
+        return None
+    return [cpu.number for cpu in own]
 
 
 def _start(memory: int, pipe: int) -> subprocess.Popen[bytes]:
@@ -258,11 +273,12 @@ def _start(memory: int, pipe: int) -> subprocess.Popen[bytes]:
         raise BackendError(f"a further process cannot be started ({error}); load the model without parallel") from error
 
 
-def _job(path: Path, settings: DeepSeekConfig, rank: int, threads: int) -> dict[str, Any]:
+def _job(path: Path, settings: DeepSeekConfig, rank: int, threads: int, cpus: list[int] | None) -> dict[str, Any]:
     return {
         "path": str(path),
         "settings": settings.to_dict(),
         "rank": rank,
         "ranks": settings.parallel.ranks,
         "threads": threads,
+        "cpus": cpus,
     }
