@@ -9,7 +9,7 @@ from deepseek_optimizer.errors import ConfigError, UnsupportedModelError
 from deepseek_optimizer.graph import rules
 from deepseek_optimizer.graph.analysis import weight_shapes
 from deepseek_optimizer.graph.cache_groups import cached_in
-from deepseek_optimizer.graph.parallel.pipeline import fair_ends, split_layers
+from deepseek_optimizer.graph.parallel.pipeline import split_layers
 from deepseek_optimizer.graph.validate import check_graph
 from deepseek_optimizer.models import build_graph
 from support.family_configs import llama
@@ -48,14 +48,6 @@ def test_stages_are_well_formed_and_have_each_weight_once(case):
     twice = {name for name in names if names.count(name) > 1}
     assert set(names) == set(weight_shapes(graph)) and all("layernorm" in name for name in twice)
     assert sorted(layer for stage in stages for layer in stage.cached) == list(range(graph.cache.layers))
-
-
-def test_the_largest_share_is_small():
-    assert fair_ends([1, 1, 1, 1], 2) == [2, 4]
-    assert fair_ends([9, 1, 1, 1], 2) == [1, 4]
-    assert fair_ends([1, 1, 1, 9], 2) == [3, 4]
-    assert fair_ends([5, 5, 5, 5, 5], 3) in ([1, 3, 5], [2, 4, 5], [2, 3, 5])
-    assert fair_ends([1, 1, 1], 3) == [1, 2, 3]
 
 
 @pytest.mark.parametrize(

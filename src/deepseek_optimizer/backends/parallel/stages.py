@@ -65,7 +65,8 @@ class StageBackend(CpuBackend):
 
     @property
     def detail(self) -> str:
-        return f"{self.isa}, {len(self.stages)} stages of {self.threads} threads"
+        layers = ", ".join(str(len(stage.cached)) for stage in self.stages)
+        return f"{self.isa}, {len(self.stages)} stages of {layers} layers, {self.threads} threads"
 
     def weights_in(self, graph: Graph) -> list[str]:
         """The names of those weights of a graph that this process has."""

@@ -17,6 +17,7 @@ from typing import Any
 from ...errors import ConfigError, UnsupportedModelError
 from ..ir import NO_CACHE, CacheSpec, Graph, LatentSpec, Node, RowsSpec, Value
 from ..ops import spec_of
+from .layer_shares import Machine, layer_ends
 
 
 @dataclass(frozen=True)
@@ -41,19 +42,22 @@ class Stage:
         return list(dict.fromkeys(name for graph in graphs for name in graph.weights()))
 
 
-def split_layers(graph: Graph, ranks: int, size_of: Callable[[str], int]) -> list[Stage]:
-    """The shares of all processes. The largest of them is as small as possible.
+def split_layers(
+    graph: Graph, ranks: int, size_of: Callable[[str], int], machines: Sequence[Machine] | None = None
+) -> list[Stage]:
+    """The shares of all processes, see `layer_ends`.
 
     Args:
         graph: of the whole model, with a head.
         ranks: number of processes, 2 or more.
         size_of: bytes of a weight, by name.
+        machines: what each process has; None: they have the same.
 
     Raises:
         ConfigError: the model has fewer layers than there are processes.
         UnsupportedModelError: more than hidden rows is in use between two layers, or the model has recurrent states.
     """
-    return _Pipeline(graph, ranks).stages(size_of)
+    return _Pipeline(graph, ranks).stages(size_of, machines or [Machine(1, 1.0)] * ranks)
 
 
 def on_first(graph: Graph, stage: Stage) -> Graph:
@@ -75,7 +79,7 @@ class _Pipeline:
         if any(node.op in ("state_in", "draft_out", "add_features") for node in graph.nodes):
             raise self._refused("its layers take or give other rows than hidden states")
 
-    def stages(self, size_of: Callable[[str], int]) -> list[Stage]:
+    def stages(self, size_of: Callable[[str], int], machines: Sequence[Machine]) -> list[Stage]:
         nodes = self.graph.nodes
         ends = self._layer_ends()
         if len(ends) < self.ranks:
@@ -83,7 +87,7 @@ class _Pipeline:
         begins = [0, *ends]
         sizes = [sum(size_of(name) for name in _weights(nodes[begin:end])) for begin, end in zip(begins, ends, strict=False)]
         sizes[0] += sum(size_of(name) for name in _weights(nodes[ends[-1] :]) if name not in _weights(nodes[: ends[0]]))
-        cuts = [ends[last - 1] for last in fair_ends(sizes, self.ranks)]
+        cuts = [ends[last - 1] for last in layer_ends(sizes, machines)]
         parts = [self._part(begin, end) for begin, end in zip([0, *cuts], cuts, strict=False)]
         tail = self._part(cuts[-1], len(nodes))
         cached = [sorted({layer for node in part for layer in _layers_of(node)}) for part in parts]
@@ -168,19 +172,6 @@ class _Pipeline:
         return UnsupportedModelError(
             f"parallel: pipeline={self.ranks} cannot divide this {self.graph.family} model: {reason}; load it without parallel"
         )
-
-
-def fair_ends(sizes: Sequence[int], count: int) -> list[int]:
-    """Divides `sizes` into `count` consecutive parts, whose largest sum is as small as possible; returns their ends."""
-    best: list[tuple[int, list[int]]] = [(sum(sizes[:end]), [end]) for end in range(len(sizes) + 1)]  # in one part
-    for parts in range(2, count + 1):
-        best = [
-            min((max(best[middle][0], sum(sizes[middle:end])), [*best[middle][1], end]) for middle in range(parts - 1, end))
-            if end >= parts
-            else (0, [])
-            for end in range(len(sizes) + 1)
-        ]
-    return best[len(sizes)][1]
 
 
 def _weights(nodes: Sequence[Node]) -> list[str]:

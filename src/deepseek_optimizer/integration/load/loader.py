@@ -149,7 +149,7 @@ def _load_part(
             _check_memory(model, checkpoint, torch.device("cpu"), settings.kv_cache_memory)  # of all processes together
         share_of(model, settings, 0)  # raises errors before processes are started
         member = start_ranks(checkpoint, settings)
-    share = share_of(model, settings, member.rank)
+    share = share_of(model, settings, member.rank, member.machines)
     with OnCpus(member.cpus):
         return _load_share(model, checkpoint, settings, dtype, packing, member, share)
 

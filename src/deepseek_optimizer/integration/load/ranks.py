@@ -20,7 +20,7 @@ import torch
 from ...backends.cpu import CpuBackend, unavailable_reason
 from ...backends.cpu.environment import forced_threads, memory_nodes, topology_file
 from ...backends.cpu.group import Group
-from ...backends.cpu.native import library, machine_cpus, number
+from ...backends.cpu.native import library, machine_cpus, number, shared_context
 from ...backends.cpu.topology import cpus_of_rank
 from ...backends.parallel import Leader, Links, RankBackend, StageBackend
 from ...backends.parallel.backend import shard_of
@@ -29,15 +29,19 @@ from ...checkpoint.load import Part
 from ...config import DeepSeekConfig
 from ...errors import BackendError, ConfigError, UnsupportedModelError
 from ...graph.parallel import Parallel
+from ...graph.parallel.layer_shares import Machine
 from ...graph.parallel.pipeline import Stage, split_layers
 from ...quant import get_format
 from ...system.backend_entries import AUTO
+from ...system.memory import free_memory, less_reserve
 from ..bind.graphs import loaded_mtp_layers, model_graph, mtp_graphs, planned_graph
 from ..bind.modules import PackedLinear
 from ..bind.packed_experts import PackedExperts
 from ..bind.swap import expected_tensors
 from .rendezvous import Place
 
+_OF_MEMORY = 0.8  # share of a machine's free memory that weights may take; the rest is for caches and buffers
+_READ_BYTES, _READ_SECONDS = 256 << 20, 0.3  # of measuring how fast memory is read
 _MODULE = "deepseek_optimizer.integration.load.rank_process"
 
 
@@ -53,6 +57,7 @@ class Member:
         link: of the other ranks of a pipeline, the connection to rank 0.
         one_host: whether all processes are on one machine.
         cpus: those that it runs on; None: all that it may use.
+        machines: of a pipeline on several machines, what each of them has.
     """
 
     rank: int
@@ -62,6 +67,7 @@ class Member:
     link: Connection | None = None
     one_host: bool = True
     cpus: list[int] | None = None
+    machines: list[Machine] | None = None
 
     def backend(self, settings: DeepSeekConfig, share: Share) -> RankBackend | StageBackend:
         """The backend that runs this process's part."""
@@ -142,13 +148,14 @@ def check_undivided(settings: DeepSeekConfig) -> None:
         )
 
 
-def share_of(model: Any, settings: DeepSeekConfig, rank: int) -> Share:
+def share_of(model: Any, settings: DeepSeekConfig, rank: int, machines: list[Machine] | None = None) -> Share:
     """What a rank has.
 
     Args:
         model: from `loader.sketch`.
         settings: with `parallel`.
         rank: the rank.
+        machines: see `Member`.
 
     Raises:
         UnsupportedModelError, ConfigError: the model cannot be divided so.
@@ -157,7 +164,8 @@ def share_of(model: Any, settings: DeepSeekConfig, rank: int) -> Share:
         return Share(_parts_of(model, settings, rank))
     formats, _ = expected_tensors(model)
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
-    stages = split_layers(planned_graph(model, settings)[0], settings.parallel.pipeline, lambda name: int(tensors[name].nbytes))
+    graph, count = planned_graph(model, settings)[0], settings.parallel.pipeline
+    stages = split_layers(graph, count, lambda name: int(tensors[name].nbytes), machines)
     others = {name for stage in stages[1:] for name in stage.weights()}
     own = set(stages[rank].weights())
     return Share({}, [name for name in formats if name in own or (rank == 0 and name not in others)], stages)
@@ -220,9 +228,7 @@ def start_ranks(checkpoint: Checkpoint, settings: DeepSeekConfig) -> Member:
     if pipeline and (place := Place.of_environment()) is not None:
         if place.ranks != ranks:
             raise ConfigError(f"parallel: {settings.parallel} needs {ranks} processes, but WORLD_SIZE is {place.ranks}")
-        if place.rank > 0:
-            return Member(place.rank, threads, link=place.connect(), one_host=False)
-        return Member(0, threads, leader=Links(place.accept()), one_host=False)
+        return _of_several_machines(place, threads)
     cpus = [None] * ranks if pipeline else [_cpus_of(rank, ranks, threads) for rank in range(ranks)]
     memory = -1 if pipeline else os.memfd_create("dso-group", os.MFD_CLOEXEC)
     processes: list[subprocess.Popen[bytes]] = []
@@ -248,6 +254,32 @@ def start_ranks(checkpoint: Checkpoint, settings: DeepSeekConfig) -> Member:
             os.close(memory)
     leader = Links(answers, processes) if group is None else Leader(group, processes, answers, cpus[0])
     return Member(0, threads, group, leader, cpus=cpus[0])
+
+
+def _of_several_machines(place: Place, threads: int) -> Member:
+    """This process among those of several machines, after they have told each other what they have."""
+    own = Machine(int(_OF_MEMORY * max(0, less_reserve(free_memory().free))), _read_speed(threads))
+    links = place.accept() if place.rank == 0 else [place.connect()]
+    try:
+        if place.rank == 0:
+            machines = [own, *(link.recv() for link in links)]
+            for link in links:
+                link.send(machines)
+        else:
+            links[0].send(own)
+            machines = links[0].recv()
+    except (EOFError, OSError) as error:
+        raise BackendError(
+            f"several machines: one of them ended before it had loaded its part of the model ({error})"
+        ) from error
+    if place.rank > 0:
+        return Member(place.rank, threads, link=links[0], one_host=False, machines=machines)
+    return Member(0, threads, leader=Links(links), one_host=False, machines=machines)
+
+
+def _read_speed(threads: int) -> float:
+    """Bytes that a number of threads read from memory per second: what bounds the speed of decoding."""
+    return shared_context(None, threads).read_bandwidth(_READ_BYTES, _READ_SECONDS)
 
 
 def _cpus_of(rank: int, ranks: int, threads: int) -> list[int] | None:
