@@ -64,7 +64,7 @@ def report():
             "limits": None,
             "watts": None,
             "joules_per_token": None,
-            "cost_per_million": None,
+            "cost": None,
         }
         return {
             "schema": SCHEMA, "date": "2026-11-27T15:04:05+00:00", "seconds": 95.0, "machine_memory_bytes": 24 << 30,

@@ -54,7 +54,7 @@ def full(report):
             "token_bytes": 77e6, "read_gb_s": 16.5, "bandwidth_percent": 55.0, "machine_read_gb_s": 30.0,
             "prefill_tera": 0.276, "matrix_percent": 51.0, "matrix_percent_of": "torch's int8 product",
         },
-        watts=12.5, joules_per_token=0.125, cost_per_million=0.566,
+        watts=12.5, joules_per_token=0.125, cost={"in": 0.1, "out": 0.566, "blended": 0.25},
     )  # fmt: skip
     result["baseline"] = baseline.compare(result, report(decode=[50.0, 50.0, 50.0]))
     return result
@@ -116,7 +116,8 @@ def _shown(report):
 def test_the_table_shows_every_section(full):
     text = _shown(full)
     for expected in (
-        "76 MB", "64 in, 8 out, batch 1", "16.5 GB/s, 55% of the 30.0", "12.5 W", "cost 0.566", "0.25000", "75.00%",
+        "76 MB", "64 in, 8 out, batch 1", "16.5 GB/s, 55% of the 30.0", "12.5 W",
+        "cost 0.100 in, 0.566 out, 0.250 blended", "0.25000", "75.00%",
         "1.5000 +- 0.0625", "31.5", "without qkv", "25.0 (2.50x)", "2.50x (2.25 - 3.00)", "Compared with the baseline",
     ):  # fmt: skip
         assert expected in text, expected
@@ -129,7 +130,7 @@ def test_the_summary_comes_first_and_is_complete(full):
         "100 tokens/s generated for one request", "first token of a 64-token prompt after 50.0 ms (medians of 3 runs)",
         "llama.cpp: this model generates 2.50x as fast (2.25 to 3.00)", "75.0% of 128 tokens", "perplexity +50.00% (± 6.25)",
         "50.0 tokens/s per core", "100 MB of memory at peak, 76 MB of it for the weights", "0.125 J per generated token",
-        "0.566 per million", "A CPU, 2 of 2 cores used, 24.0 GiB", "2026-11-27 15:04 UTC, took 1 min 35 s",
+        "0.566 out", "A CPU, 2 of 2 cores used, 24.0 GiB", "2026-11-27 15:04 UTC, took 1 min 35 s",
         "0.0 cores before and 0.1 during", "llama-cpp-python 0.3.36",
     ):  # fmt: skip
         assert expected in first, expected

@@ -13,7 +13,6 @@ from deepseek_optimizer.backends import cpu
 from deepseek_optimizer.bench import machine_limits, roofline
 from deepseek_optimizer.bench.energy import Energy
 from deepseek_optimizer.bench.machine_limits import matrix_tera, read_gb_s, read_regions_gb_s
-from deepseek_optimizer.bench.measure import cost_per_million
 from deepseek_optimizer.bench.memory_traffic import Experts, Reads, Traffic, matrix_memory, traffic_of
 from deepseek_optimizer.bench.roofline import Roofline
 from deepseek_optimizer.bench.sides.model import sample_of
@@ -132,10 +131,6 @@ def test_machine_limits_are_measured():
         assert 0.1 < machine_limits._numpy_read_gb_s(4 << 20, threads, seconds=0.05) < 10_000
     actual = matrix_tera(1, size=256, seconds=0.02)
     assert actual["fp32"] > 1e-4 and all(v > 0 for v in actual.values())
-
-
-def test_cost():
-    assert cost_per_million(3.6, 100) == pytest.approx(10)  # 0.001 per second; 10,000 s
 
 
 def _domain(root, name, used, top=1000):

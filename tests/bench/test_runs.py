@@ -91,5 +91,8 @@ def test_measure(optimized):
     assert [e["work"]["batch"] for e in entries] == [1, 2] and len(notes) == 2
     first = entries[0]
     assert len(first["figures"]["ttft_ms"]["samples"]) == 2 and len(first["figures"]["itl_ms"]["samples"]) == 6
-    assert first["cost_per_million"] == pytest.approx(1000 / first["figures"]["output_tok_s"]["p50"])
+    speeds = [first["figures"][name]["p50"] for name in ("prefill_tok_s", "decode_tok_s")]
+    assert [first["cost"][name] for name in ("in", "out")] == pytest.approx([1000 / speed for speed in speeds])
+    assert first["cost"]["blended"] == pytest.approx((8 * first["cost"]["in"] + 4 * first["cost"]["out"]) / 12)
+    assert list(entries[1]["cost"]) == ["in"]
     assert "decode_tok_s" not in entries[1]["figures"] and first["limits"] is None

@@ -38,7 +38,7 @@ def test_all_options_together(dso, tiny_model, tmp_path):
     assert result.exit_code == 0, result.output
     report = _report(result)
     assert [e["work"]["batch"] for e in report["works"]] == [1, 2]
-    assert report["works"][0]["cost_per_million"] > 0 and report["works"][0]["limits"]["matrix_percent"] > 0
+    assert report["works"][0]["cost"]["blended"] > 0 and report["works"][0]["limits"]["matrix_percent"] > 0
     assert report["quality"]["tokens"] == 64 and 0 < report["quality"]["kl_mean"] < 0.1
     assert report["pairs"]["pairs"] == 1
     assert len({row["variant"] for row in report["ablation"]}) >= 3

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from .cost import Speed, machine_cost
 from .energy import Energy
 from .memory_traffic import traffic_of
 from .metrics import figures, samples
@@ -23,8 +25,9 @@ def measure(
     price_per_hour: float | None = None,
     note: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
-    """One entry per work: {"work", "figures", "limits", "watts", "joules_per_token", "cost_per_million"}; None if unknown.
-    `add_limits` sets "limits".
+    """One entry per work: {"work", "figures", "limits", "watts", "joules_per_token", "cost"}; None if unknown. "cost" is
+    that of a million tokens, see `machine_cost`, without "out" and "blended" if one token is generated. `add_limits` sets
+    "limits".
 
     Args:
         model: a Transformers model, optimized or not.
@@ -37,7 +40,6 @@ def measure(
         runs = list(repeated(model, work, repeats=repeats, warmup=warmup))
         joules, watts = energy.joules, energy.watts
         measured = figures(samples(runs))
-        speed = measured["output_tok_s"]["p50"]
         generated = sum(run.generated for run in runs) * (repeats + warmup) / repeats  # the counter includes the warm-up
         entries.append(
             {
@@ -46,7 +48,7 @@ def measure(
                 "limits": None,
                 "watts": watts,
                 "joules_per_token": None if joules is None else joules / generated,
-                "cost_per_million": None if price_per_hour is None else cost_per_million(price_per_hour, speed),
+                "cost": None if price_per_hour is None else _cost(price_per_hour, measured, work),
             }
         )
     return entries
@@ -61,6 +63,7 @@ def add_limits(roofline: Roofline, model: Any, entries: Sequence[dict[str, Any]]
         entry["limits"] = roofline.share(traffic, Work(**entry["work"]), measured["ttft_ms"]["p50"], decode)
 
 
-def cost_per_million(price_per_hour: float, output_tok_s: float) -> float:
-    """Cost of a million generated tokens, including prompts, on a fully used machine with this price and speed."""
-    return price_per_hour / 3600 / output_tok_s * 1e6
+def _cost(per_hour: float, measured: dict[str, Any], work: Work) -> dict[str, float]:
+    answer = measured["decode_tok_s"]["p50"] if "decode_tok_s" in measured else None
+    cost = machine_cost(per_hour, Speed(measured["prefill_tok_s"]["p50"], answer or math.inf), work)
+    return cost if answer else {"in": cost["in"]}

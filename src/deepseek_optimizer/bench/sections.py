@@ -90,8 +90,13 @@ def _meaning(entry: dict[str, Any]) -> Iterator[str]:
         )
     if entry["watts"] is not None:
         yield f"{entry['watts']:.1f} W (RAPL, processor packages), {entry['joules_per_token']:.3f} J per token."
-    if entry["cost_per_million"] is not None:
-        yield f"A million generated tokens cost {entry['cost_per_million']:.3f}."
+    if (cost := entry["cost"]) is not None:
+        yield f"{cost_text(cost)}."
+
+
+def cost_text(cost: dict[str, float]) -> str:
+    """What a million tokens cost: "in", those of prompts."""
+    return "A million tokens cost " + ", ".join(f"{price:.3f} {kind}" for kind, price in cost.items())
 
 
 def _quality(quality: dict[str, Any]) -> Section:

@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from ..system.progress import duration
-from .sections import Section, number
+from .sections import Section, cost_text, number
 
 _COMPARED = {"decode_tok_s": "generates", "ttft_ms": "reaches the first token"}
 
@@ -118,8 +118,8 @@ def _cost(report: dict[str, Any], entry: dict[str, Any]) -> Iterator[str]:
         yield f"{number(report['memory_bytes'], 'bytes')} of memory at peak, {_weights(report)} of it for the weights"
     if entry["joules_per_token"] is not None:
         yield f"{entry['joules_per_token']:.3f} J per generated token (measured by RAPL)"
-    if entry["cost_per_million"] is not None:
-        yield f"{entry['cost_per_million']:.3f} per million generated tokens at the given price per hour"
+    if (cost := entry["cost"]) is not None:
+        yield cost_text(cost)
 
 
 def _weights(report: dict[str, Any]) -> str:
