@@ -20,7 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from deepseek_optimizer.bench.hardware import cpu_name, usable_cpus
+from deepseek_optimizer.backends.cpu import thread_limits
+from deepseek_optimizer.bench.hardware import cpu_name
 from deepseek_optimizer.integration.load.resolve import resolve
 from deepseek_optimizer.tune.replay import ModelMeasure
 from deepseek_optimizer.tune.search import search
@@ -49,7 +50,7 @@ def main() -> None:
     known = json.loads(a.results.read_text(encoding="utf-8")) if a.results.exists() else {}
     asked = {
         "model": Path(a.model).name, "settings": a.settings, "trials": a.trials, "seconds": a.seconds, "seed": a.seed,
-        "cpu": cpu_name(), "threads": usable_cpus(), "random": a.random,
+        "cpu": cpu_name(), "threads": thread_limits()[0], "random": a.random,
     }  # fmt: skip
     for name in a.trace:
         if known.get(name, {}).get("asked") != asked:
@@ -61,11 +62,12 @@ def main() -> None:
 
 def measured(model: str, name: str, a: argparse.Namespace) -> dict[str, Any]:
     """The entry of a trace in the file."""
-    case, defaults, begin = CASES[name], Settings(threads=usable_cpus()), time.monotonic()
+    threads, cpus = thread_limits()
+    case, defaults, begin = CASES[name], Settings(threads=threads), time.monotonic()
     measure = ModelMeasure(resolve(model), {}, case.make(a.seconds), at_once=case.goal == "throughput", models=2)
     once(measure, defaults)  # loads the model
     usual, plain = sorted((_timed(measure, defaults) for _ in range(_FIRST)), key=lambda one: one[0])[_FIRST // 2]
-    values = space(usable_cpus(), ("auto",))
+    values = space(threads, cpus, ("auto",))
     _note(f"{name}: a replay takes {usual:.2f} s")
     found = search(measure, values, defaults, case.goal, trials=a.trials, seed=a.seed, note=_note)
     entry: dict[str, Any] = {

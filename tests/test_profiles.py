@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from deepseek_optimizer import DeepSeekConfig, load_model, profiles
 from deepseek_optimizer.errors import ConfigError, DataError
+from deepseek_optimizer.integration.load import loader
+from deepseek_optimizer.optimized_model import profile_options
 from deepseek_optimizer.profiles import Profile, find, machine_identity, model_identity, place, read, save
 from deepseek_optimizer.serving import make_engine
 
@@ -132,3 +135,28 @@ def test_another_precision_is_another_profile(profile, tiny_model, tmp_path):
     assert found is None and "was found with other options (precision=int8) and is not used" in note
     assert "the default options" in find(tiny_model, plain, {"precision": "int8"})[1]
     assert "(precision=int4)" in find(tiny_model, "auto", {"precision": "int4"})[1]
+
+
+def test_a_divided_model_takes_no_profile_of_the_whole_one(profile, tiny_model):
+    """Its threads are those of each process: two processes would have twice as many."""
+    path = save(profile)
+    options = profile_options(None, {"parallel": {"tensor": 2, "expert": 1}})
+    assert options == profile_options(DeepSeekConfig(parallel={"tensor": 2}), {}) == {"parallel": {"tensor": 2}}
+    found, note = find(tiny_model, "auto", options)
+    assert found is None and "(parallel={'tensor': 2}) on this machine" in note and "undivided models only" in note
+    found, note = find(tiny_model, path, options)
+    assert found is None and note.endswith("was found with the default options and is not used; give the same options")
+    assert profile_options(None, {"parallel": {"tensor": 1}}) == {}
+    with pytest.raises(ConfigError, match="parallel"):
+        profile_options(None, {"parallel": {"tensors": 2}})
+
+
+def test_loading_a_divided_model_leaves_the_profile_out(profile, tiny_model, monkeypatch):
+    save(profile)
+    given = {}
+    model = SimpleNamespace(dso=SimpleNamespace())
+    monkeypatch.setattr(loader, "load", lambda path, config, fields, alone, device: given.update(fields) or model)
+    load_model(tiny_model, profile="auto", parallel={"tensor": 2})
+    assert given == {"parallel": {"tensor": 2}} and model.dso.profile is None
+    load_model(tiny_model, profile="auto", parallel={"tensor": 1})
+    assert given["threads"] == 1

@@ -82,12 +82,21 @@ def load_model(
 
 
 def profile_options(config: DeepSeekConfig | None, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What a profile must have been found with, see `profiles.find`: set by `fields`, or else by `config`."""
+    """What a profile must have been found with, see `profiles.find`: set by `fields`, or else by `config`.
+
+    Raises:
+        ConfigError: `parallel` is invalid.
+    """
+    from .graph.parallel import Parallel
     from .profiles import OPTIONS
 
     plain = DeepSeekConfig()
     values = {name: fields.get(name, getattr(config or plain, name)) for name in OPTIONS}
-    return {name: value for name, value in values.items() if value != getattr(plain, name)}
+    values["parallel"] = Parallel.of(values["parallel"])  # a dict may name what is divided by 1
+    options = {name: value for name, value in values.items() if value != getattr(plain, name)}
+    if "parallel" in options:
+        options["parallel"] = {name: count for name, count in options["parallel"].to_dict().items() if count > 1}
+    return options
 
 
 def _unset(config: DeepSeekConfig | None, fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ FIELDS = ("threads", "prefill_chunk", "batch_size_range", "kv_cache")  # of `Dee
 # Other fields of `DeepSeekConfig` on which the best settings depend, and which a profile's user must set as they were set.
 OPTIONS = (
     "precision", "attention_optimization", "attention_window", "attention_budget", "context_extension", "context_length",
+    "parallel",
 )  # fmt: skip
 _GIGABYTE = 1 << 30
 
@@ -151,7 +152,7 @@ def find(model: Path, which: str | os.PathLike[str], options: Mapping[str, Any])
     Args:
         model: the model's files, see `resolve`.
         which: `AUTO`, or the path of a profile.
-        options: those of `OPTIONS` that differ from the defaults.
+        options: those of `OPTIONS` that differ from the defaults, as JSON types.
 
     Raises:
         DataError, OSError: the file that was named is not a profile, or cannot be read. One that `AUTO` finds is then not used.
@@ -164,11 +165,9 @@ def find(model: Path, which: str | os.PathLike[str], options: Mapping[str, Any])
     except FileNotFoundError:
         if not automatic:
             raise
-        return (
-            None,
-            f"there is no profile of {identity['name']}{_shown(options)} on this machine, so the defaults are used; `dso tune` "
-            "makes one",
-        )
+        remedy = "`dso tune` searches settings of undivided models only" if "parallel" in options else "`dso tune` makes one"
+        none = f"there is no profile of {identity['name']}{_shown(options)} on this machine, so the defaults are used"
+        return None, f"{none}; {remedy}"
     except (DataError, OSError) as error:
         if not automatic:
             raise
@@ -181,7 +180,8 @@ def find(model: Path, which: str | os.PathLike[str], options: Mapping[str, Any])
         return None, f"the profile {path} is of another model ({profile.model.get('name')}) and is not used"
     if profile.options != options:
         was = f"was found with {'other' if profile.options else 'the default'} options{_shown(profile.options)}"
-        return None, f"the profile {path} {was} and is not used; give the same options, or run dso tune with these"
+        remedy = "give the same options" + ("" if "parallel" in options else ", or run dso tune with these")
+        return None, f"the profile {path} {was} and is not used; {remedy}"
     return profile, f"profile: {profile}"
 
 

@@ -4,6 +4,7 @@ answer, Ctrl-D ends the conversation."""
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -132,7 +133,8 @@ class _Loop:
         self.last: Answer | None = None
         self.pictures: list[str] = []  # of the next question
         if interactive:
-            import readline  # noqa: F401  line editing and history for input()
+            with suppress(ImportError):  # on Windows, the console edits lines itself
+                import readline  # noqa: F401  line editing and history for input()
         self._note("/help lists the commands.")
 
     def run(self) -> None:

@@ -80,12 +80,12 @@ def tune(
 
     from rich.console import Console
 
+    from deepseek_optimizer.backends.cpu import thread_limits
     from deepseek_optimizer.bench.html import write
     from deepseek_optimizer.bench.terminal import show_sections
     from deepseek_optimizer.integration.load.resolve import resolve
     from deepseek_optimizer.optimized_model import profile_options
     from deepseek_optimizer.profiles import Profile, machine_identity, model_identity, save
-    from deepseek_optimizer.system.processor import usable_cpus
     from deepseek_optimizer.tune.page import page, sections, tune_report
     from deepseek_optimizer.tune.replay import ModelMeasure
     from deepseek_optimizer.tune.search import import_optuna, search
@@ -102,10 +102,10 @@ def tune(
     import_optuna()
     place = resolve(model)
     no_bars_in_pipes()
-    cpus = usable_cpus()
-    defaults = Settings(threads=cpus)
+    threads, cpus = thread_limits()
+    defaults = Settings(threads=threads)
     measure = ModelMeasure(place, fields, requests, at_once=goal == "throughput")
-    values = space(cpus, _KV_FORMATS if kl_budget else _KV_FORMATS[:1])
+    values = space(threads, cpus, _KV_FORMATS if kl_budget else _KV_FORMATS[:1])
     found = search(measure, values, defaults, goal, trials=trials, kl_budget=kl_budget, seed=seed, note=_note)
     best = found.best.to_fields() if found.best != defaults else {}
     figures = {"gain": found.gain, "defaults": vars(found.default_figures), "these": vars(found.best_figures)}

@@ -9,11 +9,16 @@ import pytest
 
 from deepseek_optimizer import load_model, optimized_model
 from deepseek_optimizer.backends import cpu
+from deepseek_optimizer.backends.cpu import native
 from deepseek_optimizer.backends.cuda import cost_table, tuning
 from deepseek_optimizer.backends.cuda.alternative import Choice
 from deepseek_optimizer.backends.cuda.division import DEFAULT
 from deepseek_optimizer.profiles import find, read
+from deepseek_optimizer.system import processor
 from deepseek_optimizer.tune import kernels
+from deepseek_optimizer.tune import search as searches
+from deepseek_optimizer.tune.search import Found, Trial
+from deepseek_optimizer.tune.settings import Figures
 
 
 @pytest.mark.skipif(cpu.unavailable_reason() is not None, reason="needs the native backend")
@@ -40,6 +45,28 @@ def test_a_search(dso, tiny_model, tmp_path, monkeypatch):
     assert read(saved).goal == "latency"
     answer = dso("run", tiny_model, "Hello", "-n", "2", "--profile", saved)
     assert answer.exit_code == 0 and "dso: profile:" in answer.stderr
+
+
+@pytest.mark.skipif(cpu.unavailable_reason() is not None, reason="needs the native backend")
+def test_the_defaults_are_those_of_a_model(dso, tiny_model, tmp_path, monkeypatch):
+    """A control group with a quota of 2 on a machine with many processors: profiles without threads are loaded with 2."""
+    pytest.importorskip("optuna")
+    monkeypatch.setattr(native, "default_threads", lambda: 2)
+    monkeypatch.setattr(processor, "usable_cpus", lambda: 64)
+    seen = []
+
+    def search(measure, values, defaults, goal, **options):
+        seen.append((values["threads"], defaults.threads))
+        figures = Figures(1.0, 1.0, 1.0, 1.0)
+        return Found(defaults, defaults, 0.0, figures, figures, [Trial(defaults, figures)])
+
+    monkeypatch.setattr(searches, "search", search)
+    saved = tmp_path / "p.json"
+    assert dso("tune", tiny_model, "-o", saved).exit_code == 0
+    assert seen[0][1] == load_model(tiny_model, profile=saved).dso.backend.threads == 2
+    assert 2 in seen[0][0] and 64 not in seen[0][0] and read(saved).fields == {}
+    monkeypatch.setenv("DSO_THREADS", "1")  # models that are loaded later take it, too
+    assert dso("tune", tiny_model, "-o", saved).exit_code == 0 and seen[1][1] == 1
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import pytest
 
 from deepseek_optimizer.bench.http_client import Exchange, HttpReply, ask, reply_of, request_bytes, send
 from deepseek_optimizer.bench.served import Served
-from deepseek_optimizer.server.run import raise_file_limit
+from deepseek_optimizer.system.open_files import raise_file_limit
 from support.live_server import wait_for
 
 REQUESTS, CANCELLED = 1_000, 100

@@ -16,7 +16,7 @@ optuna = pytest.importorskip("optuna")
 
 CPUS = 8
 DEFAULTS = Settings(threads=CPUS)
-VALUES = space(CPUS, ("auto", "int8", "int4"))
+VALUES = space(CPUS, CPUS, ("auto", "int8", "int4"))
 
 
 class Pretended:
@@ -43,6 +43,12 @@ class Pretended:
                 yield Figures(latency, latency / 4, 1000 / latency, 1e6 * (100 + size), kl)
         finally:
             self.closed += 1
+
+
+def test_numbers_of_threads():
+    assert space(2, 2, ("auto",))["threads"] == [1, 2]
+    assert space(32, 64, ("auto",))["threads"] == [1, 8, 16, 24, 31, 32, 64]  # cores, and their hyper-threads
+    assert space(8, 4, ("auto",))["threads"] == [1, 2, 4, 6, 7, 8]  # DSO_THREADS says so
 
 
 @pytest.mark.parametrize("goal", ["latency", "throughput"])

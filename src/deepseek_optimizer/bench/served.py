@@ -44,8 +44,9 @@ class Served:
         self.port = 0
 
     def __enter__(self) -> Served:
-        self._log = tempfile.TemporaryFile()
-        self.process = subprocess.Popen(self.command, stdout=self._log, stderr=self._log, env=self._environment)
+        self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=log, env=self._environment)
         try:
             self._wait(120.0)
         except BaseException:
@@ -61,7 +62,7 @@ class Served:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
-        self._log.close()
+        self._folder.cleanup()
 
     def _wait(self, seconds: float) -> None:
         """Waits until it listens.
@@ -79,8 +80,11 @@ class Served:
     @property
     def log(self) -> str:
         """Its output so far."""
-        written = os.fstat(self._log.fileno()).st_size
-        return os.pread(self._log.fileno(), written, 0).decode("utf-8", "replace")  # the server uses the file position
+        return self._log.read_bytes().decode("utf-8", "replace")
+
+    @property
+    def _log(self) -> Path:
+        return Path(self._folder.name, "log")
 
     @property
     def resident_bytes(self) -> int:

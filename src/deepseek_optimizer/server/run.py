@@ -10,7 +10,6 @@ import asyncio
 import gc
 import logging
 import os
-import resource
 import socket
 import ssl
 import sys
@@ -24,6 +23,8 @@ from fastapi import FastAPI
 from ..errors import ConfigError
 from ..longdoc.recognized import PageReader
 from ..system.interpreter import switch_often
+from ..system.open_files import raise_file_limit
+from ..system.sandbox.platforms import PLATFORMS, here
 from .app import create_app
 from .http.connections import protocol_for
 from .http.tracing import Tracer
@@ -125,13 +126,6 @@ class Server(uvicorn.Server):
                 transport.abort()
 
 
-def raise_file_limit() -> None:
-    """Raises the limit of open files, and so of connections, to the hard limit."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65_536) if hard != resource.RLIM_INFINITY else 65_536, hard))
-
-
 def listener(host: str, port: int) -> socket.socket:
     """Returns a socket bound to an address. It does not listen yet, so that clients are refused, and do not hang, until the
     server is ready.
@@ -142,7 +136,10 @@ def listener(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):  # Windows, where SO_REUSEADDR lets another process take a port in use
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+        else:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, port))
     except OSError as error:
         sock.close()
@@ -205,6 +202,8 @@ def serve_models(pool: ModelPool, sock: socket.socket, banner: Callable[[str, in
 
 def run(app: FastAPI, settings: ServerSettings, sock: socket.socket, banner: Callable[[str, int], None]) -> None:
     """Runs an application until a signal stops the process; arguments as for `serve`."""
+    if (unenforced := PLATFORMS[here()]().unenforced) is not None:
+        logger.warning("%s; serve clients that you trust only", unenforced)
     switch_often()
     gc.freeze()  # existing objects live on; a collection that visits them takes a tenth of a second
     Server(app, settings, banner).run([sock])

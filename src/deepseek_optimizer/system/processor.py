@@ -6,16 +6,21 @@ import os
 import platform
 from pathlib import Path
 
+from .arm_processors import arm_name
+from .files import ROOT, read_text
 
-def cpu_name() -> str:
-    """The CPU's model name; its architecture if the system does not report one."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+
+def cpu_name(root: Path = ROOT) -> str:
+    """The CPU's model name, or the designs of an ARM processor's cores; its architecture if the system does not report one.
+
+    Args:
+        root: directory with the system's files.
+    """
+    cpuinfo = read_text(root, "/proc/cpuinfo")
+    for line in cpuinfo.splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return arm_name(cpuinfo) or platform.processor() or platform.machine()
 
 
 def usable_cpus() -> int:

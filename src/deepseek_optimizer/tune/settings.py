@@ -54,16 +54,18 @@ class Figures:
     kl: float = 0.0
 
 
-def space(cpus: int, kv_formats: Sequence[str]) -> Mapping[str, Sequence[Any]]:
+def space(threads: int, cpus: int, kv_formats: Sequence[str]) -> Mapping[str, Sequence[Any]]:
     """The values of each setting, in order.
 
     Args:
-        cpus: that this process may use.
+        threads: of a model by default.
+        cpus: that this process may use at once: more than `threads` where cores have two hyper-threads.
         kv_formats: formats of the cache to try, the default first.
     """
-    threads = sorted({1, max(1, cpus // 4), max(1, cpus // 2), max(1, 3 * cpus // 4), max(1, cpus - 1), cpus})
+    parts = (threads // 4, threads // 2, 3 * threads // 4, threads - 1)
+    counts = sorted({1, *(max(1, part) for part in parts), threads, max(threads, cpus)})
     return {
-        "threads": threads, "prefill_chunk": (64, 128, 256, 512, 1024, 2048), "batch": (1, 2, 4, 8, 16, 32, 64),
+        "threads": counts, "prefill_chunk": (64, 128, 256, 512, 1024, 2048), "batch": (1, 2, 4, 8, 16, 32, 64),
         "kv_cache": tuple(kv_formats), "drafts": (0, 2, 4, 8),
     }  # fmt: skip
 

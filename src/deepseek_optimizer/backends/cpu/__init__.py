@@ -14,6 +14,7 @@ from ...graph.ir import Graph
 from ...quant import VIEWS
 from ...quant.packed import PackedMatrix, PackedWeight
 from ...system.memory import FreeMemory, free_memory
+from ...system.processor import usable_cpus
 from ...system.threads import one_torch_thread
 from ..base import DEFAULTS, PHASES, Capabilities, CompileOptions, Norm
 from ..registry import BackendSettings, BackendSpec
@@ -27,7 +28,7 @@ from .plan import CpuPlan, CpuStore
 from .sizes import CpuSizes
 from .topology import describe, read_topology
 
-__all__ = ["SPEC", "CpuBackend", "CpuPlan", "CpuStore", "exact", "unavailable_reason"]
+__all__ = ["SPEC", "CpuBackend", "CpuPlan", "CpuStore", "exact", "thread_limits", "unavailable_reason"]
 
 ISA_GROUPS = ("avx2", "avx512", "neon")  # ISA names that stand for several variants
 
@@ -43,6 +44,19 @@ def oversubscription(threads: int) -> str | None:
         f"{threads} threads share the {usable} processors that this process may use, and a step waits for the slowest thread: "
         f"leave threads and DSO_THREADS unset, or use {usable}"
     )
+
+
+def thread_limits() -> tuple[int, int]:
+    """How many threads a model takes that is loaded without `threads`, and how many processors this process may use, within the
+    control group's quota. The first is smaller where cores have two hyper-threads, and larger only if DSO_THREADS or
+    DSO_TOPOLOGY says so. Without a native build, both are the processors.
+
+    Raises:
+        ConfigError: DSO_THREADS, DSO_TOPOLOGY or DSO_NUMA is invalid.
+    """
+    if unavailable_reason() is not None:
+        return usable_cpus(), usable_cpus()
+    return CpuBackend().threads, native.number(native.library().dso_usable_cpus())
 
 
 class CpuBackend(CpuSizes):

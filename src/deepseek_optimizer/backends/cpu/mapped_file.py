@@ -82,9 +82,11 @@ def map_file(fd: int, size: int, modified_ns: int, path: Path) -> MappedFile:
     except OSError as error:
         raise CheckpointError(f"cannot be mapped: {error.strerror}", file=path) from error
     mapped.watch(fd, modified_ns, path)
-    with contextlib.suppress(OSError):  # the kernel may not support huge pages
-        mapped.madvise(mmap.MADV_HUGEPAGE)  # all weights are read for every token: fewer pages, fewer TLB misses
-    mapped.madvise(mmap.MADV_WILLNEED)  # from a disk: one long read instead of one fault per page
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux
+        with contextlib.suppress(OSError):  # the kernel may not support huge pages
+            mapped.madvise(mmap.MADV_HUGEPAGE)  # all weights are read for every token: fewer pages, fewer TLB misses
+    if hasattr(mapped, "madvise"):  # not Windows
+        mapped.madvise(mmap.MADV_WILLNEED)  # from a disk: one long read instead of one fault per page
     return mapped
 
 

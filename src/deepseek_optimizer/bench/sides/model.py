@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ...errors import BackendError
 from ..work import Work
 from .load import SIDES, load_side
 
@@ -71,7 +72,13 @@ def sample_of(regions: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def drop_from_page_cache(model: Path) -> None:
-    """Drops the model's files from the page cache, so that loading reads from disk."""
+    """Drops the model's files from the page cache, so that loading reads from disk.
+
+    Raises:
+        BackendError: the system has no call for it.
+    """
+    if not hasattr(os, "posix_fadvise"):  # macOS, Windows
+        raise BackendError("this system cannot drop a file from its page cache; measure without --cold")
     for path in model.iterdir() if model.is_dir() else [model]:
         descriptor = os.open(path, os.O_RDONLY)
         try:

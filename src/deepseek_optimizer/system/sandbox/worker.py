@@ -10,9 +10,6 @@ process ends for any reason.
 from __future__ import annotations
 
 import json
-import os
-import select
-import signal
 import subprocess
 import sys
 import threading
@@ -22,15 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import EngineBusyError, WorkerLostError
+from .platforms import PLATFORMS, here, send_message
 
 _CHILD = Path(__file__).with_name("child.py")
-_HEADER = 8  # bytes before each message, which contain its length
 _START_SECONDS = 60.0  # maximum time for imports, on a busy machine
 _WALL = 10  # maximum wall-clock time of a job, as a multiple of its CPU time: the machine may be busy
 _ENDING_SECONDS = 10.0  # maximum time from the end of its output to the end of the process, while the kernel frees its memory
-_TIMED_OUT = -signal.SIGPROF  # exit code after its own timer
-# Exit codes after a kill from outside. Other signals, such as SIGSEGV and SIGABRT, are caused by the job.
-_FROM_OUTSIDE = frozenset(-s for s in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT))
 _TRIES = 2  # number of attempts of a job whose worker is killed from outside
 
 
@@ -57,16 +51,19 @@ class Worker:
         memory: maximum memory of a job in bytes, in addition to that of the idle worker.
         patience: maximum seconds that a call waits for earlier calls.
         nice: increase of the process's niceness, so that running requests have precedence over long jobs.
+        platform: how the process is run and limited, a name in `platforms.PLATFORMS`; None: as this system allows.
     """
 
     def __init__(
         self, job: Path, setup: Mapping[str, Any], *, seconds: float = 5.0, memory: int = 1 << 29, patience: float = 10.0,
-        nice: int = 0,
+        nice: int = 0, platform: str | None = None,
     ) -> None:  # fmt: skip
         self._setup = {
             "job": str(job), "setup": setup, "path": sys.path, "seconds": seconds, "memory": memory, "nice": nice,
         }  # fmt: skip
-        self._seconds, self._patience = seconds, patience
+        self._seconds, self._patience, self._nice = seconds, patience, nice
+        self._platform_name = platform or here()
+        self._platform = PLATFORMS[self._platform_name]()
         self._lock, self._waiting = threading.Lock(), 0
         self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
@@ -130,11 +127,11 @@ class Worker:
             return
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", str(_CHILD)],
+                [sys.executable, "-I", str(_CHILD), self._platform_name],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C at the terminal is handled by this process
+                **self._platform.options(self._nice),
             )
         except OSError as error:  # no free file descriptor, process or memory
             raise WorkerLostError(f"a worker process could not be started: {error.strerror}") from None
@@ -162,36 +159,17 @@ class Worker:
         assert process is not None and process.stdin is not None and process.stdout is not None
         data = json.dumps(message).encode()
         try:
-            process.stdin.write(len(data).to_bytes(_HEADER, "little") + data)
-            process.stdin.flush()
-            deadline = time.monotonic() + seconds
-            size = int.from_bytes(self._read(_HEADER, deadline), "little")
-            return json.loads(self._read(size, deadline))
+            send_message(process.stdin, data)
+            return json.loads(self._platform.read_message(process.stdout, time.monotonic() + seconds))
         except TimeoutError:
             self._end()
             raise _TooSlow(f"a worker process did not finish in {seconds:g} s: the machine is too busy; try again") from None
         except (OSError, EOFError):
             code = self._end(_ENDING_SECONDS)
-            if code in _FROM_OUTSIDE:
+            if code is not None and code in self._platform.from_outside:
                 raise WorkerLostError(f"a worker process was killed from outside with signal {-code}; try again") from None
             late = f"it takes too long, more than {self._seconds:g} s"
-            raise WorkerError(late if code == _TIMED_OUT else "it failed") from None
-
-    def _read(self, size: int, deadline: float) -> bytes:
-        process = self._process
-        assert process is not None and process.stdout is not None
-        poll = select.poll()  # unlike select, works with any number of open files
-        poll.register(process.stdout, select.POLLIN)
-        parts, missing = [], size
-        while missing:
-            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-                raise TimeoutError
-            part = os.read(process.stdout.fileno(), missing)
-            if not part:
-                raise EOFError
-            parts.append(part)
-            missing -= len(part)
-        return b"".join(parts)
+            raise WorkerError(late if code == self._platform.timed_out else "it failed") from None
 
     def _end(self, grace: float = 0.1) -> int | None:
         """Ends the process.

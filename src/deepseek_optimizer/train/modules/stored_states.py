@@ -7,7 +7,6 @@ what follows. So the rows of later epochs may be in other batches, with other pa
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -61,7 +60,8 @@ class StoredStates:
         likely = torch.zeros(ids.shape, dtype=torch.int64, device="cpu")
         for row, (offset, length) in enumerate(found):
             size = length * width * dtype.itemsize
-            data = bytearray(os.pread(self._file.fileno(), size + 8 * length, offset))
+            self._file.seek(offset)
+            data = bytearray(self._file.read(size + 8 * length))
             if length:
                 states[row, :length] = torch.frombuffer(data, dtype=dtype, count=length * width).view(length, width)
                 likely[row, :length] = torch.frombuffer(data, dtype=torch.int64, offset=size, count=length)
@@ -76,7 +76,8 @@ class StoredStates:
             data = own + likely[row, :length].cpu().numpy().astype(np.int64).tobytes()
             if key in self._places or self._end + len(data) > self._free:
                 continue
-            os.pwrite(self._file.fileno(), data, self._end)
+            self._file.seek(self._end)
+            self._file.write(data)
             self._places[key] = _Place(self._end, length)
             self._end += len(data)
 
