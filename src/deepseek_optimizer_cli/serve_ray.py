@@ -83,6 +83,8 @@ class RayOptions:
             raise ConfigError(f"--max-replicas must be --replicas or more, got {self.max_replicas} and {self.replicas}")
         if self.scale_down_after is not None and self.max_replicas is None:
             raise ConfigError("--scale-down-after needs --max-replicas: otherwise the number of replicas stays the same")
+        if self.ray_address is not None and self.replica_cpus is None:
+            raise ConfigError("--ray-address needs --replica-cpus: the cluster's machines may have other cores than this one")
         if self.replica_cpus is not None and not self.replica_cpus > 0:
             raise ConfigError(f"--replica-cpus must be greater than 0, got {self.replica_cpus}")
         require_ray()

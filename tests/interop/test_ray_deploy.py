@@ -59,3 +59,18 @@ def test_a_replica_on_a_cuda_device_has_a_gpu(config, gpus, tiny_model, monkeypa
     options, _, banner = started(monkeypatch, capsys, tiny_model, config, RayOptions(True, None, 1, None, 2.0))
     assert (options["num_cpus"], options["num_gpus"]) == (2, gpus) and gpus_of_each(config) == gpus
     assert ("1 replicas of 2 cores and 1 GPU" if gpus else "1 replicas of 2 cores\n") in banner
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((False, "auto", 1, None, None), "need --ray"),
+        ((True, "auto", 1, None, None), "--ray-address needs --replica-cpus"),
+        ((True, None, 1, None, 0.0), "greater than 0"),
+        ((True, None, 2, 1, None), "must be --replicas or more"),
+    ],
+)
+def test_options_that_contradict_each_other(options, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RayOptions(*options).check({})
+    RayOptions(True, "auto", 1, 2, 4.0).check({})
