@@ -62,6 +62,24 @@ def test_a_replica_on_a_cuda_device_has_a_gpu(config, gpus, tiny_model, monkeypa
 
 
 @pytest.mark.parametrize(
+    ("config", "threads"),
+    [
+        ({}, 8),
+        ({"parallel": {"tensor": 2}}, 4),
+        ({"parallel": {"tensor": 2, "expert": 2}}, 2),
+        ({"parallel": {"pipeline": 2}}, 8),  # one process computes at a time
+        ({"parallel": {"tensor": 16}}, 1),
+        ({"parallel": {"tensor": 2}, "threads": 3}, 3),
+    ],
+)
+def test_the_processes_of_a_divided_model_share_the_cores_of_a_replica(
+    config, threads, tiny_model, monkeypatch, capsys
+) -> None:
+    options, settings, _ = started(monkeypatch, capsys, tiny_model, config, RayOptions(True, None, 1, None, 8.0))
+    assert options["num_cpus"] == 8 and settings["threads"] == threads
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ((False, "auto", 1, None, None), "need --ray"),
