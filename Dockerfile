@@ -30,6 +30,10 @@ ARG EXTRAS=[longdoc,serve]
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     pip install --no-cache-dir "transformers==${TRANSFORMERS}" "$(echo /wheels/*.whl)${EXTRAS}"
 
+# The probes that KubeRay gives the pods of examples/deploy/rayservice.yaml call wget.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install -y --no-install-recommends wget && rm -rf /var/lib/apt/lists/*
+
 RUN useradd --create-home --uid 1000 dso
 USER 1000
 WORKDIR /home/dso

@@ -63,6 +63,13 @@ def test_the_default_command_exists(text):
     assert shown.exit_code == 0 and command[0] in shown.stdout
 
 
+def test_it_has_what_the_probes_of_kuberay_call(text):
+    """KubeRay adds probes with wget to the pods of a RayService, which the slim base image lacks."""
+    shipped = text.rpartition("\nFROM ")[2]
+    assert re.search(r"^RUN apt-get .*\bapt-get install .*\bwget\b", shipped, re.M)
+    assert shipped.index("wget") < shipped.index("\nUSER "), "installed as root"
+
+
 def test_it_can_serve(text):
     (extras,) = re.findall(r"^ARG EXTRAS=\[(.*)\]$", text, re.M)
     assert "serve" in extras.split(",") and "/wheels/*.whl)${EXTRAS}" in text

@@ -156,7 +156,8 @@ class RankLostError(DeepSeekOptimizerError, RuntimeError):
     def __init__(self, what: str) -> None:
         super().__init__(
             f"the model runs in several processes, and one of them has ended ({what}): requests in progress have ended too. "
-            "Load the model again; if the system killed the process for memory, free some, or set a smaller kv_cache_memory"
+            "Load the model again, or start the server again; if the system killed the process for memory, free some, or set a "
+            "smaller kv_cache_memory"
         )
 
 

@@ -82,7 +82,7 @@ def batch(
     from deepseek_optimizer.system.progress import show_progress
 
     from .serve_engine import check_options, load_engine
-    from .serve_ray import cores_of_each
+    from .serve_ray import cores_of_each, gpus_of_each
 
     check_options(tool_format, generation_config, name)
     _check_workers(on_ray, ray_address, workers, worker_cpus, fields.get("parallel"))
@@ -124,8 +124,8 @@ def batch(
                     from deepseek_optimizer.ray.batch import Workers
                     from deepseek_optimizer.ray.batch import run_batch as run_on_ray
 
-                    gpus = float(str(fields.get("device") or "cpu").startswith("cuda"))
-                    processes = Workers(workers, worker_cpus or cores_of_each(workers), gpus, ray_address, 2 * max_running)
+                    cores, gpus = worker_cpus or cores_of_each(workers), gpus_of_each(fields)
+                    processes = Workers(workers, cores, gpus, ray_address, 2 * max_running)
                     run_on_ray(served, settings, processes, job, results, progress)
                 else:
                     engine, settings, _, _ = load_engine(served, settings)

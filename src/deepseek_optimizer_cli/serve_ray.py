@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -82,6 +83,8 @@ class RayOptions:
             raise ConfigError(f"--max-replicas must be --replicas or more, got {self.max_replicas} and {self.replicas}")
         if self.scale_down_after is not None and self.max_replicas is None:
             raise ConfigError("--scale-down-after needs --max-replicas: otherwise the number of replicas stays the same")
+        if self.ray_address is not None and self.replica_cpus is None:
+            raise ConfigError("--ray-address needs --replica-cpus: the cluster's machines may have other cores than this one")
         if self.replica_cpus is not None and not self.replica_cpus > 0:
             raise ConfigError(f"--replica-cpus must be greater than 0, got {self.replica_cpus}")
         require_ray()
@@ -106,6 +109,18 @@ def cores_of_each(processes: int) -> int:
     return max(1, (usable_cpus() if unavailable_reason() else default_threads()) // processes)
 
 
+def gpus_of_each(fields: Mapping[str, Any]) -> float:
+    """GPUs of a process: one if its model is loaded to a CUDA device, since Ray hides the others; else none.
+
+    Args:
+        fields: the options `device` and `backend`, as far as they are given.
+    """
+    from deepseek_optimizer.integration.load.placement import device_of
+
+    device = fields.get("device")
+    return float(str(device_of(fields.get("backend", "auto")) if device is None else device).startswith("cuda"))
+
+
 def serve_on_ray(given: RayOptions, served: ServedModel, settings: ServerSettings) -> None:
     """Serves replicas until a signal stops them.
 
@@ -123,17 +138,18 @@ def serve_on_ray(given: RayOptions, served: ServedModel, settings: ServerSetting
     if given.ray_address is None:
         resolve(served.model)  # else each replica fails, or downloads it, minutes later
     highest = given.max_replicas or given.replicas
-    cpus = given.replica_cpus or cores_of_each(highest)
+    cpus, gpus = given.replica_cpus or cores_of_each(highest), gpus_of_each(served.config)
 
     def application() -> Any:
         from deepseek_optimizer.ray.deploy import SCALE_DOWN_AFTER, Replicas, deploy
 
         after = SCALE_DOWN_AFTER if given.scale_down_after is None else given.scale_down_after
-        return deploy(served, settings, Replicas(given.replicas, given.max_replicas, cpus, scale_down_after=after))
+        return deploy(served, settings, Replicas(given.replicas, given.max_replicas, cpus, gpus, after))
 
     def banner() -> None:
         lines = [
             f"model     {served.model}, {given.replicas} replicas of {cpus:g} cores"
+            + (f" and {gpus:g} GPU" if gpus else "")
             + (f", up to {given.max_replicas}" if given.max_replicas else ""),
             banner_lines.address_line(settings, settings.host, settings.port),
             *banner_lines.access_warning(settings),

@@ -32,6 +32,11 @@ def test_requests_in_order(tmp_path):
     assert job.written == int(path.stat().st_mtime)
 
 
+def test_a_quality_is_allowed_but_not_one_that_depends_on_the_load(tmp_path):
+    body = {**CHAT, "quality": "fast", "min_quality": None}
+    assert read_requests(write(tmp_path / "in", {**LINE, "body": body})).requests[0].body == body
+
+
 def test_windows_line_ends(tmp_path):
     path = tmp_path / "in"
     path.write_bytes(b"".join(json.dumps({**LINE, "custom_id": n}).encode() + b"\r\n" for n in "ab"))
@@ -55,6 +60,10 @@ def test_windows_line_ends(tmp_path):
         ({**LINE, "custom_id": "b", "url": ["/v1/embeddings"]}, "line 2, url"),
         ({**LINE, "custom_id": "b", "body": "x"}, "line 2, body: must be the JSON object that /v1/chat/completions takes"),
         ({**LINE, "custom_id": "b", "body": {**CHAT, "stream": True}}, "line 2, body.stream"),
+        (
+            {**LINE, "custom_id": "b", "body": {**CHAT, "min_quality": "fast"}},
+            "line 2, body.min_quality: answers of a batch must",
+        ),
     ],
 )
 def test_errors_name_line_and_field(tmp_path, line, message):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import ray
 
@@ -9,7 +11,7 @@ from deepseek_optimizer.errors import CheckpointError, ConfigError
 from deepseek_optimizer.ray import deployment
 from deepseek_optimizer.server.served_model import ServedModel
 from deepseek_optimizer.server.settings import ServerSettings
-from deepseek_optimizer_cli.serve_ray import RayOptions, serve_on_ray
+from deepseek_optimizer_cli.serve_ray import RayOptions, gpus_of_each, serve_on_ray
 
 
 @pytest.mark.parametrize(
@@ -31,3 +33,62 @@ def test_a_model_that_is_missing_is_reported_before_ray_starts(tmp_path) -> None
     with pytest.raises(CheckpointError, match="does not exist"):
         serve_on_ray(RayOptions(True, None, 2, None, None), ServedModel(str(tmp_path / "none")), ServerSettings())
     assert not ray.is_initialized()
+
+
+def started(
+    monkeypatch, capsys, model, config: dict[str, Any], options: RayOptions
+) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """What `dso serve --ray` asks Ray for, the settings that replicas load the model with, and the banner."""
+    made = []
+
+    def serve_until_stopped(application, address, host, port, banner, note) -> None:
+        made.append(application())
+        banner()
+
+    monkeypatch.setattr("deepseek_optimizer.ray.run.serve_until_stopped", serve_until_stopped)
+    serve_on_ray(options, ServedModel(str(model), config=config), ServerSettings())
+    bound = made[0]._bound_deployment
+    return bound.ray_actor_options, bound.init_args[0].config, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("config", "gpus"),
+    [({}, 0), ({"device": "cpu"}, 0), ({"device": "cuda"}, 1), ({"device": "cuda:0"}, 1), ({"backend": "cuda"}, 1)],
+)
+def test_a_replica_on_a_cuda_device_has_a_gpu(config, gpus, tiny_model, monkeypatch, capsys) -> None:
+    options, _, banner = started(monkeypatch, capsys, tiny_model, config, RayOptions(True, None, 1, None, 2.0))
+    assert (options["num_cpus"], options["num_gpus"]) == (2, gpus) and gpus_of_each(config) == gpus
+    assert ("1 replicas of 2 cores and 1 GPU" if gpus else "1 replicas of 2 cores\n") in banner
+
+
+@pytest.mark.parametrize(
+    ("config", "threads"),
+    [
+        ({}, 8),
+        ({"parallel": {"tensor": 2}}, 4),
+        ({"parallel": {"tensor": 2, "expert": 2}}, 2),
+        ({"parallel": {"pipeline": 2}}, 8),  # one process computes at a time
+        ({"parallel": {"tensor": 16}}, 1),
+        ({"parallel": {"tensor": 2}, "threads": 3}, 3),
+    ],
+)
+def test_the_processes_of_a_divided_model_share_the_cores_of_a_replica(
+    config, threads, tiny_model, monkeypatch, capsys
+) -> None:
+    options, settings, _ = started(monkeypatch, capsys, tiny_model, config, RayOptions(True, None, 1, None, 8.0))
+    assert options["num_cpus"] == 8 and settings["threads"] == threads
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((False, "auto", 1, None, None), "need --ray"),
+        ((True, "auto", 1, None, None), "--ray-address needs --replica-cpus"),
+        ((True, None, 1, None, 0.0), "greater than 0"),
+        ((True, None, 2, 1, None), "must be --replicas or more"),
+    ],
+)
+def test_options_that_contradict_each_other(options, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RayOptions(*options).check({})
+    RayOptions(True, "auto", 1, 2, 4.0).check({})

@@ -99,6 +99,16 @@ def test_the_gateway_routes_to_the_deployment():
     policy = kinds["NetworkPolicy"]["spec"]
     assert policy["podSelector"]["matchLabels"] == manifests()["Deployment"]["spec"]["template"]["metadata"]["labels"]
     assert policy["ingress"][0]["ports"] == [{"port": container()["ports"][0]["containerPort"]}]
+    gateway, router, prometheus = policy["ingress"][0]["from"]
+    assert gateway["podSelector"]["matchLabels"] == {
+        "gateway.networking.k8s.io/gateway-name": kinds["Gateway"]["metadata"]["name"]
+    }
+    assert router["podSelector"]["matchLabels"] == {"llm-d-router-gateway": "dso-epp"}
+    # both selectors in one entry: pods of Prometheus in that namespace, not either
+    assert prometheus == {
+        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}},
+        "podSelector": {"matchLabels": {"app.kubernetes.io/name": "prometheus"}},
+    }
 
 
 def test_the_ray_service_has_valid_arguments():
@@ -121,7 +131,9 @@ def test_the_ray_service_has_valid_arguments():
         assert {mount["name"] for mount in one["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
         assert served["http_options"]["port"] in [port["containerPort"] for port in one["ports"]]
         names = {variable["name"]: variable.get("value") for variable in one["env"]}
-        assert names["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] == "deepseek_optimizer.ray.proxy.middlewares"
+        table = (FOLDER.parents[1] / "docs/how-to/ray.md").read_text(encoding="utf-8")
+        needed = dict(re.findall(r"^\| `(RAY_\w+)` \| `(\S+)` \|$", table, re.MULTILINE))  # "on every node"
+        assert needed["RAY_worker_niceness"] == "0" and needed.items() <= names.items()
 
 
 @pytest.fixture(scope="module")

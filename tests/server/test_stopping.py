@@ -1,4 +1,5 @@
-"""Shutdown of a server: running requests finish, new ones are rejected, and no process remains."""
+"""Shutdown of a server: running requests finish, new ones are rejected, and no process remains. If its engine has died, all get
+an error, and the process fails, so that whatever supervises it starts it again."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from support.warm_python import WarmPython
 
 TESTS = Path(__file__).parents[1]
 SCRIPT = """
-import sys
+import signal, sys
 sys.path.insert(0, {tests!r})
 from transformers import AutoTokenizer
 from support.fake_engine import FakeEngine
@@ -27,6 +28,7 @@ from deepseek_optimizer.server.settings import ServerSettings
 
 tokenizer = AutoTokenizer.from_pretrained({model!r})
 engine = FakeEngine(tokenizer, script=lambda request: "x" * 10_000, context=20_000, step_seconds=0.01)
+signal.signal(signal.SIGUSR1, lambda *_: engine.die())
 settings = ServerSettings(port=0, drain_seconds={drain})
 serve(engine, settings, listener("127.0.0.1", 0), lambda host, port: print(f"port {{port}}", flush=True))
 print("ended", flush=True)
@@ -151,6 +153,32 @@ def test_a_second_signal_ends_it_at_once(start):
     assert server.process.returncode == 128 + signal.SIGTERM and time.monotonic() - began < 10 and "Traceback" not in err
     assert flight.result() is None and flight.error is not None
     wait_for(lambda: ended(children))
+
+
+def test_it_ends_with_an_error_if_its_engine_dies(start):
+    server = start()
+    children = server.children()
+    whole, stream = server.ask(9000), server.ask(9000, stream=True)
+    time.sleep(0.5)
+    server.process.send_signal(signal.SIGUSR1)
+    assert_error(whole.result(), 503)
+    assert '"error"' in stream.result().text.split("\n\n")[-3]
+    out, err = server.process.communicate(timeout=20)
+    assert server.process.returncode == 1 and "ended" not in out, err
+    assert "the server has ended, since its engine stopped" in err and "a second signal" not in err
+    wait_for(lambda: ended(children))
+
+
+def test_an_engine_that_dies_while_the_server_stops_changes_nothing(start):
+    server = start()
+    flight = server.ask(9000)
+    time.sleep(0.3)
+    server.process.send_signal(signal.SIGTERM)
+    wait_for(lambda: server.client.get("/ready").status_code == 503)
+    server.process.send_signal(signal.SIGUSR1)
+    assert_error(flight.result(), 503)
+    _, err = server.process.communicate(timeout=20)
+    assert server.process.returncode == 0 and "Traceback" not in err, err
 
 
 def test_a_client_that_does_not_read_does_not_prevent_shutdown(start):

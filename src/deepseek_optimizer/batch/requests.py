@@ -101,4 +101,6 @@ def _request(line: bytes, index: int, path: Path, number: int) -> BatchRequest:
         raise error(f"must be the JSON object that {url} takes, got {shown(body)}", "body")
     if body.get("stream"):
         raise error("answers of a batch are written as a whole; leave it out", "body.stream")
+    if body.get("min_quality") is not None:
+        raise error("answers of a batch must not depend on the load; set quality, or leave it out", "body.min_quality")
     return BatchRequest(index, custom_id, url, body)

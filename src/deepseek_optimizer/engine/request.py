@@ -20,6 +20,7 @@ MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1_024
 MAX_BAD_WORDS = 1_024
+MAX_PRIORITY = 1000  # of a server's requests; those come last
 Finish = Literal["stop", "length", "cancelled", "deadline", "error"]
 
 
@@ -220,7 +221,7 @@ class Request:
         prompt: token ids.
         sampling: sampling parameters.
         id: identifier; the engine generates one if it is empty.
-        priority: requests with lower values are scheduled first.
+        priority: requests with lower values are scheduled first; those with MAX_PRIORITY or more are meant to wait.
         salt: only requests with the same salt share cached prefixes.
         deadline: time at which the request is ended if it is unfinished, in seconds of the engine's clock (`time.monotonic`).
         embed: return a vector pooled from the prompt's last hidden states instead of generating text.

@@ -11,6 +11,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouter
 
 from ..chat.sampling_defaults import SOURCES
 from ..errors import ConfigError
+from ..graph.parallel import Parallel
 from ..server.keys import read_keys
 from ..server.served_model import ServedModel
 from ..server.settings import ServerSettings
@@ -84,7 +85,8 @@ def deployment(
         num_replicas: number of replicas; with `max_replicas`, the minimum.
         max_replicas: maximum number of replicas, which then depends on the running and waiting sequences.
         scale_down_after: seconds of less load before a replica ends, with `max_replicas`.
-        cpus: processor cores of a replica, which its engine uses as threads unless `config` has `threads`.
+        cpus: processor cores of a replica, which its engine uses as threads unless `config` has `threads`. The processes of a
+            model that is divided (`config["parallel"]`) share them.
         gpus: GPUs of a replica.
         config: fields of `DeepSeekConfig`, and `device`.
         engine: options of `make_async_engine`.
@@ -126,7 +128,8 @@ def deploy(served: ServedModel, settings: ServerSettings, replicas: Replicas, op
             raise ConfigError(f"{name}: not available on Ray: it would be one replica's, and requests go to any; leave it out")
     if served.generation_config not in SOURCES:
         raise ConfigError(f"generation_config must be one of {', '.join(SOURCES)}, got {served.generation_config!r}")
-    fields = {"threads": max(1, int(replicas.cpus)), **served.config}
+    at_once = Parallel.of(served.config.get("parallel", {})).at_once  # `threads` are those of each process
+    fields = {"threads": max(1, int(replicas.cpus) // at_once), **served.config}
     running = fields.get("batch_size_range", (1, _RUNNING))[1]
     values: dict[str, Any] = {
         "name": "dso",

@@ -1,7 +1,8 @@
 """The server process: uvicorn with this package's limits and shutdown.
 
 After the first SIGTERM or SIGINT, new requests are refused and requests in flight have `drain_seconds` to finish; then the
-process exits with status 0. After the second, it exits at once.
+process exits with status 0. After the second, it exits at once. If the engine stops by itself, the process ends in the same
+way, but with an error, so that whatever supervises it starts it again.
 """
 
 from __future__ import annotations
@@ -13,19 +14,20 @@ import os
 import socket
 import ssl
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from types import FrameType
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
-from ..errors import ConfigError
+from ..errors import ConfigError, EngineDeadError
 from ..longdoc.recognized import PageReader
 from ..system.interpreter import switch_often
 from ..system.open_files import raise_file_limit
 from ..system.sandbox.platforms import PLATFORMS, here
 from .app import create_app
+from .engine_death import engine_death
 from .http.connections import protocol_for
 from .http.tracing import Tracer
 from .pool.model_pool import ModelPool
@@ -44,9 +46,19 @@ class Server(uvicorn.Server):
         app: the result of `create_app`.
         settings: the server's.
         banner: called with host and port when the server listens.
+        death: called when the server listens; the server ends when what it returns does, which is then `failure`.
+
+    Attributes:
+        failure: why the server ended, unless it was asked to.
     """
 
-    def __init__(self, app: Any, settings: ServerSettings, banner: Callable[[str, int], None] | None = None) -> None:
+    def __init__(
+        self,
+        app: Any,
+        settings: ServerSettings,
+        banner: Callable[[str, int], None] | None = None,
+        death: Callable[[], Awaitable[EngineDeadError]] | None = None,
+    ) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -69,7 +81,9 @@ class Server(uvicorn.Server):
         )
         self._state: ServerState | ModelPool = app.state.server
         self._stopping: asyncio.Task[None] | None = None
-        self._banner = banner
+        self._banner, self._death = banner, death
+        self._watching: asyncio.Future[None] | None = None
+        self.failure: EngineDeadError | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Handles a signal for uvicorn. Default handlers are not called, since they would end the process."""
@@ -80,12 +94,24 @@ class Server(uvicorn.Server):
 
     async def serve(self, sockets: Any = None) -> None:
         self._loop = asyncio.get_running_loop()
-        await super().serve(sockets)
+        try:
+            await super().serve(sockets)
+        finally:
+            if self._watching is not None:
+                self._watching.cancel()
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
         if self._banner is not None:
             self._banner(*self.address)
+        if self._death is not None:
+            self._watching = asyncio.ensure_future(self._watch(self._death))
+
+    async def _watch(self, death: Callable[[], Awaitable[EngineDeadError]]) -> None:
+        failure = await death()
+        if not self._state.draining:  # otherwise it ends already, because it was asked to
+            self.failure, self._state.draining = failure, True
+            self._begin_to_stop()
 
     @property
     def address(self) -> tuple[str, int]:
@@ -103,7 +129,10 @@ class Server(uvicorn.Server):
             self._stopping = self._loop.create_task(self._stop())
 
     async def _stop(self) -> None:
-        print("dso: stopping when requests in flight are done; a second signal stops at once", file=sys.stderr, flush=True)
+        if self.failure is None:
+            print("dso: stopping when requests in flight are done; a second signal stops at once", file=sys.stderr, flush=True)
+        else:
+            logger.error("%s", self.failure)
         await self._state.batches.stop()  # they continue after a restart
         try:
             if not await self._state.drain(self._state.settings.drain_seconds):
@@ -182,11 +211,14 @@ def serve(
         banner: called with host and port when the server listens.
         tracer: exports traces.
         ocr: reads scanned pages of uploaded files; None: they are reported.
+
+    Raises:
+        EngineDeadError: the engine has stopped by itself; all requests have got an answer.
     """
     raise_file_limit()
     app = create_app(engine, settings, tracer, ocr)
     app.state.server.warm_up()
-    run(app, settings, sock, banner)
+    run(app, settings, sock, banner, lambda: engine_death(engine))
 
 
 def serve_models(pool: ModelPool, sock: socket.socket, banner: Callable[[str, int], None]) -> None:
@@ -200,10 +232,23 @@ def serve_models(pool: ModelPool, sock: socket.socket, banner: Callable[[str, in
     run(create_pool_app(pool), pool.settings, sock, banner)
 
 
-def run(app: FastAPI, settings: ServerSettings, sock: socket.socket, banner: Callable[[str, int], None]) -> None:
-    """Runs an application until a signal stops the process; arguments as for `serve`."""
+def run(
+    app: FastAPI,
+    settings: ServerSettings,
+    sock: socket.socket,
+    banner: Callable[[str, int], None],
+    death: Callable[[], Awaitable[EngineDeadError]] | None = None,
+) -> None:
+    """Runs an application until a signal stops the process, or `death` has ended; arguments as for `Server` and `serve`.
+
+    Raises:
+        EngineDeadError: the result of `death`.
+    """
     if (unenforced := PLATFORMS[here()]().unenforced) is not None:
         logger.warning("%s; serve clients that you trust only", unenforced)
     switch_often()
     gc.freeze()  # existing objects live on; a collection that visits them takes a tenth of a second
-    Server(app, settings, banner).run([sock])
+    server = Server(app, settings, banner, death)
+    server.run([sock])
+    if server.failure is not None:
+        raise server.failure

@@ -14,7 +14,6 @@ from .keys import ApiKeys
 from .remote_pictures import allowed_hosts
 
 LOCALHOST = "localhost"  # in allow_origins
-MAX_PRIORITY = 1000  # of a request; those come last
 _ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 
 

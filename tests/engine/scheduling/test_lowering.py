@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from deepseek_optimizer.engine.request import Request, SamplingParams
+from deepseek_optimizer.engine.request import MAX_PRIORITY, Request, SamplingParams
 from deepseek_optimizer.engine.scheduling.lowering import Lowering
 from deepseek_optimizer.errors import RequestError
 from support.mock_model import make_core
@@ -43,6 +43,17 @@ def test_requests_are_lowered_while_another_waits_too_long_and_for_a_while_after
     old = waiting(9.3)
     assert at(9.3, new(9.3)) == ["fast"] and at(9.5, new(9.5)) == ["exact"] and not lowering.active
     assert at(9.6, new(9.6), preemptions=1) == ["fast"], "a preemption means that the cache is full"
+
+
+def test_waits_of_the_lowest_priority_lower_nothing():
+    """Those of batches: they wait for all others, however few these are."""
+    lowering = Lowering(1.0)
+    batch = waiting(0.0, min_quality="fast", priority=MAX_PRIORITY)
+    new = waiting(99.0, min_quality="fast")
+    lowering.choose([batch, new], 0, 99.5)
+    assert not lowering.active and new.sequence.quality == batch.sequence.quality == "exact"
+    lowering.choose([batch, new, waiting(98.0, priority=MAX_PRIORITY - 1)], 0, 99.6)
+    assert lowering.active and new.sequence.quality == batch.sequence.quality == "fast"
 
 
 def test_a_request_that_waits_follows_and_gives_up_its_keys():

@@ -2,8 +2,9 @@
 
 The rule: as soon as a request has waited longer than a limit for its start, or one was preempted, requests that start are
 lowered. They are no longer once all waits have been below half of the limit for four times the limit: a queue that has just
-become shorter because requests were lowered does not end it. A request keeps the quality that it started with, so that its
-whole answer, and every block of the cache that it shares, has one quality.
+become shorter because requests were lowered does not end it. Waits of the lowest priority, such as those of batches, do not
+count, since these are meant to wait; they are lowered with the others. A request keeps the quality that it started with, so
+that its whole answer, and every block of the cache that it shares, has one quality.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ...backends.qualities import EXACT
+from ..request import MAX_PRIORITY
 from ..running import Running
 
 _CALM = 0.5  # of the limit: waits below it are short
@@ -41,7 +43,8 @@ class Lowering:
             now: time of the engine's clock.
         """
         new = [r for r in waiting if r.started is None and not r.preempted]
-        self._update(max((now - r.arrived for r in new), default=0.0), preemptions, now)
+        waits = (now - r.arrived for r in new if r.request.priority < MAX_PRIORITY)
+        self._update(max(waits, default=0.0), preemptions, now)
         for r in new:
             quality = r.request.floor if self.active else r.request.quality or EXACT
             if r.sequence.quality != quality:

@@ -43,6 +43,11 @@ class Parallel:
         """Number of processes."""
         return self.tensor * self.expert * self.pipeline
 
+    @property
+    def at_once(self) -> int:
+        """Number of processes that compute at the same time, and share the cores: of a pipeline one."""
+        return self.tensor * self.expert
+
     def __str__(self) -> str:
         """The fields that divide something, for messages: `tensor=2`."""
         return ", ".join(f"{name}={count}" for name, count in self.to_dict().items() if count > 1) or "tensor=1"

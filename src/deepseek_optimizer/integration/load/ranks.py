@@ -223,8 +223,8 @@ def start_ranks(checkpoint: Checkpoint, settings: DeepSeekConfig) -> Member:
         ConfigError: the environment describes another number of processes.
     """
     ranks, pipeline = settings.parallel.ranks, settings.parallel.pipeline > 1
-    sharing = 1 if pipeline else ranks  # processes that compute at the same time
-    threads = settings.threads or forced_threads() or max(1, number(library().dso_default_threads()) // sharing)
+    cores = number(library().dso_default_threads())
+    threads = settings.threads or forced_threads() or max(1, cores // settings.parallel.at_once)
     if pipeline and (place := Place.of_environment()) is not None:
         if place.ranks != ranks:
             raise ConfigError(f"parallel: {settings.parallel} needs {ranks} processes, but WORLD_SIZE is {place.ranks}")

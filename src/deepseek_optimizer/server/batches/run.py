@@ -16,9 +16,9 @@ from ...batch.places import Places
 from ...batch.requests import BatchInput, read_requests
 from ...batch.results import Results, encoded
 from ...batch.run import answer_all, client_of_started
+from ...engine.request import MAX_PRIORITY
 from ...errors import DataError, EngineDeadError, excerpt
 from ..http.caller import FOR_OWNER
-from ..settings import MAX_PRIORITY
 from .file_store import BatchFiles
 from .in_thread import in_thread
 from .job import Batch

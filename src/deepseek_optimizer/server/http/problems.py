@@ -122,7 +122,7 @@ def _dead(cause: BaseException | None) -> ApiError:
         message = f"the model can no longer be used: {name} {cause.what}; restore the file and restart the server"
         code = "model_file_changed"
     elif isinstance(cause, RankLostError):
-        message, code = "a process that runs a part of the model has ended; restart the server", "rank_lost"
+        message, code = "a process that runs a part of the model has ended, and the server has to restart", "rank_lost"
     return ApiError(503, message, code=code, headers={"Retry-After": "30"})
 
 

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_
 from ...backends.qualities import Quality
 from ...engine.pictures import PictureRows
 from ...engine.request import (
+    MAX_PRIORITY,
     MAX_STOP_CHARACTERS,
     MAX_STOPS,
     CompiledGrammar,
@@ -18,7 +19,6 @@ from ...engine.request import (
     SamplingParams,
 )
 from ..http.problems import ApiError
-from ..settings import MAX_PRIORITY
 from .base import TOKEN_ID
 from .by_quality import ByQuality
 from .reports import Reports
