@@ -37,8 +37,10 @@ ALLOWED = {
     "checkpoint/prefix_files.py": "the directory is in the user's profile, and has its permissions",
     "deepseek_optimizer_cli/chat.py": "the console edits lines itself",
     "doctor/machine.py": "the load is unknown",
+    "integration/load/rank_process.py": "`check_divisible` refuses other systems than Linux",
     "integration/load/ranks.py": "`check_divisible` refuses other systems than Linux",
     "integration/load/rendezvous.py": "`check_divisible` refuses other systems than Linux",
+    "system/affinity.py": "nothing is bound",
     "system/open_files.py": "there is no such limit",
     "system/pages.py": "no huge pages",
     "system/processor.py": "the system's CPUs",
@@ -141,7 +143,7 @@ def test_a_cold_start_that_cannot_be_measured_is_an_error(monkeypatch, tmp_path)
 
 def test_the_server_says_what_it_cannot_enforce(monkeypatch, caplog):
     monkeypatch.setattr(run, "here", lambda: "portable")
-    monkeypatch.setattr(run, "Server", lambda *_: SimpleNamespace(run=lambda sockets: None))
+    monkeypatch.setattr(run, "Server", lambda *_: SimpleNamespace(run=lambda sockets: None, failure=None))
     monkeypatch.setattr(run.gc, "freeze", lambda: None)
     run.run(None, None, None, None)
     assert "the memory of worker processes is not limited on this system" in caplog.text
