@@ -6,6 +6,7 @@
 
 #include "choice_fixture.hpp"
 #include "cache.hpp"
+#include "int4_rows.hpp"
 #include "plan_parts.hpp"
 
 namespace {
@@ -219,6 +220,11 @@ void against_doubles(Model& m, const Sequence& s) {
   const Spec& c = m.spec;
   const Held held(m, s);
   const int64_t d = c.head_dim;
+  const bool transformed = c.type == DSO_KV_INT4;  // rounds transformed rows, and adds an ulp per step of a transform
+  std::vector<float> keys = held.keys, values = held.values;
+  if (transformed)
+    for (int64_t at = 0; at < (int64_t)keys.size(); at += d)
+      for (std::vector<float>* x : {&keys, &values}) hadamard(x->data() + at, d, false);
   for (int64_t t = 0; t < s.done; t += t > 100 && t + 20 < s.done ? 7 : 1)
     for (int64_t kv = 0; kv < c.kv_heads; ++kv) {
       if (!check(good_choice(m, held, s, t, kv),
@@ -227,7 +233,9 @@ void against_doubles(Model& m, const Sequence& s) {
         return;
       for (int64_t g = 0; g < c.group; ++g) {
         const int64_t h = kv * c.group + g;
-        const float* q = s.rows.data() + t * c.row_width() + h * d;
+        const float* row = s.rows.data() + t * c.row_width() + h * d;
+        std::vector<float> q(row, row + d);
+        if (transformed) hadamard(q.data(), d, true);
         double top = -INFINITY, size = 0, total = 0, largest = 0;
         std::vector<int64_t> seen;
         std::vector<double> logit, mixed((size_t)d);
@@ -238,12 +246,12 @@ void against_doubles(Model& m, const Sequence& s) {
         for (int64_t u : seen) {
           double x = 0, a = 0;
           for (int64_t i = 0; i < d; ++i) {
-            const double qi =
-                rounds_q(m) ? rounded_bf16(q[i] * (c.scale() * 1.44269504f)) * std::numbers::ln2 : (double)q[i] * c.scale();
-            const double term = qi * held.keys[(size_t)((kv * held.tokens + u) * d + i)];
+            const double qi = rounds_q(m) ? rounded_bf16(q[(size_t)i] * (c.scale() * 1.44269504f)) * std::numbers::ln2
+                                          : (double)q[(size_t)i] * c.scale();
+            const double term = qi * keys[(size_t)((kv * held.tokens + u) * d + i)];
             x += term;
             a += std::fabs(term);
-            largest = std::max(largest, (double)std::fabs(held.values[(size_t)((kv * held.tokens + u) * d + i)]));
+            largest = std::max(largest, (double)std::fabs(values[(size_t)((kv * held.tokens + u) * d + i)]));
           }
           logit.push_back(x);
           top = std::max(top, x);
@@ -252,9 +260,10 @@ void against_doubles(Model& m, const Sequence& s) {
         for (size_t j = 0; j < seen.size(); ++j) {
           const double p = std::exp(logit[j] - top);
           total += p;
-          for (int64_t i = 0; i < d; ++i) mixed[(size_t)i] += p * held.values[(size_t)((kv * held.tokens + seen[j]) * d + i)];
+          for (int64_t i = 0; i < d; ++i) mixed[(size_t)i] += p * values[(size_t)((kv * held.tokens + seen[j]) * d + i)];
         }
-        const double bound = largest * (1e-6 + 4 * 6e-8 * 2 * size + (rounds_q(m) ? 0x1p-8 : 0));
+        if (transformed) hadamard(mixed.data(), d, true);
+        const double bound = largest * (1e-6 + (transformed ? 24 : 4) * 6e-8 * 2 * size + (rounds_q(m) ? 0x1p-8 : 0));
         for (int64_t i = 0; i < d; ++i) {
           const float got = s.out[(size_t)t][(size_t)(h * d + i)];
           if (!check(std::fabs(got - mixed[(size_t)i] / total) <= bound,

@@ -45,7 +45,8 @@ struct Packed : Format<format> {
     Place rows_below(int64_t bytes) const { return {group + bytes, head + bytes}; }
   };
   DSO_INLINE Place place(const uint8_t* row, int64_t g, int64_t groups) {
-    return {row + group_at(layout, g), row + head_at(layout, g, groups)};
+    constexpr IntLayout l = layout;  // of which no symbol remains, as one does of a static member that a call reads at run time
+    return {row + group_at(l, g), row + head_at(l, g, groups)};
   }
 
   DSO_INLINE B quad(Place at, int q) {
