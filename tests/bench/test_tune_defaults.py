@@ -20,7 +20,7 @@ from benchmarks.tune_traces import CASES  # noqa: E402
 from deepseek_optimizer.tune.replay import ReplayTooLong  # noqa: E402
 from deepseek_optimizer.tune.settings import Figures, Settings, space  # noqa: E402
 
-DEFAULTS, VALUES = Settings(threads=2), space(2, ("auto",))
+DEFAULTS, VALUES = Settings(threads=2), space(2, 2, ("auto",))
 
 
 class Pretended:
