@@ -339,7 +339,7 @@ def hostile(byte_tokenizer):
             "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
             "too much memory|too long",
         ),
-        ("{{ 'a' * 30000000 }}", "rendered text is too long"),
+        ("{{ 'a' * 30000000 }}", "rendered text is too long|it takes too long"),  # on a slow machine
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{% if %}", "TemplateSyntaxError"),
         ("{{ messages.nothing.at.all }}", "Undefined"),
