@@ -269,6 +269,8 @@ def _of_several_machines(place: Place, threads: int) -> Member:
             links[0].send(own)
             machines = links[0].recv()
     except (EOFError, OSError) as error:
+        for link in links:
+            link.close()  # the others end too, instead of waiting
         raise BackendError(
             f"several machines: one of them ended before it had loaded its part of the model ({error})"
         ) from error
