@@ -1,9 +1,9 @@
-"""Products on this processor's AMX tiles against the vector kernels: from how many tokens on they are faster, with which panel.
+"""Kernels on this processor's AMX tiles against the vector kernels: from how many tokens on they are faster, with which panel.
 
     make bench-amx        # about 15 minutes, most of it building
 
 For each size of the panel of unpacked weights, the kernels are built so that tiles compute any number of tokens, and timed
-beside those of AVX-512. Results go to benchmarks/results/amx-CPU.json, with the values that DSO_AMX_VECTOR_TOKENS and
+beside those of AVX-512: products, absorbed attention by tokens in the cache, and the indexer. Results go to benchmarks/results/amx-CPU.json, with the values that DSO_AMX_VECTOR_TOKENS and
 DSO_AMX_PANEL_GROUPS in native/kernels/amx/linear_amx.hpp should have here. Not run on a processor with AMX yet.
 
 Without AMX the emulated tiles run, if AVX-512 with VNNI and BF16 is there: it shows that the benchmark works, and is not kept.
@@ -30,7 +30,7 @@ from .gpu import slug
 _ROOT = Path(__file__).parents[1]
 _ISAS = "avx2;avx512_bf16;amx;amx_emulated"
 
-Row = dict[str, Any]  # a line of native/tests/bench_amx.cpp: a format, and microseconds by number of tokens
+Row = dict[str, Any]  # a line of native/tests/bench_amx.cpp: kernel and format, and microseconds by number of tokens
 Runner = Callable[[int, str], list[Row]]  # of a panel and an instruction set
 
 
@@ -44,11 +44,16 @@ def crossover(row: Row) -> int | None:
     return found
 
 
+def _products(rows: list[Row]) -> list[Row]:
+    """Those of integer weights, which may use either: floats in tiles differ from those in vectors, whatever their number."""
+    return [row for row in rows if row["kernel"] == "linear" and row["format"] not in ("BF16", "FP8")]
+
+
 def best_panel(runs: dict[int, list[Row]]) -> int:
-    """The panel with which tiles take the least time, by the geometric mean over formats and numbers of tokens from 5 on."""
+    """The panel with which products take the least time on tiles, by the geometric mean over formats and numbers of tokens from 5 on."""
 
     def mean(rows: list[Row]) -> float:
-        times = [us for row in rows for tokens, us in zip(row["tokens"], row["tiles"], strict=True) if tokens > 4]
+        times = [us for row in _products(rows) for tokens, us in zip(row["tokens"], row["tiles"], strict=True) if tokens > 4]
         return sum(math.log(us) for us in times) / len(times)
 
     return min(runs, key=lambda panel: mean(runs[panel]))
@@ -56,7 +61,7 @@ def best_panel(runs: dict[int, list[Row]]) -> int:
 
 def recommended(rows: list[Row]) -> int:
     """How many tokens vectors should compute at most: one less than the median crossover of the integer formats."""
-    found = sorted(crossover(row) or math.inf for row in rows if row["format"] != "BF16")
+    found = sorted(crossover(row) or math.inf for row in _products(rows))
     middle = found[len(found) // 2]
     return int(middle) - 1 if middle < math.inf else int(rows[0]["tokens"][-1])
 
@@ -82,7 +87,8 @@ def report(entry: dict[str, Any]) -> str:
         ratio = row["vectors"][-1] / row["tiles"][-1]
         first = crossover(row)
         when = f"faster from {first} tokens on" if first is not None else "not faster"
-        lines.append(f"  {row['format']:6} kind {row['kind']}: tiles are {when}; {ratio:.2f}x at {row['tokens'][-1]} tokens")
+        name = f"{row['kernel']:8} {row['format']:6} kind {row['kind']}"
+        lines.append(f"  {name}: tiles are {when}; {ratio:.2f}x at {row['tokens'][-1]} tokens")
     return "\n".join(lines)
 
 
@@ -118,7 +124,7 @@ def main(
     }  # fmt: skip
     print(report(entry))
     if isa == "amx":
-        results.merge(f"amx-{slug(cpu_name())}", {"products": entry}, directory)
+        results.merge(f"amx-{slug(cpu_name())}", {"kernels": entry}, directory)
     else:
         print("emulated tiles: these times say nothing about AMX, and are not kept")
 

@@ -12,8 +12,8 @@ from deepseek_optimizer.errors import BackendError
 TOKENS = [1, 2, 4, 8, 16]
 
 
-def row(tiles, format_name="INT4"):
-    return {"format": format_name, "kind": 2, "tokens": TOKENS, "tiles": tiles, "vectors": [10, 20, 40, 80, 160]}
+def row(tiles, format_name="INT4", kernel="linear"):
+    return {"kernel": kernel, "format": format_name, "kind": 2, "tokens": TOKENS, "tiles": tiles, "vectors": [10, 20, 40, 80, 160]}
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,8 @@ def test_crossover(tiles, first):
 
 def test_vectors_compute_what_is_below_the_median_crossover():
     fast, slow, never = row([5] * 5), row([50] * 5), row([500] * 5)
-    assert amx.recommended([fast, slow, slow, row([5] * 5, "BF16")]) == 7
+    other = [row([5] * 5, "BF16"), row([5] * 5, "FP8"), row([5] * 5, "bf16", "absorbed")]  # which have no choice
+    assert amx.recommended([fast, slow, slow, *other]) == 7
     assert amx.recommended([never, never, fast]) == 16
 
 
@@ -44,7 +45,7 @@ def test_the_best_panel_is_kept(tmp_path, capsys):
     amx.main([], lambda panel, isa: [row(times[panel])] if isa == "amx" else [], why_not(), tmp_path)
     [path] = tmp_path.iterdir()
     assert path.name.startswith("amx-")
-    entry = json.loads(path.read_text())["products"]
+    entry = json.loads(path.read_text())["kernels"]
     assert (entry["panel_groups"], entry["vector_tokens"], sorted(entry["panels"])) == (16, 3, ["32", "8"])
     assert "vectors up to 3 tokens" in capsys.readouterr().out
 
