@@ -50,12 +50,14 @@ test-native-long: $(filter $(BIN)/cmake,$(CMAKE))
 	$(CMAKE) --build build/native -j $(NATIVE_JOBS) --target test_many_threads
 	cd build/native && ctest -C long --output-on-failure -R '_long$$'
 
-AMX_TESTS := test_isa test_lanes test_linear_int test_linear_float test_plan test_experts test_train_product test_train_attention
+AMX_TESTS := test_isa test_lanes test_linear_int test_linear_float test_plan test_experts test_mla test_index test_train_product test_train_attention
 AMX_ISAS := avx2;avx512_bf16;amx;amx_emulated
 test-amx: $(filter $(BIN)/cmake,$(CMAKE))
 	$(CMAKE) -S . -B build/native-amx -DDSO_TESTS=ON "-DDSO_ISAS=$(AMX_ISAS)"
 	$(CMAKE) --build build/native-amx -j $(NATIVE_JOBS) --target test_amx
 	build/native-amx/native/tests/test_amx --require
+	$(CMAKE) --build build/native-amx -j $(NATIVE_JOBS) --target bench_amx
+	build/native-amx/native/tests/bench_amx amx-emulated 256 256 0 >/dev/null  # that all its cases run
 	$(CMAKE) --build build/native-amx -j $(NATIVE_JOBS) --target $(AMX_TESTS)
 	cd build/native-amx && ctest --output-on-failure -j $(NATIVE_JOBS) -R '^($(subst $(eval ) ,|,$(strip $(AMX_TESTS))))$$'
 

@@ -147,18 +147,6 @@ struct AttentionKernels {
                      const Scores& scores, const CacheCopy* copy, float* row, float* o);  // sees tokens [first, n)
   size_t attn_scratch;  // bytes, private to the caller's thread
 
-  // Absorbed attention: up to mla_heads heads of one query row over up to attn_chunk tokens. `scratch`: private to the caller's
-  // thread, mla_scratch() bytes, 64-aligned; mla_tokens loads the tokens into it, and any number of mla_attend calls read them.
-  int64_t (*mla_scratch)(const KvLayout& l);
-  int64_t (*mla_query_bytes)(const KvLayout& l);  // of one packed query, a multiple of 64
-  void (*mla_query)(const KvLayout& l, const float* q, int64_t heads, float scale, uint8_t* packed);  // q: [heads, rank + rope]
-  // Tokens chosen[0 .. n) of the sequence; if `chosen` is null, [first, first + n). All must have been written.
-  void (*mla_tokens)(const KvLayout& l, const KvView& v, const int32_t* chosen, int64_t first, int64_t n, uint8_t* scratch);
-  // The query sees tokens [begin, end) of these (none if begin >= end) and is unaffected by the others. For every head, writes
-  // the same as attn_decode_chunk, where o has `rank` elements: the weighted sum of the latents.
-  void (*mla_attend)(const KvLayout& l, const uint8_t* packed, int64_t heads, int64_t begin, int64_t end, float* part,
-                     uint8_t* scratch);
-
   // Expanded attention, one chunk of attn_chunk tokens and one head at a time: mla_rows converts latents to rows that a matrix
   // product reads, the product computes keys and values, mla_panels stores these as panels, and mla_expanded runs rows of q
   // over the panels. mla_rows: latents of tokens [first, first + n) as rows of a slot kind; room: rank floats.
@@ -175,6 +163,28 @@ struct AttentionKernels {
   void (*mla_expanded)(const MlaHead& head, const uint8_t* panels, int64_t chunk, const float* q, int64_t q_stride, int64_t r0,
                        int64_t r1, int64_t ctx, const VisibleTokens& sight, float scale, float* m, float* sum, float* o,
                        int64_t o_stride, uint8_t* scratch);
+};
+
+struct LatentKernels {  // queries over the rows of a latent cache
+  // Absorbed attention: up to mla_heads heads of one query row over up to attn_chunk tokens. `scratch`: private to the caller's
+  // thread, mla_scratch() bytes, 64-aligned; mla_tokens loads the tokens into it, and any number of mla_attend calls read them.
+  int64_t (*mla_scratch)(const KvLayout& l);
+  int64_t (*mla_query_bytes)(const KvLayout& l);  // of one packed query, a multiple of 64
+  void (*mla_query)(const KvLayout& l, const float* q, int64_t heads, float scale, uint8_t* packed);  // q: [heads, rank + rope]
+  // Tokens chosen[0 .. n) of the sequence; if `chosen` is null, [first, first + n). All must have been written.
+  void (*mla_tokens)(const KvLayout& l, const KvView& v, const int32_t* chosen, int64_t first, int64_t n, uint8_t* scratch);
+  // The query sees tokens [begin, end) of these (none if begin >= end) and is unaffected by the others. For every head, writes
+  // the same as attn_decode_chunk, where o has `rank` elements: the weighted sum of the latents.
+  void (*mla_attend)(const KvLayout& l, const uint8_t* packed, int64_t heads, int64_t begin, int64_t end, float* part,
+                     uint8_t* scratch);
+
+  // The lightning indexer, over index keys. Reorders one row of q [heads, index] as index_scores reads it:
+  // index_query_bytes(heads, index) bytes, 64-aligned.
+  void (*index_query)(const KvLayout& l, int64_t heads, const float* q, uint8_t* packed);
+  int64_t (*index_query_bytes)(int64_t heads, int64_t index);
+  // scores[t - begin] = scale * sum over h of w_h relu(q_h . k_t), for tokens [begin, end); NaN counts as infinity.
+  void (*index_scores)(const KvLayout& l, const KvView& v, int64_t heads, const uint8_t* q, const float* w, int64_t begin,
+                       int64_t end, float scale, float* scores);
 };
 
 struct RowKernels {  // everything else: rows of activations, weights and caches
@@ -261,12 +271,6 @@ struct RowKernels {  // everything else: rows of activations, weights and caches
   // ---- the lightning indexer, over the index keys of a latent cache
   void (*index_write)(const KvLayout& l, const KvView& v, int64_t start, int64_t n, const float* k,
                       int64_t k_stride);  // as kv_write
-  // Reorders one row of q [heads, index] as index_scores reads it: index_query_bytes(heads, index) bytes, 64-aligned.
-  void (*index_query)(const KvLayout& l, int64_t heads, const float* q, uint8_t* packed);
-  int64_t (*index_query_bytes)(int64_t heads, int64_t index);
-  // scores[t - begin] = scale * sum over h of w_h relu(q_h . k_t), for tokens [begin, end); NaN counts as infinity.
-  void (*index_scores)(const KvLayout& l, const KvView& v, int64_t heads, const uint8_t* q, const float* w, int64_t begin,
-                       int64_t end, float scale, float* scores);
   // Indices of the k largest of n scores, 0 < k < n, ascending, as floats; ties go to the first. No score may be NaN.
   void (*index_select)(const float* scores, int64_t n, int64_t k, float* chosen);
 
@@ -296,7 +300,7 @@ struct RowKernels {  // everything else: rows of activations, weights and caches
 
 // The kernels of one variant. Each part has its own translation units; a variant may share parts with another
 // (runtime/variants.cpp).
-struct Kernels : LinearKernels, AttentionKernels, RowKernels {
+struct Kernels : LinearKernels, AttentionKernels, LatentKernels, RowKernels {
   const char* isa;
 
   const TrainProduct* train_product;

@@ -17,9 +17,10 @@ inline Kernels extended(const Kernels& base, const char* isa, const LinearKernel
   kernels.linear_scratch = std::max(base.linear_scratch, linear.linear_scratch);
   return kernels;
 }
-inline Kernels extended(const Kernels& base, const char* isa, const LinearKernels& linear, const TrainProduct* product,
-                        const TrainAttention* attention) {
+inline Kernels extended(const Kernels& base, const char* isa, const LinearKernels& linear, const LatentKernels& latent,
+                        const TrainProduct* product, const TrainAttention* attention) {
   Kernels kernels = extended(base, isa, linear);
+  static_cast<LatentKernels&>(kernels) = latent;
   kernels.train_product = product;
   kernels.train_attention = attention;
   return kernels;
@@ -30,6 +31,7 @@ inline Kernels extended(const Kernels& base, const char* isa, const LinearKernel
 // Tables of kernels/<isa>/*.cpp, each in its variant's namespace.
 #define DSO_TILE_KERNELS                     \
   extern const LinearKernels linear_kernels; \
+  extern const LatentKernels latent_kernels; \
   extern const TrainProduct train_product;   \
   extern const TrainAttention train_attention;
 #define DSO_VECTOR_KERNELS                         \

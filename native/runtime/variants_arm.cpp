@@ -13,8 +13,8 @@ DSO_VECTOR_KERNELS
 }
 const Kernels* kernels_neon() {
   using namespace neon;
-  static const Kernels kernels = {linear_kernels, attention_kernels,  row_kernels,     "neon",
-                                  &train_product, &train_elementwise, &train_attention};
+  static const Kernels kernels = {linear_kernels, attention_kernels, latent_kernels,     row_kernels,
+                                  "neon",         &train_product,    &train_elementwise, &train_attention};
   return &kernels;
 }
 #endif
@@ -39,8 +39,8 @@ DSO_VECTOR_KERNELS
 }
 const Kernels* kernels_neon_i8mm() {
   using namespace neon_i8mm;
-  static const Kernels kernels = {linear_kernels, attention_kernels,  row_kernels,     "neon-i8mm",
-                                  &train_product, &train_elementwise, &train_attention};
+  static const Kernels kernels = {linear_kernels, attention_kernels, latent_kernels,     row_kernels,
+                                  "neon-i8mm",    &train_product,    &train_elementwise, &train_attention};
   return &kernels;
 }
 #endif

@@ -13,8 +13,8 @@ DSO_VECTOR_KERNELS
 }
 const Kernels* kernels_avx2() {
   using namespace avx2;
-  static const Kernels kernels = {linear_kernels, attention_kernels,  row_kernels,     "avx2",
-                                  &train_product, &train_elementwise, &train_attention};
+  static const Kernels kernels = {linear_kernels, attention_kernels, latent_kernels,     row_kernels,
+                                  "avx2",         &train_product,    &train_elementwise, &train_attention};
   return &kernels;
 }
 #endif
@@ -39,8 +39,8 @@ DSO_VECTOR_KERNELS
 }
 const Kernels* kernels_avx512() {
   using namespace avx512;
-  static const Kernels kernels = {linear_kernels, attention_kernels,  row_kernels,     "avx512",
-                                  &train_product, &train_elementwise, &train_attention};
+  static const Kernels kernels = {linear_kernels, attention_kernels, latent_kernels,     row_kernels,
+                                  "avx512",       &train_product,    &train_elementwise, &train_attention};
   return &kernels;
 }
 #endif
@@ -65,8 +65,8 @@ DSO_VECTOR_KERNELS
 }
 const Kernels* kernels_avx512_bf16() {
   using namespace avx512_bf16;
-  static const Kernels kernels = {linear_kernels, attention_kernels,  row_kernels,     "avx512-bf16",
-                                  &train_product, &train_elementwise, &train_attention};
+  static const Kernels kernels = {linear_kernels, attention_kernels, latent_kernels,     row_kernels,
+                                  "avx512-bf16",  &train_product,    &train_elementwise, &train_attention};
   return &kernels;
 }
 #endif
@@ -79,7 +79,8 @@ DSO_TILE_KERNELS
 }
 const Kernels* kernels_amx() {
   using namespace amx;
-  static const Kernels kernels = extended(*kernels_avx512_bf16(), "amx", linear_kernels, &train_product, &train_attention);
+  static const Kernels kernels =
+      extended(*kernels_avx512_bf16(), "amx", linear_kernels, latent_kernels, &train_product, &train_attention);
   return &kernels;
 }
 #endif
@@ -93,7 +94,7 @@ DSO_TILE_KERNELS
 const Kernels* kernels_amx_emulated() {
   using namespace amx_emulated;
   static const Kernels kernels =
-      extended(*kernels_avx512_bf16(), "amx-emulated", linear_kernels, &train_product, &train_attention);
+      extended(*kernels_avx512_bf16(), "amx-emulated", linear_kernels, latent_kernels, &train_product, &train_attention);
   return &kernels;
 }
 #endif

@@ -131,17 +131,20 @@ inline bool has_dot_bf16(const std::string& isa) {
   return isa == "avx512-bf16" || isa.starts_with("amx") || isa == "neon-i8mm";
 }
 
-// The variants whose attention and row kernels are their own: the others share these with one of them (runtime/variants.cpp),
-// and only their products need a test.
-inline std::vector<Variant> vector_variants() {
+// One variant for each implementation of a kernel: variants may share it (runtime/variants.hpp).
+template <class Part, class Kernel>
+std::vector<Variant> variants_with_own(Kernel Part::* kernel) {
   std::vector<Variant> own;
   for (const Variant& v : variants()) {
     bool shared = false;
-    for (const Variant& other : own) shared = shared || other.kernels->attn_prefill == v.kernels->attn_prefill;
+    for (const Variant& other : own) shared = shared || other.kernels->*kernel == v.kernels->*kernel;
     if (!shared) own.push_back(v);
   }
   return own;
 }
+
+// Those whose attention and row kernels are their own.
+inline std::vector<Variant> vector_variants() { return variants_with_own(&Kernels::attn_prefill); }
 
 // ---- scalar formats
 inline float from_bits(uint32_t u) {

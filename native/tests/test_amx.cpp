@@ -110,7 +110,8 @@ std::vector<uint8_t> weights(int format, int rows, int cols, Random& random) {
   std::vector<float> w((size_t)(rows * cols));
   for (float& x : w) x = random.normal();
   std::vector<uint8_t> packed(packed_bytes(format, rows, cols));
-  for (int tile = 0; tile < (rows + 15) / 16; ++tile)
+  const int bands = format == DSO_FP8 ? (rows + 127) / 128 : (rows + 15) / 16;
+  for (int tile = 0; tile < bands; ++tile)
     kernels_avx512_bf16()->pack_tile(format, DSO_SRC_F32, w.data(), rows, cols, 4 * cols, nullptr, tile, packed.data());
   return packed;
 }
@@ -171,7 +172,56 @@ void against_vectors(const Kernels& amx) {
 
 float flushed(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x; }
 
-// BF16 prefill: 32 columns at a time, even and odd columns separately, then their sum is added to the output.
+// What TDPBF16PS makes of C and columns [begin, end), at most 32, of a row of each matrix: even and odd columns are added up
+// separately, then their sum is added to C.
+float tile_product(const float* x, const float* w, int begin, int end, float c) {
+  float chain[2] = {0, 0};
+  for (int k = begin; k < end; ++k) chain[k % 2] = flushed(exact_fma(flushed(x[k]), flushed(w[k]), chain[k % 2]));
+  return flushed(c + flushed(chain[0] + chain[1]));
+}
+
+// FP8: codes, as 1/256 of their values, times activations, 128 columns at a time; then times their scale.
+void fp8_products(const Kernels& amx) {
+  Random random(7);
+  for (int i = 0; i < 60; ++i) {
+    Run r = random_run(DSO_FP8, DSO_SLOT_BF16, random);
+    r.y_gap = 0;
+    if (i % 4 == 0) r.cols = 100 + random.below(400);  // several scales
+    std::vector<float> w((size_t)(r.rows * r.cols)), x((size_t)(r.T * r.cols)), bias((size_t)r.rows);
+    for (float& e : w) e = random.normal() * (random.below(8) ? 1 : 1e-3f);  // some codes are subnormal
+    for (float& e : x) e = from_bits(to_bits(random.normal()) & 0xffff0000);
+    for (float& e : bias) e = random.normal();
+    std::vector<uint8_t> packed(packed_bytes(DSO_FP8, r.rows, r.cols));
+    for (int band = 0; band < (r.rows + 127) / 128; ++band)
+      amx.pack_tile(DSO_FP8, DSO_SRC_F32, w.data(), r.rows, r.cols, 4 * r.cols, nullptr, band, packed.data());
+    const std::vector<uint8_t> got = product(amx, r, packed, x, bias);
+    for (int n = 16 * r.tile_begin; n < std::min(r.rows, 16 * r.tile_end); ++n) {
+      std::vector<float> codes((size_t)r.cols), scales((size_t)(r.cols + 127) / 128);
+      for (int k = 0; k < r.cols; ++k) {
+        int shift;
+        const size_t at = code_at(DSO_FP8, n, k, r.cols, &shift);
+        codes[(size_t)k] = e4m3_to_float(packed[at]) / 256;
+        memcpy(&scales[(size_t)k / 128], &packed[at / 544 * 544 + 512], 4);
+      }
+      for (int t = 0; t < r.T; ++t) {
+        float acc = 0, value;
+        for (int k = 0; k < r.cols; k += 128) {
+          float sum = 0;
+          for (int i = k; i < std::min(k + 128, r.cols); i += 32)
+            sum = tile_product(&x[(size_t)(t * r.cols)], codes.data(), i, std::min(i + 32, r.cols), sum);
+          acc = exact_fma(sum, 256 * scales[(size_t)k / 128], acc);
+        }
+        memcpy(&value, &got[(size_t)(t * r.rows + n) * 4], 4);
+        if (!check(to_bits(value) == to_bits(acc + bias[(size_t)n]),
+                   "%s fp8 [%d x %d] T %d: token %d output %d is %.9g, not %.9g", amx.isa, r.rows, r.cols, r.T, t, n, value,
+                   acc + bias[(size_t)n]))
+          return;
+      }
+    }
+  }
+}
+
+// BF16 prefill: 32 columns at a time.
 void bf16_prefill(const Kernels& amx) {
   Random random(5);
   for (int i = 0; i < 60; ++i) {
@@ -189,13 +239,8 @@ void bf16_prefill(const Kernels& amx) {
     for (int t = 0; right && t < r.T; ++t)
       for (int n = 16 * r.tile_begin; right && n < std::min(r.rows, 16 * r.tile_end); ++n) {
         float c = 0;
-        for (int k0 = 0; k0 < r.cols; k0 += 32) {
-          float chain[2] = {0, 0};
-          for (int k = k0; k < std::min(k0 + 32, r.cols); ++k)
-            chain[k % 2] =
-                flushed(exact_fma(flushed(x[(size_t)(t * r.cols + k)]), flushed(w[(size_t)(n * r.cols + k)]), chain[k % 2]));
-          c = flushed(c + flushed(chain[0] + chain[1]));
-        }
+        for (int k = 0; k < r.cols; k += 32)
+          c = tile_product(&x[(size_t)(t * r.cols)], &w[(size_t)(n * r.cols)], k, std::min(k + 32, r.cols), c);
         float value;
         memcpy(&value, &got[(size_t)(t * r.rows + n) * 4], 4);
         right = check(to_bits(value) == to_bits(c + bias[(size_t)n]),
@@ -228,11 +273,14 @@ int main(int argc, char** argv) {
   }
   against_vectors(*emulated);
   bf16_prefill(*emulated);
+  fp8_products(*emulated);
   if (real) {
     against_vectors(*kernels_amx());
     bf16_prefill(*kernels_amx());
+    fp8_products(*kernels_amx());
     Random random(6);
-    for (int i = 0; i < 100; ++i) equal(*kernels_amx(), *emulated, random_run(DSO_BF16, DSO_SLOT_BF16, random), random);
+    for (int format : {DSO_BF16, DSO_FP8})
+      for (int i = 0; i < 100; ++i) equal(*kernels_amx(), *emulated, random_run(format, DSO_SLOT_BF16, random), random);
   } else {
     printf("test_amx: products were tested on emulated tiles only\n");
   }

@@ -358,10 +358,10 @@ static void refusals(const Kernels& kernels) {
 
 int main() {
   Random random(4);
-  for (const Variant& v : vector_variants()) {
+  for (const Variant& v : variants_with_own(&Kernels::index_scores)) {
     for (int64_t n : {1, 2, 15, 16, 17, 63, 64, 128, 131, 1000}) layer_norm(v, n, random);
     for (int type : {DSO_KV_F32, DSO_KV_BF16, DSO_KV_INT8, DSO_KV_INT4}) {
-      for (int32_t index : {2, 6, 16, 30, 64, 128}) {
+      for (int32_t index : {2, 6, 16, 30, 32, 64, 96, 128}) {
         write(v, type, index, random);
         scores(v, type, 1 + random.below(64), index, 1 + random.below(random.below(2) ? 40 : 300), random);
       }

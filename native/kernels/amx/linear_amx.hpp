@@ -7,6 +7,10 @@
 // BF16: the prefill family of this ISA. Tile products of 32 columns, ascending, each added to C as TDPBF16PS does; bias last.
 // Decode uses the vector kernel. A family must not depend on the token count, so prefill uses tiles even for a single token.
 //
+// FP8: any number of rows, since both phases are one family (linear_grid.hpp). The codes of 128 columns of two tile rows are
+// expanded to bf16 once for all tokens. Their products, which share a scale, are added up in C; then, as in
+// generic/linear_fp8.hpp, acc = fma(sum, scale, acc), and the bias last.
+//
 // Other formats, integer formats with two scales per 32 columns, and few tokens use the vector kernels of AVX-512 with BF16.
 #pragma once
 #include <cstdint>
@@ -16,6 +20,7 @@
 // After those headers, whose names they use.
 #include "../generic/math.hpp"
 #include "../generic/convert.hpp"
+#include "../generic/linear_fp8.hpp"
 #include "../generic/linear_int.hpp"
 
 // What `make bench-amx` varies; not measured on a processor with AMX yet.
@@ -204,12 +209,77 @@ static void floats(const Matrix& w, const Output& out, const uint8_t* x, int64_t
   }
 }
 
+// ---- FP8
+
+// Blocks of 128 columns, ascending; sums are stored in y between them.
+static void fp8_rows(const Matrix& w, const Output& out, const uint8_t* x, int64_t stride, int64_t T, int64_t begin,
+                     int64_t end, uint8_t* scratch) {
+  static_assert(sizeof Scratch::panel[0] >= 1024 * fp8::block_tiles);
+  Scratch& s = *(Scratch*)scratch;
+  auto& c = s.c[0];
+  Tiles tiles(64);
+  const int64_t groups = padded(w.cols) / 32, next = groups * fp8::tile_bytes;
+  for (int64_t tile = begin; tile < end; tile += 2) {
+    const bool two = tile + 1 < end;
+    for (int64_t g = 0; g < groups; g += fp8::block_tiles) {
+      const int count = (int)(groups - g < fp8::block_tiles ? groups - g : fp8::block_tiles);
+      const fp8::Codes codes = {w.data + tile * next + g * fp8::tile_bytes, next};
+      F scales[2];
+      for (int n = 0; n <= (int)two; n++) {
+        scales[n] = set(fp8::scale_of(codes.at + n * next));
+        uint8_t* to = s.panel[n];
+        for (int i = 0; i < count; i++)
+          for (int four = 0; four < fp8::tile_steps / 2; four++, to += 128) {
+            store_bytes(to, fp8::Codes::step<2, 0>(codes, n, i, four));
+            store_bytes(to + 64, fp8::Codes::step<2, 1>(codes, n, i, four));
+          }
+      }
+      for (int64_t t = 0; t < T; t += 32) {
+        const int tokens = (int)(T - t < 32 ? T - t : 32);
+        const int first = tokens < 16 ? tokens : 16, second = tokens - first;
+        tiles.shape(first, second);  // and sets C to zero
+        const uint8_t* a = x + t * stride + 64 * g;
+        for (int i = 0; i < count; i++) {
+          tiles.load<4>(a + 64 * i, stride);
+          tiles.load<6>(s.panel[0] + 1024 * i, 64);
+          tiles.dot_bf16<0, 4, 6>();
+          if (two) {
+            tiles.load<7>(s.panel[1] + 1024 * i, 64);
+            tiles.dot_bf16<1, 4, 7>();
+          }
+          if (second) {
+            tiles.load<5>(a + 16 * stride + 64 * i, stride);
+            tiles.dot_bf16<2, 5, 6>();
+            if (two) tiles.dot_bf16<3, 5, 7>();
+          }
+        }
+        tiles.store<0>(c[0], 64);
+        if (two) tiles.store<1>(c[1], 64);
+        if (second) tiles.store<2>(c[2], 64);
+        if (second && two) tiles.store<3>(c[3], 64);
+        for (int m = 0; m < tokens; m++)
+          for (int n = 0; n <= (int)two; n++) {
+            const int64_t outputs = out.rows - 16 * (tile + n);
+            float* y = (float*)((uint8_t*)out.y + (t + m) * out.stride) + 16 * (tile + n);
+            const F sum = load((const float*)c[m / 16 * 2 + n][m % 16]);
+            const F acc = fma(sum, scales[n], g == 0 ? zero() : load(y, outputs));
+            if (g + fp8::block_tiles >= groups)
+              finish(out, t + m, tile + n, acc);
+            else
+              store(y, acc, outputs);
+          }
+      }
+    }
+  }
+}
+
 }  // namespace tiled
 
 static void linear_amx(const Matrix& w, const float* bias, int32_t kind, const uint8_t* x, int64_t x_stride, int64_t T,
                        bool prefill, int64_t tile_begin, int64_t tile_end, float* y, int64_t y_stride, uint8_t* scratch) {
   const Output out = {bias, y, y_stride, w.rows};
   if (w.format == DSO_BF16 && prefill) return tiled::floats(w, out, x, x_stride, T, tile_begin, tile_end, scratch);
+  if (w.format == DSO_FP8) return tiled::fp8_rows(w, out, x, x_stride, T, tile_begin, tile_end, scratch);
   if (T > tiled::vector_tokens && int_layout(w.format).halves == 1) {
     if (kind == DSO_SLOT_Q8)
       return tiled::by_format<DSO_SLOT_Q8>(w, out, {x, x_stride, padded(w.cols)}, T, tile_begin, tile_end, scratch);
