@@ -3,7 +3,7 @@
 # linker may keep for every ISA), or any global one but its tables.
 nm=$1
 shift
-bad=$(for object in "$@"; do "$nm" -C --defined-only "$object" | grep -E ' [WVuTDBR] ' | grep -v -E ' [DR] dso::\w+::((linear|attention|row)_kernels|train_(product|elementwise|attention))$' | sed "s|^|$(basename "$object"): |"; done)
+bad=$(for object in "$@"; do "$nm" -C --defined-only "$object" | grep -E ' [WVuTDBR] ' | grep -v -E ' [DR] dso::\w+::((linear|attention|latent|row)_kernels|train_(product|elementwise|attention))$' | sed "s|^|$(basename "$object"): |"; done)
 [ -z "$bad" ] && exit 0
 echo "$bad"
 exit 1
