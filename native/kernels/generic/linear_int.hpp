@@ -24,6 +24,14 @@ struct Rows {
   const uint8_t* codes(int m) const { return x + m * stride; }
   const float* scales(int m) const { return (const float*)(codes(m) + scales_at<kind>(width)); }
   const int32_t* sums(int m) const { return (const int32_t*)(scales(m) + width / 32); }
+  // The sum of the activations that half of group g multiplies, in every lane. The first is computed for both halves once.
+  template <int half>
+  DSO_INLINE I sum_of_half(const Rows& x, int m, int64_t g) {
+    if constexpr (half == 1) return isub(iset(x.sums(m)[g]), sum_of_half<0>(x, m, g));
+    const uint8_t* codes = x.codes(m) + 32 * g;
+    if constexpr (kind == DSO_SLOT_Q16) return iadd(shl<8>(sum16_i8(codes)), sum16_i8(codes + x.width));
+    return sum16_i8(codes);
+  }
 };
 
 // ---- the inner block: M tokens x N tile rows, `row_bytes` apart.
@@ -130,15 +138,6 @@ struct Ahead {
   }
 };
 
-// The sum of the activations that half of a group multiplies, in every lane. The first is computed for both halves once.
-template <int kind, int half>
-DSO_INLINE I sum_of_half(const Rows<kind>& x, int m, int64_t g) {
-  if constexpr (half == 1) return isub(iset(x.sums(m)[g]), sum_of_half<kind, 0>(x, m, g));
-  const uint8_t* codes = x.codes(m) + 32 * g;
-  if constexpr (kind == DSO_SLOT_Q16) return iadd(shl<8>(sum16_i8(codes)), sum16_i8(codes + x.width));
-  return sum16_i8(codes);
-}
-
 // One half of a group, or a whole one if it has a single scale.
 template <class W, int half, int kind, int M, int N>
 DSO_INLINE void accumulate_half(F (&acc)[M][N], typename W::Place w, int64_t row_bytes, const Rows<kind>& x, int64_t g) {
@@ -150,7 +149,7 @@ DSO_INLINE void accumulate_half(F (&acc)[M][N], typename W::Place w, int64_t row
       start[m] = iset((W::dot_bias - W::offset) * x.sums(m)[g]);
       sum[m] = set((float)x.sums(m)[g]);
     } else {
-      const I s = sum_of_half<kind, half>(x, m, g);
+      const I s = Rows<kind>::template sum_of_half<half>(x, m, g);
       start[m] = W::offset ? isub(izero(), shl<W::offset ? __builtin_ctz(W::offset) : 0>(s)) : izero();
       sum[m] = to_float(s);
     }

@@ -78,7 +78,7 @@ struct Quartered : Format<format> {
       token_scales[m] = x.scales(m)[g];
       if constexpr (Base::has_min && Base::halves == 1) token_sums[m] = (float)x.sums(m)[g];
       if constexpr (Base::has_min && Base::halves == 2) {
-        const int32x4_t sums_of_half = sum_of_half<Rows::slot, half>(x, m, g).q0;  // clang's vgetq_lane_s32 is a macro
+        const int32x4_t sums_of_half = Rows::template sum_of_half<half>(x, m, g).q0;  // clang's vgetq_lane_s32 is a macro
         token_sums[m] = (float)vgetq_lane_s32(sums_of_half, 0);
       }
     }
