@@ -19,6 +19,7 @@ from ...graph.parallel import Parallel
 from ...graph.parallel.shard import Shard, Units
 from ...graph.parallel.tensor import split
 from ...graph.rope_rotation import KeyRotation
+from ...quant import get_format
 from ...quant.packed import PackedMatrix, PackedWeight
 from ...quant.parts import packed_part, part_units
 from ..base import DEFAULTS, Capabilities, CompileOptions, Int32, KvStore, Plan, StepBatch, StepOutput
@@ -144,7 +145,9 @@ def shard_of(graph: Graph, rank: int, parallel: Parallel, formats: Mapping[str, 
 
 
 def _formats(weights: Mapping[str, PackedWeight | torch.Tensor]) -> dict[str, str]:
-    return {name: weight.format for name, weight in weights.items() if isinstance(weight, PackedWeight)}
+    """By name; matrices that are not packed are divided like fp32."""
+    fp32 = get_format("fp32").name
+    return {name: weight.format if isinstance(weight, PackedWeight) else fp32 for name, weight in weights.items()}
 
 
 def _views(shard: Shard, weights: Mapping[str, PackedWeight | torch.Tensor]) -> dict[str, PackedMatrix]:
