@@ -104,16 +104,16 @@ class RankBackend(CpuBackend):
         return LeaderStore(number, store, self.leader)
 
     def block_bytes(self, graph: Graph, kv_dtype: str) -> int:
-        """Of all processes."""
-        return self.group.ranks * super().block_bytes(self._own(graph), kv_dtype)
+        """Of all processes on this machine."""
+        return self.group.ranks_here * super().block_bytes(self._own(graph), kv_dtype)
 
     def buffer_bytes(
         self, graph: Graph, formats: Mapping[str, str], options: CompileOptions, tokens: int, logit_rows: int
     ) -> int:
-        """Of all processes, without the memory that they share."""
+        """Of all processes on this machine, without the memory that they share."""
         shard = shard_of(graph, self.group.rank, self.parallel, formats)
         own = {**formats, **{name: formats[source] for name, (source, _) in shard.views.items()}}
-        return self.group.ranks * super().buffer_bytes(shard.graph, own, options, tokens, logit_rows)
+        return self.group.ranks_here * super().buffer_bytes(shard.graph, own, options, tokens, logit_rows)
 
     def _own(self, graph: Graph) -> Graph:
         """The graph with this rank's cache."""
@@ -175,7 +175,7 @@ class LeaderStore:
     def __init__(self, number: int, own: CpuStore, leader: Leader) -> None:
         self.number, self.own, self.leader = number, own, leader
         self.num_blocks = own.num_blocks
-        self.block_bytes = leader.group.ranks * own.block_bytes
+        self.block_bytes = leader.group.ranks_here * own.block_bytes
 
     def __del__(self) -> None:
         if "leader" in self.__dict__:
