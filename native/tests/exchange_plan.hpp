@@ -1,5 +1,7 @@
 // Shared by tests of groups: a plan that exchanges rows, and numbers whose sums depend on the order.
 #pragma once
+#include <chrono>
+
 #include "isa.hpp"
 #include "plan_parts.hpp"
 
@@ -29,7 +31,8 @@ struct Exchange {
   }
   ~Exchange() { dso_plan_destroy(plan); }
   static const Kernels& kernels_here() { return choose_kernels(nullptr); }
-  int32_t run(int rank, int32_t rows, std::vector<float>& result) const {
+  // seconds: of the plan alone.
+  int32_t run(int rank, int32_t rows, std::vector<float>& result, double* seconds = nullptr) const {
     std::vector<float> part((size_t)rows * own), logits;
     result.assign((size_t)rows * width, 0);
     std::vector<int32_t> zeros((size_t)rows), one{rows}, none{0}, prefill{DSO_PHASE_PREFILL};
@@ -45,6 +48,9 @@ struct Exchange {
     b.phase = prefill.data();
     b.states = part.data();
     b.last_hidden = result.data();
-    return dso_plan_run(plan, &b);
+    const auto start = std::chrono::steady_clock::now();
+    const int32_t code = dso_plan_run(plan, &b);
+    if (seconds) *seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    return code;
   }
 };
