@@ -90,20 +90,30 @@ DSO_API int32_t dso_read_bandwidth(dso_context* c, int64_t bytes, double seconds
 DSO_API int32_t dso_read_bandwidth_of(dso_context* c, const void* const* starts, const int64_t* sizes, int32_t count,
                                       double seconds, double* bytes_per_second);
 
-/* ---- groups: one model in several processes of a machine -------------------------------------------------
- * The processes have ranks from 0. Rank 0, the leader, starts the others; each calls dso_group_create with the same memory and
- * its own rank. The leader sends bytes to all others; plans exchange rows (DSO_OP_PUBLISH). A process that waits for another
- * finds out within a quarter of a second if that has ended: a call that waits, and every later one, returns DSO_ELOST. Rank 0
- * says so of the others (dso_group_lose), and they notice by themselves that their parent is gone. */
+/* ---- groups: one model in several processes --------------------------------------------------------------
+ * The processes have ranks from 0; rank 0 is the leader. Their plans exchange rows (DSO_OP_PUBLISH), through memory that the
+ * processes of one machine share, or through connections. A process that waits for another one finds out if that has ended: a
+ * call that waits, and every later one, returns DSO_ELOST.
+ *
+ * Shared memory: rank 0 starts the others, and each calls dso_group_create with the same memory and its own rank. Rank 0 sends
+ * bytes to all others. It says that one has ended (dso_group_lose), and they notice within a quarter of a second that their
+ * parent is gone.
+ *
+ * Connections: each process has two to each other one, and calls dso_group_connect. */
 typedef struct dso_group dso_group;
 /* fd: an empty file in memory that all processes of the group share (memfd_create); duplicated by the call. */
 DSO_API int32_t dso_group_create(int32_t fd, int32_t rank, int32_t ranks, dso_group** out);
+/* data: [ranks], connected stream sockets, for rows only. alive: [ranks], further connections to the same processes, whose
+ * failure (not their end) tells that a machine is gone; -1: none. Those of this rank are not read. Duplicated by the call. Where
+ * there are no such sockets (other systems than Linux): DSO_EINVAL. */
+DSO_API int32_t dso_group_connect(const int32_t* data, const int32_t* alive, int32_t rank, int32_t ranks, dso_group** out);
 DSO_API void dso_group_destroy(dso_group* g);
+/* With shared memory. */
 DSO_API int32_t dso_group_send(dso_group* g, const void* data, int64_t bytes); /* rank 0: to all others, which receive the same
                                                                                   bytes in the same order */
 DSO_API int32_t dso_group_receive(dso_group* g, void* data, int64_t bytes);    /* other ranks; waits for as many bytes */
 DSO_API int32_t dso_group_lose(dso_group* g, int32_t rank);                    /* says that this process has ended */
-DSO_API int32_t dso_group_lost(const dso_group* g);                            /* rank of the first process that ended, or -1 */
+DSO_API int32_t dso_group_lost(dso_group* g);                                  /* rank of the first process that ended, or -1 */
 /* Plans that are created on the context from now on belong to the group. */
 DSO_API int32_t dso_context_join(dso_context* c, dso_group* g);
 

@@ -15,11 +15,12 @@
 #include "drafted_decode.hpp"
 #include "dso.h"
 #include "error.hpp"
-#include "process_group.hpp"
 #include "isa.hpp"
 #include "layout.hpp"
 #include "mapped_files.hpp"
 #include "plan.hpp"
+#include "shared_group.hpp"
+#include "socket_group.hpp"
 #include "states.hpp"
 #include "thread_places.hpp"
 #include "topology.hpp"
@@ -110,7 +111,13 @@ int32_t dso_context_join(dso_context* c, dso_group* g) {
 int32_t dso_group_create(int32_t fd, int32_t rank, int32_t ranks, dso_group** out) {
   return guarded([&] {
     given(out, "out") = nullptr;
-    *out = new dso_group{std::make_shared<ProcessGroup>(fd, rank, ranks)};
+    *out = new dso_group{std::make_shared<SharedGroup>(fd, rank, ranks)};
+  });
+}
+int32_t dso_group_connect(const int32_t* data, const int32_t* alive, int32_t rank, int32_t ranks, dso_group** out) {
+  return guarded([&] {
+    given(out, "out") = nullptr;
+    *out = new dso_group{std::make_shared<SocketGroup>(&given(data, "data"), &given(alive, "alive"), rank, ranks)};
   });
 }
 void dso_group_destroy(dso_group* g) { delete g; }  // contexts that joined it keep the shared group alive
@@ -123,7 +130,7 @@ int32_t dso_group_receive(dso_group* g, void* data, int64_t bytes) {
 int32_t dso_group_lose(dso_group* g, int32_t rank) {
   return guarded([&] { given(g, "group").shared->lose(rank); });
 }
-int32_t dso_group_lost(const dso_group* g) { return g ? g->shared->lost() : -1; }
+int32_t dso_group_lost(dso_group* g) { return g ? g->shared->look() : -1; }
 
 int32_t dso_read_bandwidth(dso_context* c, int64_t bytes, double seconds, double* bytes_per_second) {
   return guarded([&] { given(bytes_per_second, "bytes_per_second") = read_bandwidth(shared(c), bytes, seconds); });

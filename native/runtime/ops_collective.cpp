@@ -1,4 +1,4 @@
-// Exchange of rows between the processes of a group: one op writes this process's part to memory that they share, the next one
+// Exchange of rows between the processes of a group: one op writes this process's part to the group's memory, the next one
 // waits for the others' parts and adds or joins them.
 #include <cstring>
 
@@ -26,6 +26,13 @@ class SharedRows : public RowOp {
     group_->reserve(4 * width * (slot_.selected ? run.batch.R : run.batch.T));
   }
 
+  template <class Width>
+  void exchange(const Run& run, const Width& width) const {  // width: of a rank's part
+    int64_t bytes[ProcessGroup::kMostRanks];
+    for (int32_t k = 0; k < group_->ranks(); ++k) bytes[k] = 4 * rows(run) * width(k);
+    group_->exchange(bytes);
+  }
+
   const std::shared_ptr<ProcessGroup> group_;
   const SlotRef slot_;
 };
@@ -45,7 +52,9 @@ class SumParts final : public SharedRows {
  public:
   using SharedRows::SharedRows;
   void prepare(const Run& run) override { reserve(run, slot_.width); }
-  void open(const Run&) override { group_->exchange(); }
+  void open(const Run& run) override {
+    exchange(run, [&](int32_t) { return slot_.width; });
+  }
 
  private:
   void row(const Run& run, int64_t r, int) override {
@@ -60,15 +69,15 @@ class JoinParts final : public SharedRows {
   JoinParts(std::shared_ptr<ProcessGroup> group, const SlotRef& out, int64_t each)
       : SharedRows(std::move(group), out), each_(each) {}
   void prepare(const Run& run) override { reserve(run, each_); }
-  void open(const Run&) override { group_->exchange(); }
+  void open(const Run& run) override {
+    exchange(run, [&](int32_t k) { return width(k); });
+  }
 
  private:
+  int64_t width(int32_t rank) const { return rank + 1 < group_->ranks() ? each_ : slot_.width - rank * each_; }
   void row(const Run& run, int64_t r, int) override {
     float* const all = run.slots[slot_.index].f32(r);
-    for (int32_t k = 0; k < group_->ranks(); ++k) {
-      const int64_t begin = k * each_, width = k + 1 < group_->ranks() ? each_ : slot_.width - begin;
-      std::memcpy(all + begin, part(k, r, width), size_t(4 * width));
-    }
+    for (int32_t k = 0; k < group_->ranks(); ++k) std::memcpy(all + k * each_, part(k, r, width(k)), size_t(4 * width(k)));
   }
   const int64_t each_;
 };

@@ -67,6 +67,7 @@ def serve(
     max_replicas: on_ray.MaxReplicas = None,
     replica_cpus: on_ray.ReplicaCpus = None,
     scale_down_after: on_ray.ScaleDownAfter = None,
+    replica_nodes: on_ray.ReplicaNodes = 1,
     prefix_cache_dir: o.PrefixCacheDir = None,
     prefix_cache_bytes: o.PrefixCacheBytes = 8 << 30,
     drafts: so.Drafts = True,
@@ -115,7 +116,7 @@ def serve(
     from deepseek_optimizer.server.settings import ServerSettings
 
     check_options(tool_format, generation_config, name)
-    on_ray_options = on_ray.RayOptions(ray, ray_address, replicas, max_replicas, replica_cpus, scale_down_after)
+    on_ray_options = on_ray.RayOptions(ray, ray_address, replicas, max_replicas, replica_cpus, scale_down_after, replica_nodes)
     on_ray_options.check(
         {
             "several models": models_dir is not None or model is None or len(model) > 1,

@@ -50,7 +50,18 @@ ReplicaCpus = Annotated[
     typer.Option(
         "--replica-cpus",
         metavar="N",
-        help="Processor cores of a replica, and its threads. Default: those of this machine, divided among the replicas.",
+        help="Processor cores of a replica, on each of its nodes, and its threads. Default: those of this machine, divided "
+        "among the replicas.",
+        **_RAY,
+    ),
+]
+ReplicaNodes = Annotated[
+    int,
+    typer.Option(
+        "--replica-nodes",
+        min=1,
+        metavar="N",
+        help="Spread each replica over so many nodes of the cluster, with a process of a divided model on each of them.",
         **_RAY,
     ),
 ]
@@ -66,6 +77,7 @@ class RayOptions:
     max_replicas: int | None
     replica_cpus: float | None
     scale_down_after: float | None = None
+    replica_nodes: int = 1
 
     def check(self, others: dict[str, bool]) -> None:
         """Raises a ConfigError for options that need --ray, or that have no effect with it (`others`: those that are given)."""
@@ -73,7 +85,7 @@ class RayOptions:
 
         if not self.ray:
             if self != RayOptions(False, None, 1, None, None):
-                names = "--ray-address, --replicas, --max-replicas, --scale-down-after and --replica-cpus"
+                names = "--ray-address, --replicas, --max-replicas, --scale-down-after, --replica-cpus and --replica-nodes"
                 raise ConfigError(f"{names} need --ray")
             return
         wrong = [name for name, given in others.items() if given]
@@ -85,6 +97,8 @@ class RayOptions:
             raise ConfigError("--scale-down-after needs --max-replicas: otherwise the number of replicas stays the same")
         if self.ray_address is not None and self.replica_cpus is None:
             raise ConfigError("--ray-address needs --replica-cpus: the cluster's machines may have other cores than this one")
+        if self.replica_nodes > 1 and self.ray_address is None:
+            raise ConfigError("--replica-nodes needs --ray-address: a Ray that is started here has one node")
         if self.replica_cpus is not None and not self.replica_cpus > 0:
             raise ConfigError(f"--replica-cpus must be greater than 0, got {self.replica_cpus}")
         require_ray()
@@ -144,11 +158,12 @@ def serve_on_ray(given: RayOptions, served: ServedModel, settings: ServerSetting
         from deepseek_optimizer.ray.deploy import SCALE_DOWN_AFTER, Replicas, deploy
 
         after = SCALE_DOWN_AFTER if given.scale_down_after is None else given.scale_down_after
-        return deploy(served, settings, Replicas(given.replicas, given.max_replicas, cpus, gpus, after))
+        return deploy(served, settings, Replicas(given.replicas, given.max_replicas, cpus, gpus, after, given.replica_nodes))
 
     def banner() -> None:
         lines = [
             f"model     {served.model}, {given.replicas} replicas of {cpus:g} cores"
+            + (f" on each of {given.replica_nodes} nodes" if given.replica_nodes > 1 else "")
             + (f" and {gpus:g} GPU" if gpus else "")
             + (f", up to {given.max_replicas}" if given.max_replicas else ""),
             banner_lines.address_line(settings, settings.host, settings.port),

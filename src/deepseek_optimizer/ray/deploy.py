@@ -33,8 +33,9 @@ class Replicas:
     Attributes:
         lowest: number of replicas; with `highest`, the minimum.
         highest: maximum number of replicas, which then depends on the load; None: as many as `lowest`.
-        cpus, gpus: of a replica.
+        cpus, gpus: of a replica, on each of its nodes.
         scale_down_after: seconds of less load before a replica ends, with `highest`.
+        nodes: of a replica, whose model is divided among them.
     """
 
     lowest: int = 1
@@ -42,6 +43,7 @@ class Replicas:
     cpus: float = 1
     gpus: float = 0
     scale_down_after: float = SCALE_DOWN_AFTER
+    nodes: int = 1
 
     def __post_init__(self) -> None:
         """Raises ConfigError for an invalid value."""
@@ -49,6 +51,10 @@ class Replicas:
             raise ConfigError(f"the number of replicas must be 1 or more, got {self.lowest} to {self.highest or self.lowest}")
         if not self.cpus > 0 or self.gpus < 0:
             raise ConfigError(f"a replica needs more than 0 cpus, got {self.cpus}, and 0 or more gpus, got {self.gpus}")
+        if self.nodes < 1 or (self.nodes > 1 and self.gpus > 0):
+            raise ConfigError(
+                f"a replica needs 1 node or more, and with gpus exactly 1; got {self.nodes} nodes, {self.gpus} gpus"
+            )
         if not 0 <= self.scale_down_after < float("inf"):
             raise ConfigError(f"scale_down_after must be a number of seconds, 0 or more, got {self.scale_down_after}")
 
@@ -61,6 +67,7 @@ def deployment(
     scale_down_after: float = SCALE_DOWN_AFTER,
     cpus: float = 1,
     gpus: float = 0,
+    nodes: int = 1,
     config: Mapping[str, Any] | None = None,
     engine: Mapping[str, Any] | None = None,
     server: Mapping[str, Any] | None = None,
@@ -86,8 +93,10 @@ def deployment(
         max_replicas: maximum number of replicas, which then depends on the running and waiting sequences.
         scale_down_after: seconds of less load before a replica ends, with `max_replicas`.
         cpus: processor cores of a replica, which its engine uses as threads unless `config` has `threads`. The processes of a
-            model that is divided (`config["parallel"]`) share them.
+            model that is divided (`config["parallel"]`) share them, unless they are on several nodes.
         gpus: GPUs of a replica.
+        nodes: number of nodes that each replica is spread over, with `cpus` cores on each: the model must be divided among as
+            many processes (`config["parallel"]`), and each of them runs on a node of its own.
         config: fields of `DeepSeekConfig`, and `device`.
         engine: options of `make_async_engine`.
         server: fields of `ServerSettings`, without those that Ray's proxies decide.
@@ -113,7 +122,7 @@ def deployment(
         model=model, name=name, config=dict(config or {}), engine=dict(engine or {}), generation_config=generation_config,
         pooling=pooling, draft_model=draft_model, draft_precision=draft_precision,
     )  # fmt: skip
-    return deploy(served, settings, Replicas(num_replicas, max_replicas, cpus, gpus, scale_down_after), options)
+    return deploy(served, settings, Replicas(num_replicas, max_replicas, cpus, gpus, scale_down_after, nodes), options)
 
 
 def deploy(served: ServedModel, settings: ServerSettings, replicas: Replicas, options: Mapping[str, Any] | None = None) -> Any:
@@ -128,8 +137,14 @@ def deploy(served: ServedModel, settings: ServerSettings, replicas: Replicas, op
             raise ConfigError(f"{name}: not available on Ray: it would be one replica's, and requests go to any; leave it out")
     if served.generation_config not in SOURCES:
         raise ConfigError(f"generation_config must be one of {', '.join(SOURCES)}, got {served.generation_config!r}")
-    at_once = Parallel.of(served.config.get("parallel", {})).at_once  # `threads` are those of each process
-    fields = {"threads": max(1, int(replicas.cpus) // at_once), **served.config}
+    parallel = Parallel.of(served.config.get("parallel", {}))
+    if replicas.nodes > 1 and parallel.ranks != replicas.nodes:
+        raise ConfigError(
+            f"a replica on {replicas.nodes} nodes needs a model that is divided among as many processes, got parallel: "
+            f"{parallel}"
+        )
+    sharing = 1 if replicas.nodes > 1 else parallel.at_once  # processes that share the cores; `threads` are those of each
+    fields = {"threads": max(1, int(replicas.cpus) // sharing), **served.config}
     running = fields.get("batch_size_range", (1, _RUNNING))[1]
     values: dict[str, Any] = {
         "name": "dso",
@@ -150,8 +165,12 @@ def deploy(served: ServedModel, settings: ServerSettings, replicas: Replicas, op
             downscale_delay_s=replicas.scale_down_after,
             policy=AutoscalingPolicy(policy_function=ByLoad, policy_kwargs={"target": _TARGET * running}),
         )
+    if replicas.nodes > 1:
+        values["placement_group_bundles"] = [{"CPU": replicas.cpus}] * replicas.nodes
+        values["placement_group_strategy"] = "STRICT_SPREAD"
     values |= options or {}
-    return serve.deployment(**values)(serve.ingress()(Replica)).bind(replace(served, config=fields), settings)
+    bound = (replace(served, config=fields), settings) + ((replicas.nodes,) if replicas.nodes > 1 else ())
+    return serve.deployment(**values)(serve.ingress()(Replica)).bind(*bound)
 
 
 def application(args: Mapping[str, Any]) -> Any:

@@ -13,6 +13,7 @@ from ..server.settings import ServerSettings
 from ..server.state import ServerState
 from ..system.interpreter import switch_often
 from .proxy import note_replica
+from .ranks import start_ranks
 
 logger = logging.getLogger("deepseek_optimizer.ray")
 
@@ -23,12 +24,14 @@ class Replica:
     Args:
         served: the model.
         settings: the server's. Ray's proxies accept the connections, so those about addresses and TLS have no effect.
+        nodes: how many nodes the model is divided among.
     """
 
-    def __init__(self, served: ServedModel, settings: ServerSettings) -> None:
+    def __init__(self, served: ServedModel, settings: ServerSettings, nodes: int = 1) -> None:
         from ray import serve
 
         switch_often()
+        self._ranks = start_ranks(served, settings, nodes) if nodes > 1 else []
         self.engine, settings, _, facts = load_served_model(served, settings, logger.warning)
         self._app = create_app(self.engine, settings)
         self._state: ServerState = self._app.state.server

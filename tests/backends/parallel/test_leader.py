@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 import pytest
 
 from deepseek_optimizer.backends.cpu import unavailable_reason
-from deepseek_optimizer.backends.cpu.group import Group
+from deepseek_optimizer.backends.cpu.group import ConnectedGroup, SharedGroup
 from deepseek_optimizer.backends.parallel import Leader
 from deepseek_optimizer.errors import BackendError, RankLostError
 
@@ -37,7 +37,7 @@ def lead():
 
     def start(body):
         memory = os.memfd_create("test")
-        group = Group(memory, 0, 2)
+        group = SharedGroup(memory, 0, 2)
         os.close(memory)
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-c", _PROCESS.format(body=body), str(theirs.fileno())]
@@ -50,6 +50,86 @@ def lead():
     for leader in leaders:
         leader.group.lose(1)  # none of these processes reads messages
         leader.close()
+
+
+_CONNECTED = """
+import pickle, sys, time
+from multiprocessing.connection import Connection
+rows, link = (Connection(int(number)) for number in sys.argv[1:])
+def wait():
+    return pickle.loads(link.recv_bytes())
+def say(*value):
+    link.send_bytes(pickle.dumps(value))
+{body}
+"""
+
+
+@pytest.fixture
+def lead_connected():
+    """Starts processes with these bodies as on other machines; returns their leader, and the processes."""
+    started, leaders = [], []
+
+    def start(*bodies):
+        ours = ({}, {})
+        for rank, body in enumerate(bodies, 1):
+            pairs = [socket.socketpair() for _ in ours]
+            numbers = tuple(theirs.fileno() for _, theirs in pairs)
+            command = [sys.executable, "-c", _CONNECTED.format(body=body), *map(str, numbers)]
+            started.append(subprocess.Popen(command, pass_fds=numbers, stderr=subprocess.DEVNULL))
+            for links, (own, theirs) in zip(ours, pairs, strict=True):
+                links[rank] = Connection(own.detach())
+                theirs.close()
+        group = ConnectedGroup(0, 1 + len(bodies), *ours, (0, 1))
+        leaders.append(Leader(group, (), group.links))
+        return leaders[-1], started
+
+    yield start
+    for leader in leaders:
+        leader.close()
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def test_connected_processes_get_messages_and_end(lead_connected):
+    leader, processes = lead_connected(*["say('done', wait()[1] + 1); sys.exit(7 if wait() == ('end',) else 1)"] * 2)
+    assert leader.ask(("next", 4), lambda: 0) == [0, 5, 5]
+    leader.check()
+    leader.close()
+    assert [process.wait(60) for process in processes] == [7, 7]
+    with pytest.raises(RankLostError, match="the leader, has ended the others"):
+        leader.together(("step",), _checked(leader))
+
+
+def test_connected_processes_with_another_model(lead_connected):
+    leader, _ = lead_connected("say('ready', 'a'); wait()", "say('ready', 'b'); wait()")
+    with pytest.raises(BackendError, match="rank 2 of 3 has loaded another model"):
+        leader.started("a")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "text"),
+    [
+        ("wait(); say('lost', 2)", "sys.exit(0)", "rank 2 of 3: the connection to it has ended"),  # found by rank 1 first
+        ("wait(); say('lost', 2)", "wait(); say('failed', 'MemoryError: none is left')", "rank 2 of 3: MemoryError: none is"),
+        ("wait(); say('lost', 2)", "wait(); say('lost', 1)", "rank . of 3: the connection to it has ended"),
+        ("os = __import__('os'); os.kill(os.getpid(), 9)", "wait()", "rank 1 of 3: the connection to it has ended"),
+    ],
+)
+def test_a_connected_process_that_ends(lead_connected, first, second, text):
+    """Its connections tell so, without a message; the other one ends too, since it gets no more of them."""
+    leader, processes = lead_connected(first, second)
+    if "wait(); say" in first:
+        leader.group.send(b"\x80\x04N.")
+    with pytest.raises(RankLostError, match=text):
+        for _ in range(1000):
+            leader.check()
+            time.sleep(0.02)
+    for _ in range(2):
+        with pytest.raises(RankLostError, match=text):
+            leader.together(("step",), _checked(leader))
+    for process in processes:
+        process.wait(60)
 
 
 def test_a_process_that_cannot_load(lead):

@@ -78,6 +78,15 @@ def test_a_process_that_ends(link, body, text):
             links.together(lambda: links.ask(1, "step"))
 
 
+def test_a_process_of_another_machine_that_ends_is_noticed_without_a_message():
+    ours, theirs = socket.socketpair()
+    links = Links([Connection(ours.detach())])
+    links.check()
+    theirs.close()
+    with pytest.raises(RankLostError, match="rank 1 of 2: the connection to it has ended"):
+        links.check()
+
+
 def test_an_interrupt_waits_for_the_answer(link):
     """Afterwards, answers still belong to their messages."""
     links = link("while (m := wait())[0] != 'end': time.sleep(0.8); answer('done', m[1])")

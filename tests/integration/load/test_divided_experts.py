@@ -12,7 +12,7 @@ from deepseek_optimizer.integration.generation import speculation
 from deepseek_optimizer.quant.packed import PackedStack
 from deepseek_optimizer.quant.parts import stack_part
 from support.divided import SIZES, close, load_divided, save_divisible
-from support.family_configs import deepseek_v2, deepseek_v3, mixtral, qwen2, qwen3_moe
+from support.family_configs import deepseek_v2, deepseek_v3, mixtral, qwen2, qwen2_moe, qwen3_moe
 from support.models import assert_close_rows, random_ids
 from support.mtp_files import save_with_mtp
 
@@ -28,6 +28,7 @@ CONFIGS = {
     "deepseek_v2": lambda **f: deepseek_v2(**{**f, **LATENT}),
     "deepseek_v3": lambda **f: deepseek_v3(**{**f, **LATENT}),
     "mixtral": mixtral,
+    "qwen2_moe": lambda **f: qwen2_moe(**{**f, "moe_intermediate_size": 96, "shared_expert_intermediate_size": 160}),
     "qwen3_moe": lambda **f: qwen3_moe(**{**f, "moe_intermediate_size": 96}),
 }
 

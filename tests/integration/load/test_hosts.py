@@ -1,7 +1,8 @@
-"""A pipeline over two machines: here two processes over the loopback device, and in two network namespaces with a delay."""
+"""A model over two machines: here two processes over the loopback device, and in two network namespaces with a delay."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import socket
@@ -16,24 +17,28 @@ from multiprocessing.connection import Connection
 import pytest
 import torch
 
-from deepseek_optimizer import ConfigError, load_model
+from deepseek_optimizer import ConfigError
 from deepseek_optimizer.backends.cpu import unavailable_reason
 from deepseek_optimizer.errors import BackendError
-from deepseek_optimizer.integration.load import rendezvous
+from deepseek_optimizer.integration.load import proven_links
 from deepseek_optimizer.integration.load.rendezvous import Place
-from support.divided import save_divisible
+from support.divided import close, load_divided, save_divisible
+from support.family_configs import qwen2, qwen2_moe
 from support.namespaces import ADDRESSES, two_namespaces
 
 pytestmark = pytest.mark.skipif(unavailable_reason() is not None, reason="needs the native backend")
 
 KEY = "a secret of these tests"
+WAYS = [{"pipeline": 2}, {"tensor": 2}, {"expert": 2}]
 _PROCESS = """
-import sys
+import ast, hashlib, sys
 import torch
 from deepseek_optimizer import RankLostError, load_model
-model = load_model(sys.argv[1], precision="fp32", threads=1, parallel={"pipeline": 2})
+model = load_model(sys.argv[1], precision="fp32", threads=1, parallel=ast.literal_eval(sys.argv[2]))
 ids = torch.tensor([[5, 3, 9, 7]])
-print(model.generate(ids, max_new_tokens=8, do_sample=False).tolist()[0], flush=True)
+tokens = model.generate(ids, max_new_tokens=8, do_sample=False).tolist()[0]
+logits = model(torch.arange(70)[None] * 3).logits
+print(tokens, hashlib.sha256(logits.numpy().tobytes()).hexdigest(), flush=True)
 if sys.stdin.readline().strip() == "again":
     try:
         model.generate(ids, max_new_tokens=200, do_sample=False)
@@ -42,15 +47,27 @@ if sys.stdin.readline().strip() == "again":
 """
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    return save_divisible(tmp_path_factory.mktemp("hosts") / "model")
+@pytest.fixture(scope="module", params=WAYS, ids=["pipeline", "tensor", "expert"])
+def ways(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def expected(saved):
-    model = load_model(saved, precision="fp32", threads=1)
-    return str(model.generate(torch.tensor([[5, 3, 9, 7]]), max_new_tokens=8, do_sample=False).tolist()[0])
+def saved(ways, tmp_path_factory):
+    family, fields = (
+        (qwen2_moe, {"moe_intermediate_size": 96, "shared_expert_intermediate_size": 160}) if "expert" in ways else (qwen2, {})
+    )
+    return save_divisible(tmp_path_factory.mktemp("hosts") / "model", family, **fields)
+
+
+@pytest.fixture(scope="module")
+def expected(ways, saved):
+    """What processes on one machine answer, which share memory."""
+    model = load_divided(saved, precision="fp32", parallel=ways)
+    tokens = model.generate(torch.tensor([[5, 3, 9, 7]]), max_new_tokens=8, do_sample=False).tolist()[0]
+    logits = model(torch.arange(70)[None] * 3).logits
+    close(model)
+    return f"{tokens} {hashlib.sha256(logits.numpy().tobytes()).hexdigest()}"
 
 
 def free_port() -> int:
@@ -58,44 +75,44 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def start(folder, rank, address, port, prefix=()):
+def start(folder, ways, rank, address, port, prefix=()):
     """The process of a rank, as by hand on its machine."""
     variables = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": address, "MASTER_PORT": port, "DSO_RANK_KEY": KEY}
     path = os.pathsep.join(filter(None, sys.path))
     environment = {**os.environ, "PYTHONPATH": path, **{name: str(value) for name, value in variables.items()}}
-    command = [*prefix, sys.executable, "-c", _PROCESS, str(folder)]
+    command = [*prefix, sys.executable, "-c", _PROCESS, str(folder), str(ways)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, env=environment, text=True, **pipes)
 
 
-def check_two(folder, expected, address, prefixes=((), ())):
-    """Both answer; then one is killed, and the other says so, or fails; then both are started again, and end well."""
-    for killed in (1, 0, None):
-        port = free_port()
-        first, second = (start(folder, rank, address, port, prefixes[rank]) for rank in range(2))
-        try:
-            line = first.stdout.readline().strip()
-            assert line == expected, first.communicate(timeout=60)[1][-3000:]
-            if killed == 1:
-                second.send_signal(signal.SIGKILL)
-                second.wait()
-                out, err = first.communicate("again\n", timeout=300)
-                assert "lost:" in out and "rank 1 of 2: the connection to it has ended" in out, err[-3000:]
-            elif killed == 0:
-                first.send_signal(signal.SIGKILL)
-                assert second.wait(timeout=300) == 1
-            else:
-                _, err = first.communicate("\n", timeout=300)
-                assert second.wait(timeout=300) == 0 and first.returncode == 0, err[-3000:]
-        finally:
-            for process in (first, second):
-                process.kill()
-                process.communicate()
+def check_two(folder, ways, expected, address, killed=None, prefixes=((), ())):
+    """Both start; the first one answers. Then one is killed, and the other one says so or fails, or both end well."""
+    port = free_port()
+    first, second = (start(folder, ways, rank, address, port, prefixes[rank]) for rank in range(2))
+    try:
+        line = first.stdout.readline().strip()
+        assert line == expected, first.communicate(timeout=60)[1][-3000:]
+        if killed == 1:
+            second.send_signal(signal.SIGKILL)
+            second.wait()
+            out, err = first.communicate("again\n", timeout=300)
+            assert "lost:" in out and "rank 1 of 2: the connection to it has ended" in out, err[-3000:]
+        elif killed == 0:
+            first.send_signal(signal.SIGKILL)
+            assert second.wait(timeout=300) == 1
+        else:
+            _, err = first.communicate("\n", timeout=300)
+            assert second.wait(timeout=300) == 0 and first.returncode == 0, err[-3000:]
+    finally:
+        for process in (first, second):
+            process.kill()
+            process.communicate()
 
 
 @pytest.mark.wide
-def test_over_the_loopback_device(saved, expected):
-    check_two(saved, expected, "127.0.0.1")
+@pytest.mark.parametrize("killed", [0, 1])
+def test_over_the_loopback_device(saved, ways, expected, killed):
+    check_two(saved, ways, expected, "127.0.0.1", killed)
 
 
 @pytest.fixture
@@ -105,8 +122,8 @@ def namespaces():
 
 
 @pytest.mark.wide
-def test_over_two_network_namespaces(saved, expected, namespaces):
-    check_two(saved, expected, ADDRESSES[0], namespaces)
+def test_over_two_network_namespaces(saved, ways, expected, namespaces):
+    check_two(saved, ways, expected, ADDRESSES[0], prefixes=namespaces)
 
 
 def test_both_sides_prove_that_they_know_the_key():
@@ -147,7 +164,7 @@ def test_connections_that_say_nothing_delay_nobody(monkeypatch):
         return servers[-1]
 
     first = Place(0, 2, "127.0.0.1", free_port(), KEY.encode(), hosted=False)
-    monkeypatch.setattr(rendezvous.socket, "create_server", remembered)
+    monkeypatch.setattr(proven_links.socket, "create_server", remembered)
     links, accepting = [], threading.Thread(target=lambda: links.extend(first.accept()))
     accepting.start()
     while not servers:
@@ -182,7 +199,7 @@ def test_a_rank_that_connects_again_replaces_its_first_connection():
 
 
 def test_a_rank_that_does_not_come(monkeypatch):
-    monkeypatch.setattr(rendezvous, "PATIENCE", 1.0)
+    monkeypatch.setattr(proven_links, "PATIENCE", 1.0)
     with pytest.raises(BackendError, match="rank 1, 2 has not connected within 1 seconds"):
         Place(0, 3, "127.0.0.1", free_port(), KEY.encode(), hosted=False).accept()
 

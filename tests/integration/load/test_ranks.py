@@ -37,7 +37,7 @@ from deepseek_optimizer.errors import (
     UnsupportedRequestError,
 )
 from deepseek_optimizer.integration.bind.swap import matrices_of
-from deepseek_optimizer.integration.load import ranks
+from deepseek_optimizer.integration.load import member, ranks
 from deepseek_optimizer.quant.parts import packed_part
 from support.divided import SIZES, close, load_divided, save_divisible
 from support.family_configs import gemma4_unified_text, llama, olmo2
@@ -272,7 +272,7 @@ def test_a_service_manager_that_ends_all_processes_leaves_requests_to_the_leader
 def test_on_several_memory_nodes_each_process_runs_on_one(saved, whole, monkeypatch):
     first, second = sorted(os.sched_getaffinity(0))[:2]
     machine = [Cpu(first, 0, 0, 0, 0, 1024), Cpu(second, 1, 1, 1, 1, 1024)]
-    monkeypatch.setattr(ranks, "machine_cpus", lambda: machine)
+    monkeypatch.setattr(member, "machine_cpus", lambda: machine)
     before, seen = os.sched_getaffinity(0), []
     model = load_divided(saved, precision="fp32")
     decode = CpuPlan.decode

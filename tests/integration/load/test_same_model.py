@@ -15,7 +15,7 @@ from support.divided import save_divisible
 
 def of(folder, **fields):
     with open_checkpoint(folder) as checkpoint:
-        return fingerprint([], DeepSeekConfig(parallel={"pipeline": 2}, **fields), checkpoint)
+        return fingerprint([], None, DeepSeekConfig(parallel={"pipeline": 2}, **fields), checkpoint)
 
 
 def test_what_distinguishes_models(tmp_path):

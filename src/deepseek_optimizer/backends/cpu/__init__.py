@@ -85,7 +85,7 @@ class CpuBackend(CpuSizes):
             if group is None:
                 self.context = native.shared_context(variant, threads)
             else:
-                self.context = native.context_of_rank(variant, threads, group.rank, group.ranks)
+                self.context = native.context_of_rank(variant, threads, group.index_here, group.ranks_here)
         except BackendError as error:
             if isa is None and requested is not None:
                 raise BackendError(f"DSO_ISA={requested}: {error}") from error

@@ -19,6 +19,7 @@ from ...graph.parallel import Parallel
 from ...graph.parallel.shard import Shard, Units
 from ...graph.parallel.tensor import split
 from ...graph.rope_rotation import KeyRotation
+from ...quant import get_format
 from ...quant.packed import PackedMatrix, PackedWeight
 from ...quant.parts import packed_part, part_units
 from ..base import DEFAULTS, Capabilities, CompileOptions, Int32, KvStore, Plan, StepBatch, StepOutput
@@ -103,16 +104,16 @@ class RankBackend(CpuBackend):
         return LeaderStore(number, store, self.leader)
 
     def block_bytes(self, graph: Graph, kv_dtype: str) -> int:
-        """Of all processes."""
-        return self.group.ranks * super().block_bytes(self._own(graph), kv_dtype)
+        """Of all processes on this machine."""
+        return self.group.ranks_here * super().block_bytes(self._own(graph), kv_dtype)
 
     def buffer_bytes(
         self, graph: Graph, formats: Mapping[str, str], options: CompileOptions, tokens: int, logit_rows: int
     ) -> int:
-        """Of all processes, without the memory that they share."""
+        """Of all processes on this machine, without the memory that they share."""
         shard = shard_of(graph, self.group.rank, self.parallel, formats)
         own = {**formats, **{name: formats[source] for name, (source, _) in shard.views.items()}}
-        return self.group.ranks * super().buffer_bytes(shard.graph, own, options, tokens, logit_rows)
+        return self.group.ranks_here * super().buffer_bytes(shard.graph, own, options, tokens, logit_rows)
 
     def _own(self, graph: Graph) -> Graph:
         """The graph with this rank's cache."""
@@ -144,7 +145,9 @@ def shard_of(graph: Graph, rank: int, parallel: Parallel, formats: Mapping[str, 
 
 
 def _formats(weights: Mapping[str, PackedWeight | torch.Tensor]) -> dict[str, str]:
-    return {name: weight.format for name, weight in weights.items() if isinstance(weight, PackedWeight)}
+    """By name; matrices that are not packed are divided like fp32."""
+    fp32 = get_format("fp32").name
+    return {name: weight.format if isinstance(weight, PackedWeight) else fp32 for name, weight in weights.items()}
 
 
 def _views(shard: Shard, weights: Mapping[str, PackedWeight | torch.Tensor]) -> dict[str, PackedMatrix]:
@@ -172,7 +175,7 @@ class LeaderStore:
     def __init__(self, number: int, own: CpuStore, leader: Leader) -> None:
         self.number, self.own, self.leader = number, own, leader
         self.num_blocks = own.num_blocks
-        self.block_bytes = leader.group.ranks * own.block_bytes
+        self.block_bytes = leader.group.ranks_here * own.block_bytes
 
     def __del__(self) -> None:
         if "leader" in self.__dict__:

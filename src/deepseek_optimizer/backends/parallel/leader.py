@@ -1,7 +1,7 @@
 """The leader's side of a group: it starts steps in all processes, and notices when one of them ends.
 
-Messages to the other processes go through shared memory, in one order for all. Answers, which no step needs, come through a
-pipe per process.
+Messages to the other processes go through the group, in one order for all. Answers, which no step needs, come through a pipe
+or a connection per process.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from ...errors import BackendError, RankLostError
 from ...system.affinity import OnCpus
 from ..cpu.group import Group
-from .messages import DONE, END_BYTES, FAILED, READY, receive
+from .messages import DONE, END_BYTES, FAILED, LOST, READY, other_model, receive
 from .uninterrupted import Uninterrupted
 
 Result = TypeVar("Result")
@@ -33,8 +33,8 @@ class Leader:
 
     Args:
         group: this process's place in the group, rank 0.
-        processes: of ranks 1 and higher, which have been started.
-        answers: a pipe from each of them.
+        processes: of ranks 1 and higher, which this one has started; () where others started them.
+        answers: a pipe from each other rank.
         cpus: those that this process computes on; None: all that it may use.
     """
 
@@ -60,22 +60,27 @@ class Leader:
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of ranks 1 and higher."""
+        """Process ids of the processes that this one has started."""
         return [process.pid for process in self._processes]
 
-    def started(self) -> None:
+    def started(self, fingerprint: str = "") -> None:
         """Waits until all processes have loaded their parts of the model.
 
+        Args:
+            fingerprint: of the model, where processes read files of their own.
+
         Raises:
-            BackendError: one of them could not; the message says why.
+            BackendError: one of them could not; the message says why. Or it has another model.
         """
         for rank, answer in enumerate(self._answers, 1):
             try:
                 what, text = receive(answer)
-            except EOFError:
+            except (EOFError, OSError):
                 raise RankLostError(self._ended(rank)) from None
             if what != READY:
                 raise BackendError(f"rank {rank} of {self.group.ranks} cannot load its part of the model: {text}")
+            if text != fingerprint:
+                raise BackendError(other_model(rank, self.group.ranks))
         self.ready = True
 
     def together(self, message: tuple[Any, ...], function: Callable[[], Result]) -> Result:
@@ -132,8 +137,10 @@ class Leader:
     def _answer(self, rank: int) -> Any:
         try:
             what, value = receive(self._answers[rank - 1])
-        except EOFError:
+        except (EOFError, OSError):
             raise RankLostError(self._ended(rank)) from None
+        if what == LOST:
+            raise RankLostError(self._ended(value))
         if what != DONE:
             raise RankLostError(f"rank {rank} of {self.group.ranks}: {value}")
         return value
@@ -142,26 +149,49 @@ class Leader:
         """Which process has ended and how; the first one that is asked for."""
         if self._end is None:
             self._end = self._how_ended(rank)
+            self.group.lose(rank)  # the others end too, also those that wait for messages
         return self._end
 
     def _how_ended(self, rank: int) -> str:
         name = f"rank {rank} of {self.group.ranks}"
         if rank == 0:
             return f"{name}, the leader, " + ("could not finish a step" if self.close.alive else "has ended the others")
-        process, answer = self._processes[rank - 1], self._answers[rank - 1]
+        if rank > len(self._processes):
+            return self._connection_ended(rank)
+        process = self._processes[rank - 1]
         try:
             code = process.wait(_PATIENCE)
         except subprocess.TimeoutExpired:
             return f"{name}, process {process.pid}, does not answer"
-        try:
-            while answer.poll():
-                what, text = receive(answer)
-                if what == FAILED:
-                    return f"{name}, process {process.pid}: {text}"
-        except (EOFError, OSError):
-            pass
+        what, text = self._last_words(rank, 0)
+        if what == FAILED:
+            return f"{name}, process {process.pid}: {text}"
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
         return f"{name}, process {process.pid}, {how}"
+
+    def _connection_ended(self, rank: int) -> str:
+        """Why a process that others have started is not there: it may have ended because another one had."""
+        asked = {0}
+        while rank not in asked:
+            asked.add(rank)
+            what, value = self._last_words(rank, _PATIENCE)
+            if what == FAILED:
+                return f"rank {rank} of {self.group.ranks}: {value}"
+            if what == LOST and value not in asked:
+                rank = value
+        return f"rank {rank} of {self.group.ranks}: the connection to it has ended"
+
+    def _last_words(self, rank: int, patience: float) -> tuple[str, Any]:
+        """What a process that has ended said of that."""
+        answer = self._answers[rank - 1]
+        try:
+            while answer.poll(patience):
+                what, value = receive(answer)
+                if what in (FAILED, LOST):
+                    return what, value
+        except (EOFError, OSError):
+            pass
+        return "", None
 
 
 def _watch(group: Group, rank: int, process: subprocess.Popen[bytes], ending: threading.Event) -> None:

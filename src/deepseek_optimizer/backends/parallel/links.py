@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from ...errors import BackendError, RankLostError
-from .messages import DONE, END_BYTES, FAILED, READY, pickled, receive
+from .messages import DONE, END_BYTES, FAILED, READY, has_ended, other_model, pickled, receive
 from .uninterrupted import Uninterrupted
 
 Result = TypeVar("Result")
@@ -74,9 +74,7 @@ class Links:
             if what != READY:
                 raise BackendError(f"rank {rank} of {self.ranks} cannot load its part of the model: {text}")
             if text != fingerprint:
-                raise BackendError(
-                    f"rank {rank} of {self.ranks} has loaded another model, or with other settings; use the same in all of them"
-                )
+                raise BackendError(other_model(rank, self.ranks))
         self.ready = True
 
     def together(self, function: Callable[[], Result]) -> Result:
@@ -144,6 +142,9 @@ class Links:
         self._check_usable()
         for rank, process in enumerate(self._processes, 1):
             if process.poll() is not None:
+                self._lose(rank)
+        for rank in range(1 + len(self._processes), self.ranks):
+            if has_ended(self._connections[rank - 1]):
                 self._lose(rank)
 
     def _receive(self, rank: int) -> tuple[str, Any]:

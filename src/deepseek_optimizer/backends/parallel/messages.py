@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
+import socket
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 END = "end"  # the message after which a process ends
 END_BYTES = pickle.dumps((END,))
 READY, DONE, FAILED = "ready", "done", "failed"  # kinds of answers
+LOST = "lost"  # the kind of an answer that names the rank whose process has ended
 
 
 class _Pickler(pickle.Pickler):
@@ -42,3 +45,19 @@ def receive(pipe: Connection) -> tuple[str, Any]:
     except ConnectionResetError:
         raise EOFError from None
     return kind, value
+
+
+def has_ended(pipe: Connection) -> bool:
+    """Whether the other process has ended, and everything that it has sent is read. Reads nothing."""
+    try:
+        with socket.socket(fileno=os.dup(pipe.fileno())) as connected:
+            return connected.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+def other_model(rank: int, ranks: int) -> str:
+    """What an error says of a process whose fingerprint of the model is another one."""
+    return f"rank {rank} of {ranks} has loaded another model, or with other settings; use the same in all of them"

@@ -13,34 +13,45 @@ from ...errors import CheckpointChangedError, RankLostError
 from ...graph.ir import Graph
 from ..base import StepBatch
 from .backend import RankBackend
-from .messages import DONE, END, FAILED, answer
+from .messages import DONE, END, FAILED, LOST, answer
 
 
-def serve(backend: RankBackend, graph: Graph, answers: Connection) -> None:
+def serve(backend: RankBackend, graph: Graph, answers: Connection) -> bool:
     """Runs the leader's messages. Returns when there will be no more of them.
 
     Args:
         backend: this process's, with its plans.
         graph: of the whole model.
         answers: the pipe to the leader. A message that fails is answered with the reason, and ends the group.
+
+    Returns:
+        Whether the leader has said so; False: a process is gone, or the files of the model have changed.
     """
     commands = _Commands(backend, graph)
     try:
         with backend.thread_context():
             while True:
-                name, *arguments = pickle.loads(backend.group.receive())  # noqa: S301  # from the leader, through memory of its own
+                name, *arguments = pickle.loads(backend.group.receive())  # noqa: S301  # from the leader, see `Group`
                 if name == END:
-                    return
+                    return True
                 result = getattr(commands, name)(*arguments)
                 if name in ("new_store", "ask_store"):
                     answer(answers, DONE, result)
     except RankLostError:
-        return
+        _say(answers, LOST, backend.group.lost or 0)
     except BaseException as error:
-        answer(answers, FAILED, f"{type(error).__name__}: {error}")
+        _say(answers, FAILED, f"{type(error).__name__}: {error}")
         backend.group.lose(backend.group.rank)
         if not isinstance(error, CheckpointChangedError):  # a user's doing, which needs no traceback
             raise
+    return False
+
+
+def _say(answers: Connection, kind: str, value: Any) -> None:
+    try:
+        answer(answers, kind, value)
+    except OSError:  # the leader is gone
+        pass
 
 
 class _Commands:

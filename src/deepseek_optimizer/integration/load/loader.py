@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ...backends.base import Backend
-from ...backends.parallel import Links, serve_stage
+from ...backends.parallel import serve, serve_stage
 from ...backends.parallel.messages import FAILED, READY, answer
 from ...checkpoint import (
     METHODS,
@@ -48,10 +48,12 @@ from ..model.bind_plan import bind
 from .calibrate import calibrate, calibration_for, without_rounding
 from .general import load_general, why_general_path, why_language_alone
 from .kl_budget import adapt, calibration_tokens
+from .member import Member, Share
 from .mtp_layers import add_mtp_layers, own_tensors, same_tensor, stored_mtp_layers
 from .placement import packing_backend, parse_device, placed, with_backend
 from .quantizer import mark_quantized
-from .ranks import Member, Share, check_divisible, narrow, share_of, start_ranks
+from .ranks import bytes_of_parts, check_divisible, narrow, share_of, start_ranks
+from .rendezvous import Place
 from .resolve import resolve
 from .same_model import fingerprint
 
@@ -142,10 +144,10 @@ def _load_part(
         model: from `sketch`.
         checkpoint, settings, dtype: of the model.
         packing: packs weights.
-        member: this process; None: the leader, which starts the others.
+        member: this process; None: the leader, which starts the others, or one of those on several machines.
     """
     if member is None:
-        if settings.parallel.pipeline == 1:
+        if settings.parallel.pipeline == 1 and Place.of_environment() is None:
             _check_memory(model, checkpoint, torch.device("cpu"), settings.kv_cache_memory)  # of all processes together
         share_of(model, settings, 0)  # raises errors before processes are started
         member = start_ranks(checkpoint, settings)
@@ -167,6 +169,8 @@ def _load_share(
     try:
         if share.names is not None:
             _check_memory(model, checkpoint, torch.device("cpu"), settings.kv_cache_memory, share.names)
+        elif member.group is not None and not member.one_host and not isinstance(checkpoint, PackedCheckpoint):
+            check_memory(bytes_of_parts(model, share.parts, member.group.ranks))
         with show_reading(checkpoint) if member.leader is not None else nullcontext() as progress:
             own = weights_for(model, checkpoint, packing.pack, progress, share.names, parts=share.parts)
             _fill(model, own, torch.device("cpu"))
@@ -182,10 +186,10 @@ def _load_share(
         _ = model.dso.plan
         if member.rank == 0 or not share.stages:  # rank 0 of a pipeline has the MTP layers
             _ = model.dso.mtp_plans  # otherwise, all processes compile the same plans in the same order
-        if isinstance(member.leader, Links):
-            member.leader.started(fingerprint(share.stages, settings, checkpoint))
-        elif member.leader is not None:
-            member.leader.started()
+        own_files = bool(share.stages) or not member.one_host
+        same = fingerprint(share.stages, model.dso.graph, settings, checkpoint) if own_files else ""
+        if member.leader is not None:
+            member.leader.started(same)
     except BaseException as error:
         if member.leader is not None:
             member.leader.close()
@@ -193,8 +197,9 @@ def _load_share(
             answer(member.link, FAILED, f"{type(error).__name__}: {error}")  # what the leader raises
         raise
     if member.link is not None:
-        answer(member.link, READY, fingerprint(share.stages, settings, checkpoint))
-        ended = serve_stage(model.dso.backend, model.dso.graph, member.link)
+        answer(member.link, READY, same)
+        run = serve_stage if share.stages else serve
+        ended = run(model.dso.backend, model.dso.graph, member.link)
         # This process was started for its part only. On one machine, nobody is left who would read its status.
         if not member.one_host:
             raise SystemExit(0 if ended else 1)

@@ -24,17 +24,17 @@ def main() -> int:
     job = answers.recv()
     if job["cpus"] is not None:
         os.sched_setaffinity(0, job["cpus"])  # before there are other threads, which then stay on these CPUs too
-    from ...backends.cpu.group import Group
+    from ...backends.cpu.group import SharedGroup
     from ...backends.parallel import serve
     from ...backends.parallel.messages import FAILED, READY, answer
     from ...config import DeepSeekConfig
     from .loader import load
-    from .ranks import Member
+    from .member import Member
 
     if memory < 0:  # of a pipeline
         member = Member(job["rank"], job["threads"], link=answers)
     else:
-        member = Member(job["rank"], job["threads"], Group(memory, job["rank"], job["ranks"]))
+        member = Member(job["rank"], job["threads"], SharedGroup(memory, job["rank"], job["ranks"]))
         os.close(memory)
     try:
         with warnings.catch_warnings():

@@ -9,8 +9,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,10 @@ from typing import Any
 import torch
 
 from ...backends.cpu import CpuBackend, unavailable_reason
-from ...backends.cpu.environment import forced_threads, memory_nodes, topology_file
-from ...backends.cpu.group import Group
-from ...backends.cpu.native import library, machine_cpus, number, shared_context
-from ...backends.cpu.topology import cpus_of_rank
-from ...backends.parallel import Leader, Links, RankBackend, StageBackend
+from ...backends.cpu.environment import forced_threads
+from ...backends.cpu.group import SharedGroup
+from ...backends.cpu.native import library, number
+from ...backends.parallel import Leader, Links
 from ...backends.parallel.backend import shard_of
 from ...checkpoint import Checkpoint
 from ...checkpoint.load import Part
@@ -30,68 +28,18 @@ from ...config import DeepSeekConfig
 from ...errors import BackendError, ConfigError, UnsupportedModelError
 from ...graph.parallel import Parallel
 from ...graph.parallel.layer_shares import Machine
-from ...graph.parallel.pipeline import Stage, split_layers
+from ...graph.parallel.pipeline import split_layers
 from ...quant import get_format
 from ...system.backend_entries import AUTO
-from ...system.memory import free_memory, less_reserve
 from ..bind.graphs import loaded_mtp_layers, model_graph, mtp_graphs, planned_graph
 from ..bind.modules import PackedLinear
 from ..bind.packed_experts import PackedExperts
 from ..bind.swap import expected_tensors
+from .member import Member, Share, cpus_of_process
 from .rendezvous import Place
+from .several_machines import rank_of_machines, stage_of_machines
 
-_OF_MEMORY = 0.8  # share of a machine's free memory that weights may take; the rest is for caches and buffers
-_READ_BYTES, _READ_SECONDS = 256 << 20, 0.3  # of measuring how fast memory is read
 _MODULE = "deepseek_optimizer.integration.load.rank_process"
-
-
-@dataclass(frozen=True)
-class Member:
-    """A process of a group, while it loads its part.
-
-    Attributes:
-        rank: its number.
-        threads: number of threads of its backend.
-        group: with tensor parallelism, its place in the group.
-        leader: of rank 0 the other processes.
-        link: of the other ranks of a pipeline, the connection to rank 0.
-        one_host: whether all processes are on one machine.
-        cpus: those that it runs on; None: all that it may use.
-        machines: of a pipeline on several machines, what each of them has.
-    """
-
-    rank: int
-    threads: int
-    group: Group | None = None
-    leader: Leader | Links | None = None
-    link: Connection | None = None
-    one_host: bool = True
-    cpus: list[int] | None = None
-    machines: list[Machine] | None = None
-
-    def backend(self, settings: DeepSeekConfig, share: Share) -> RankBackend | StageBackend:
-        """The backend that runs this process's part."""
-        if share.stages:
-            links = self.leader if isinstance(self.leader, Links) else None
-            return StageBackend(settings.isa, self.threads, share.stages, self.rank, self.one_host, links)
-        assert self.group is not None
-        leader = self.leader if isinstance(self.leader, Leader) else None
-        return RankBackend(settings.isa, self.threads, self.group, settings.parallel, leader)
-
-
-@dataclass(frozen=True)
-class Share:
-    """What a rank has of a model.
-
-    Attributes:
-        parts: the parts of tensors that it does not have as a whole, by name.
-        names: the tensors that it has; None: all.
-        stages: with a pipeline, those of all processes.
-    """
-
-    parts: Mapping[str, Part]
-    names: list[str] | None = None
-    stages: list[Stage] = field(default_factory=list)
 
 
 def check_divisible(settings: DeepSeekConfig, device: torch.device, no_plan: str | None, *, packed: bool) -> None:
@@ -201,6 +149,20 @@ class _Formats(dict[str, str]):
         return get_format("fp32").name
 
 
+def bytes_of_parts(model: Any, parts: Mapping[str, Part], ranks: int) -> Iterator[torch.Tensor]:
+    """The weights that one of several ranks has, as tensors without data of as many bytes.
+
+    Args:
+        model: from `loader.sketch`.
+        parts: the parts of tensors that a rank does not have as a whole, by name.
+        ranks: how many ranks divide these tensors.
+    """
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    for name in expected_tensors(model)[0]:
+        size = tensors[name].nbytes // (ranks if name in parts else 1)
+        yield torch.empty(size, dtype=torch.uint8, device="meta")
+
+
 def narrow(model: Any, parts: Mapping[str, Part]) -> None:
     """Gives packed modules the sizes of the parts that they hold."""
     for name, module in model.named_modules():
@@ -215,8 +177,8 @@ def narrow(model: Any, parts: Mapping[str, Part]) -> None:
 
 
 def start_ranks(checkpoint: Checkpoint, settings: DeepSeekConfig) -> Member:
-    """Starts the other processes, which load their parts of a checkpoint; this one becomes their leader. Those of a pipeline on
-    several machines have all been started already.
+    """Starts the other processes, which load their parts of a checkpoint; this one becomes their leader. Those on several
+    machines have all been started already.
 
     Raises:
         BackendError: a process cannot be started, or the others cannot be reached.
@@ -225,15 +187,15 @@ def start_ranks(checkpoint: Checkpoint, settings: DeepSeekConfig) -> Member:
     ranks, pipeline = settings.parallel.ranks, settings.parallel.pipeline > 1
     cores = number(library().dso_default_threads())
     threads = settings.threads or forced_threads() or max(1, cores // settings.parallel.at_once)
-    if pipeline and (place := Place.of_environment()) is not None:
+    if (place := Place.of_environment()) is not None:
         if place.ranks != ranks:
             raise ConfigError(f"parallel: {settings.parallel} needs {ranks} processes, but WORLD_SIZE is {place.ranks}")
-        return _of_several_machines(place, threads)
-    cpus = [None] * ranks if pipeline else [_cpus_of(rank, ranks, threads) for rank in range(ranks)]
+        return stage_of_machines(place, threads) if pipeline else rank_of_machines(place, settings)
+    cpus = [None] * ranks if pipeline else [cpus_of_process(rank, ranks, threads) for rank in range(ranks)]
     memory = -1 if pipeline else os.memfd_create("dso-group", os.MFD_CLOEXEC)
     processes: list[subprocess.Popen[bytes]] = []
     try:
-        group = None if pipeline else Group(memory, 0, ranks)
+        group = None if pipeline else SharedGroup(memory, 0, ranks)
         answers = []
         for rank in range(1, ranks):
             ours, theirs = socket.socketpair()
@@ -254,45 +216,6 @@ def start_ranks(checkpoint: Checkpoint, settings: DeepSeekConfig) -> Member:
             os.close(memory)
     leader = Links(answers, processes) if group is None else Leader(group, processes, answers, cpus[0])
     return Member(0, threads, group, leader, cpus=cpus[0])
-
-
-def _of_several_machines(place: Place, threads: int) -> Member:
-    """This process among those of several machines, after they have told each other what they have."""
-    own = Machine(int(_OF_MEMORY * max(0, less_reserve(free_memory().free))), _read_speed(threads))
-    links = place.accept() if place.rank == 0 else [place.connect()]
-    try:
-        if place.rank == 0:
-            machines = [own, *(link.recv() for link in links)]
-            for link in links:
-                link.send(machines)
-        else:
-            links[0].send(own)
-            machines = links[0].recv()
-    except (EOFError, OSError) as error:
-        for link in links:
-            link.close()  # the others end too, instead of waiting
-        raise BackendError(
-            f"several machines: one of them ended before it had loaded its part of the model ({error})"
-        ) from error
-    if place.rank > 0:
-        return Member(place.rank, threads, link=links[0], one_host=False, machines=machines)
-    return Member(0, threads, leader=Links(links), one_host=False, machines=machines)
-
-
-def _read_speed(threads: int) -> float:
-    """Bytes that a number of threads read from memory per second: what bounds the speed of decoding."""
-    return shared_context(None, threads).read_bandwidth(_READ_BYTES, _READ_SECONDS)
-
-
-def _cpus_of(rank: int, ranks: int, threads: int) -> list[int] | None:
-    """The CPUs of a process of those that compute at the same time, unless it has more threads than they have cores; see
-    `cpus_of_rank`. Raises ConfigError for an invalid DSO_NUMA."""
-    if memory_nodes() == "off" or topology_file() is not None:  # of another machine: nothing is bound
-        return None
-    own = cpus_of_rank(machine_cpus(), rank, ranks)
-    if own is None or threads > len({cpu.core for cpu in own}):
-        return None
-    return [cpu.number for cpu in own]
 
 
 def _start(memory: int, pipe: int) -> subprocess.Popen[bytes]:

@@ -1,4 +1,4 @@
-"""Whether the processes of a pipeline have loaded the same model: those of other machines read files of their own."""
+"""Whether the processes of a model have loaded the same one: those of other machines read files of their own."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from ...checkpoint import Checkpoint
 from ...config import DeepSeekConfig
+from ...graph.ir import Graph
 from ...graph.parallel.pipeline import Stage
 from ...versions import versions
 
@@ -15,11 +16,12 @@ _SAMPLE = 1024  # bytes hashed at the beginning of each tensor: distinguishes mo
 _OF_A_MACHINE = ("threads", "isa")  # settings that may differ
 
 
-def fingerprint(stages: Sequence[Stage], settings: DeepSeekConfig, checkpoint: Checkpoint) -> str:
+def fingerprint(stages: Sequence[Stage], graph: Graph | None, settings: DeepSeekConfig, checkpoint: Checkpoint) -> str:
     """The same in all processes that divide the same model in the same way, with the same settings and version of this package.
 
     Args:
-        stages: of all processes.
+        stages: of all processes of a pipeline; otherwise ().
+        graph: of the whole model.
         settings: of the model.
         checkpoint: all its tensors count, not only those of this process.
 
@@ -27,8 +29,9 @@ def fingerprint(stages: Sequence[Stage], settings: DeepSeekConfig, checkpoint: C
         64 hexadecimal digits.
     """
     shapes = [(stage.cached, stage.groups, [repr(node) for node in stage.graph.nodes]) for stage in stages]
+    whole = [repr(node) for node in graph.nodes] if graph is not None and not stages else []
     shared = {name: value for name, value in settings.to_dict().items() if name not in _OF_A_MACHINE}
-    digest = hashlib.sha256(repr((shapes, sorted(shared.items()), versions("deepseek-optimizer"))).encode())
+    digest = hashlib.sha256(repr((shapes, whole, sorted(shared.items()), versions("deepseek-optimizer"))).encode())
     for fact in sorted(_tensors(checkpoint)):
         digest.update(repr(fact).encode())
     return digest.hexdigest()

@@ -1,0 +1,29 @@
+// Connected stream sockets, by descriptor. Nothing here waits except wait_for_sockets.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+namespace dso {
+
+struct Bytes {
+  uint8_t* data;
+  int64_t bytes;
+};
+
+bool is_stream(int fd);  // a socket that is connected, or was; false on systems where groups have no sockets
+
+// As much of two pieces, one after the other, as can be sent or is there. 0: nothing now; -1: the connection has ended.
+int64_t send_now(int fd, Bytes first, Bytes second);
+int64_t receive_now(int fd, Bytes first, Bytes second);
+
+struct Watch {
+  int fd;
+  bool readable, writable, ends;  // what is waited for; ends: that the other side will send no more. Failures always count
+  bool ended;                     // result: the connection has failed, or (`ends`) the other side will send no more
+};
+// Returns when one of them is ready, at the latest after so many milliseconds.
+void wait_for_sockets(std::vector<Watch>& watches, int milliseconds);
+
+void shut_socket(int fd);  // ends the connection in both directions; may be called while another thread waits for it
+
+}  // namespace dso
