@@ -3,8 +3,9 @@
     make bench-amx        # about 15 minutes, most of it building
 
 For each size of the panel of unpacked weights, the kernels are built so that tiles compute any number of tokens, and timed
-beside those of AVX-512: products, absorbed attention by tokens in the cache, and the indexer. Results go to benchmarks/results/amx-CPU.json, with the values that DSO_AMX_VECTOR_TOKENS and
-DSO_AMX_PANEL_GROUPS in native/kernels/amx/linear_amx.hpp should have here. Not run on a processor with AMX yet.
+beside those of AVX-512: products, absorbed attention by tokens in the cache, and the indexer. Results go to
+benchmarks/results/amx-CPU.json, with the values that DSO_AMX_VECTOR_TOKENS and DSO_AMX_PANEL_GROUPS in
+native/kernels/amx/linear_amx.hpp should have here. Not run on a processor with AMX yet.
 
 Without AMX the emulated tiles run, if AVX-512 with VNNI and BF16 is there: it shows that the benchmark works, and is not kept.
 """
@@ -50,7 +51,7 @@ def _products(rows: list[Row]) -> list[Row]:
 
 
 def best_panel(runs: dict[int, list[Row]]) -> int:
-    """The panel with which products take the least time on tiles, by the geometric mean over formats and numbers of tokens from 5 on."""
+    """The panel with which products on tiles take the least time: geometric mean over formats and numbers of tokens from 5 on."""
 
     def mean(rows: list[Row]) -> float:
         times = [us for row in _products(rows) for tokens, us in zip(row["tokens"], row["tiles"], strict=True) if tokens > 4]

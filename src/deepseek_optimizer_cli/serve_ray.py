@@ -116,11 +116,15 @@ def require_ray(*packages: str) -> None:
 
 
 def cores_of_each(processes: int) -> int:
-    """The threads of this machine by default, divided among processes; 1 at least."""
-    from deepseek_optimizer.backends.cpu.native import default_threads, unavailable_reason
-    from deepseek_optimizer.system.processor import usable_cpus
+    """The threads that a model takes on this machine by default, as far as there are processors, divided among processes; 1 at
+    least.
 
-    return max(1, (usable_cpus() if unavailable_reason() else default_threads()) // processes)
+    Raises:
+        ConfigError: DSO_THREADS, DSO_TOPOLOGY or DSO_NUMA is invalid.
+    """
+    from deepseek_optimizer.backends.cpu import thread_limits
+
+    return max(1, min(thread_limits()) // processes)
 
 
 def gpus_of_each(fields: Mapping[str, Any]) -> float:

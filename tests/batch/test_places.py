@@ -29,6 +29,7 @@ from deepseek_optimizer.batch.run import answer_all
         ("/v1/completions", {"prompt": "a", "n": -3}, 1),
         ("/v1/embeddings", {"input": ["a", "b"]}, 2),
         ("/v1/embeddings", {"input": "a"}, 1),
+        ("/v1/responses", {"input": [{"role": "user", "content": "a"}] * 2, "n": 5}, 1),
     ],
 )
 def test_answers_of_a_request(url, body, count):

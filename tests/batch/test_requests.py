@@ -37,6 +37,29 @@ def test_a_quality_is_allowed_but_not_one_that_depends_on_the_load(tmp_path):
     assert read_requests(write(tmp_path / "in", {**LINE, "body": body})).requests[0].body == body
 
 
+def test_a_response_is_not_stored(tmp_path):
+    body = {"input": "Hi", "store": False, "background": None, "previous_response_id": None, "stream": False}
+    lines = [{**LINE, "custom_id": f"r{n}", "url": "/v1/responses", "body": b} for n, b in enumerate([body, {"input": "Hi"}])]
+    assert [r.body for r in read_requests(write(tmp_path / "in", *lines)).requests] == [body, {"input": "Hi"}]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("store", True, "responses of a batch are in its output and are not stored; set it to false"),
+        ("background", True, "a batch waits for its responses; leave it out"),
+        ("previous_response_id", "resp_1", "a batch must not depend on what is stored; send the whole conversation"),
+        ("stream", True, "answers of a batch are written as a whole"),
+        ("min_quality", "fast", "answers of a batch must not depend on the load"),
+    ],
+)
+def test_fields_of_stored_responses_are_refused(tmp_path, field, value, message):
+    line = {**LINE, "custom_id": "b", "url": "/v1/responses", "body": {"input": "Hi", field: value}}
+    with pytest.raises(DataError) as error:
+        read_requests(write(tmp_path / "in", LINE, line))
+    assert (error.value.line, error.value.field) == (2, f"body.{field}") and message in str(error.value)
+
+
 def test_windows_line_ends(tmp_path):
     path = tmp_path / "in"
     path.write_bytes(b"".join(json.dumps({**LINE, "custom_id": n}).encode() + b"\r\n" for n in "ab"))

@@ -21,12 +21,14 @@ from deepseek_optimizer.batch.run import answer
 from deepseek_optimizer.errors import EngineDeadError
 from deepseek_optimizer.profiles import Profile, machine_identity, model_identity, save
 from deepseek_optimizer_cli.app import app
+from support.saved_llama import saved_llama
 from support.warm_python import DSO, WarmPython
 
 
 def requests(count):
-    """Chats and completions, greedy and sampled, some with several answers, one of an error."""
+    """Chats, completions and responses, greedy and sampled, some with several answers, one of an error."""
     rng = random.Random(count)
+    function = {"type": "function", "name": "find", "parameters": {"type": "object", "properties": {}}}
     for n in range(count):
         body = {"max_tokens": rng.randint(1, 12), "temperature": rng.choice([0, 0.7, 1.5]), "n": 1 + (n % 5 == 4)}
         text = "".join(rng.choices("abc ", k=rng.randint(1, 60)))
@@ -40,6 +42,11 @@ def requests(count):
                 "url": "/v1/chat/completions",
                 "body": {**body, "messages": messages},
             }
+    for n in range(4):
+        body = {"input": f"Text {n}", "max_output_tokens": 24, "temperature": rng.choice([0, 1.5])}
+        if n == 0:
+            body |= {"tools": [function], "tool_choice": "required", "max_output_tokens": 128, "store": False}
+        yield {"custom_id": f"s{n}", "method": "POST", "url": "/v1/responses", "body": body}
     yield {"custom_id": "bad", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x", "temperature": -1}}
 
 
@@ -55,12 +62,18 @@ def command(model, source, output):
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_model, job_file):
+def model(byte_tokenizer, tmp_path_factory):
+    """The tiny model, with a context in which tools can be described."""
+    return saved_llama(tmp_path_factory.mktemp("batch-model") / "model", byte_tokenizer, max_position_embeddings=1024)
+
+
+@pytest.fixture(scope="module")
+def whole(model, job_file):
     """The output of a job that nothing interrupted."""
     output = job_file.with_name("whole.jsonl")
-    result = CliRunner().invoke(app, command(tiny_model, job_file, output))
+    result = CliRunner().invoke(app, command(model, job_file, output))
     assert result.exit_code == 1, result.stderr  # one request is wrong
-    assert "dso: 1 of 31 requests ended in an error" in result.stderr
+    assert "dso: 1 of 35 requests ended in an error" in result.stderr
     return output.read_bytes()
 
 
@@ -69,7 +82,13 @@ def test_answers(whole, job_file):
     assert [line["custom_id"] for line in lines] == [line["custom_id"] for line in given]
     for line, request in zip(lines[:-1], given, strict=False):
         body = line["response"]["body"]
-        assert line["response"]["status_code"] == 200 and line["error"] is None
+        assert line["response"]["status_code"] == 200 and line["error"] is None, line
+        if request["url"] == "/v1/responses":
+            assert body["object"] == "response" and body["store"] is False and body["status"] in ("completed", "incomplete")
+            assert body["created_at"] == int(job_file.stat().st_mtime)
+            assert 0 < body["usage"]["output_tokens"] <= request["body"]["max_output_tokens"]
+            assert [item["type"] for item in body["output"]] == ["function_call" if request["custom_id"] == "s0" else "message"]
+            continue
         assert len(body["choices"]) == request["body"]["n"]
         assert 0 < body["usage"]["completion_tokens"] <= request["body"]["n"] * request["body"]["max_tokens"]
         assert body["created"] == int(job_file.stat().st_mtime)
@@ -90,12 +109,12 @@ def test_sampled_answers_differ(whole):
 
 
 @pytest.mark.wide
-def test_stopped_by_ctrl_c_and_kill(whole, tiny_model, job_file, tmp_path):
+def test_stopped_by_ctrl_c_and_kill(whole, model, job_file, tmp_path):
     """Killed at arbitrary moments until it is done: the same bytes."""
     output, rng = tmp_path / "out.jsonl", random.Random(3)
     partial, kills = tmp_path / "out.jsonl.partial", 0
     while not output.exists():
-        process = WarmPython(DSO, *command(tiny_model, job_file, output))
+        process = WarmPython(DSO, *command(model, job_file, output))
         before = len(partial.read_bytes().splitlines()) if partial.exists() else 1
         more = rng.randint(1, 12)
         while process.poll() is None:
@@ -135,6 +154,50 @@ def test_what_differs_from_run_to_run_is_replaced(job_file):
     assert len(set(ids)) == 2 and all(id.startswith("call_") for id in ids)
     assert first["response"]["body"]["usage"] == {"prompt_tokens": 5}
     assert 0 <= calls[0]["seed"] == calls[1]["seed"] == calls[2]["seed"]
+
+
+def test_what_differs_in_responses_is_replaced(tmp_path):
+    """Ids of the response, of its items and calls, its time and the counts of the cache; nothing is stored."""
+    line = {"custom_id": "a", "url": "/v1/responses", "body": {"input": "Hi"}}
+    (tmp_path / "in").write_text("".join(json.dumps({**line, "custom_id": name}) + "\n" for name in "ab"))
+    job, calls = read_requests(tmp_path / "in"), []
+
+    def respond(request):
+        calls.append(json.loads(request.content))
+        moment = len(calls)
+        output = [
+            {"id": f"rs_{moment}", "type": "reasoning"},
+            {"id": f"fc_{moment}", "type": "function_call", "call_id": f"call_{moment}"},
+            {"id": f"fc_{moment}b", "type": "function_call", "call_id": f"call_{moment}b"},
+            {"id": f"msg_{moment}", "type": "message"},
+        ]
+        usage = {"input_tokens": 5, "input_tokens_details": {"cached_tokens": moment, "cache_write_tokens": 0}}
+        body = {
+            "id": f"resp_{moment}",
+            "created_at": moment,
+            "output": output,
+            "usage": usage,
+            "timings": {"prompt_ms": moment},
+        }
+        return httpx.Response(200, json=body)
+
+    async def ask():
+        async with httpx.AsyncClient(transport=httpx.MockTransport(respond), base_url="http://localhost") as client:
+            return [await answer(client, job, job.requests[n], 7, Places(1)) for n in (0, 0, 1)]
+
+    first, second, other = asyncio.run(ask())
+    assert first == second and all(call["store"] is False and call["seed"] >= 0 for call in calls)
+    body = first["response"]["body"]
+    assert body["created_at"] == 7 and body["usage"] == {"input_tokens": 5} and "timings" not in body
+    ids = [
+        one[key]
+        for line in (body, other["response"]["body"])
+        for one in (line, *line["output"])
+        for key in ("id", "call_id")
+        if key in one
+    ]
+    kinds = ["resp", "rs", "fc", "call", "fc", "call", "msg"]
+    assert [id.partition("_")[0] for id in ids] == kinds * 2 and len(set(ids)) == len(ids)
 
 
 @pytest.mark.parametrize("code", ["engine_dead", "model_file_changed", "rank_lost", "worker_lost"])

@@ -13,7 +13,8 @@ TOKENS = [1, 2, 4, 8, 16]
 
 
 def row(tiles, format_name="INT4", kernel="linear"):
-    return {"kernel": kernel, "format": format_name, "kind": 2, "tokens": TOKENS, "tiles": tiles, "vectors": [10, 20, 40, 80, 160]}
+    vectors = [10, 20, 40, 80, 160]
+    return {"kernel": kernel, "format": format_name, "kind": 2, "tokens": TOKENS, "tiles": tiles, "vectors": vectors}
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,17 @@ def test_each_step_is_announced(monkeypatch, capsys):
     assert result["rounds"] == 1 and set(result["sides"]) == {"Transformers bf16", "lossless Q4_1", "int4"}
 
 
+@pytest.mark.parametrize(("given", "threads"), [(None, 1), (3, 3)])
+def test_sides_have_the_threads_of_a_model_unless_they_are_given(monkeypatch, given, threads):
+    sides = []
+    monkeypatch.setenv("DSO_THREADS", "1")
+    monkeypatch.setattr(smollm2, "fetch", lambda: Path("m.gguf"))
+    monkeypatch.setattr(demo, "dequantized", lambda gguf: Path("m-bf16"))
+    monkeypatch.setattr(demo, "_run_side", lambda arguments: sides.append(arguments) or _run(10.0))
+    assert demo.run(rounds=1, threads=given, show=False)["threads"] == threads
+    assert sides and all(side[side.index("--threads") + 1] == str(threads) for side in sides)
+
+
 def test_a_side_that_fails_is_an_error_with_its_output():
     with pytest.raises(RuntimeError, match="invalid choice: 'neither'"):
         demo._run_side(["neither"])

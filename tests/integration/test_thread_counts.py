@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(unavailable_reason() is not None, reason="no nat
 @pytest.fixture
 def few(monkeypatch):
     """A machine with two processors."""
-    monkeypatch.setattr(native.library(), "dso_default_threads", lambda: 2)
+    monkeypatch.setattr(native.library(), "dso_usable_cpus", lambda: 2)
 
 
 def test_as_many_threads_as_processors_give_no_warning(few):

@@ -33,21 +33,44 @@ settings = ServerSettings(port=0, drain_seconds={drain})
 serve(engine, settings, listener("127.0.0.1", 0), lambda host, port: print(f"port {{port}}", flush=True))
 print("ended", flush=True)
 """
+SEVERAL = """
+import signal, sys
+sys.path.insert(0, {tests!r})
+from transformers import AutoTokenizer
+from support.fake_engine import FakeEngine
+from deepseek_optimizer.server.pool.model_list import ModelFile
+from deepseek_optimizer.server.pool.model_pool import ModelPool
+from deepseek_optimizer.server.pool_app import opener
+from deepseek_optimizer.server.run import listener, serve_models
+from deepseek_optimizer.server.settings import ServerSettings
+
+tokenizer = AutoTokenizer.from_pretrained({model!r})
+settings = ServerSettings(port=0, drain_seconds={drain})
+engines = {{
+    name: FakeEngine(tokenizer, script=lambda request: "x" * 10_000, context=20_000, step_seconds=0.01, model_name=name)
+    for name in ("first", "second")
+}}
+files = {{name: ModelFile(name, name, 1, 20_000) for name in engines}}
+pool = ModelPool(settings, lambda: files, opener(lambda file: (engines[file.name], settings, 1)), memory=2)
+signal.signal(signal.SIGUSR1, lambda *_: engines["first"].die())
+serve_models(pool, listener("127.0.0.1", 0), lambda host, port: print(f"port {{port}}", flush=True))
+print("ended", flush=True)
+"""
 
 
 class Process:
-    """A server process with a slow engine: a token takes 10 ms."""
+    """A server process with a slow engine, or several: a token takes 10 ms."""
 
-    def __init__(self, model: Path, drain: float):
-        script = SCRIPT.format(tests=str(TESTS), model=str(model), drain=drain)
-        self.process = WarmPython(script)
+    def __init__(self, model: Path, drain: float, script: str = SCRIPT):
+        self.process = WarmPython(script.format(tests=str(TESTS), model=str(model), drain=drain))
         line = self.process.stdout.readline()
         results = re.fullmatch(r"port (\d+)\n", line)
         assert results, line + self.process.stderr.read()
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{results[1]}", timeout=30)
 
-    def ask(self, tokens: int, stream: bool = False) -> Future:
-        return Future(self.client.post, "/v1/completions", json={"prompt": "x", "max_tokens": tokens, "stream": stream})
+    def ask(self, tokens: int, stream: bool = False, **fields: object) -> Future:
+        body = {"prompt": "x", "max_tokens": tokens, "stream": stream, **fields}
+        return Future(self.client.post, "/v1/completions", json=body)
 
     def children(self) -> list[int]:
         """The processes that it started."""
@@ -96,8 +119,8 @@ class Future:
 def start(tiny_model):
     with contextlib.ExitStack() as running:
 
-        def process(drain: float = 20.0) -> Process:
-            server = Process(tiny_model, drain)
+        def process(drain: float = 20.0, script: str = SCRIPT) -> Process:
+            server = Process(tiny_model, drain, script)
             running.callback(server.client.close)
             running.enter_context(server.process)
             return server
@@ -167,6 +190,25 @@ def test_it_ends_with_an_error_if_its_engine_dies(start):
     assert server.process.returncode == 1 and "ended" not in out, err
     assert "the server has ended, since its engine stopped" in err and "a second signal" not in err
     wait_for(lambda: ended(children))
+
+
+@pytest.mark.parametrize("asked", [True, False], ids=["during a request", "idle"])
+def test_with_several_models_it_ends_with_an_error_if_the_engine_of_one_dies(start, asked):
+    server = start(script=SEVERAL)
+    for name in ("first", "second"):
+        assert server.ask(1, model=name).result().status_code == 200
+    other = server.ask(300, model="second")
+    if asked:
+        whole, stream = server.ask(9000, model="first"), server.ask(9000, stream=True, model="first")
+    time.sleep(0.5)
+    server.process.send_signal(signal.SIGUSR1)
+    if asked:
+        assert_error(whole.result(), 503)
+        assert '"error"' in stream.result().text.split("\n\n")[-3]
+    assert other.result().json()["choices"][0]["text"] == "x" * 300  # requests to the other model finish
+    out, err = server.process.communicate(timeout=20)
+    assert server.process.returncode == 1 and "ended" not in out, err
+    assert "the server has ended, since the engine of first stopped" in err and "a second signal" not in err
 
 
 def test_an_engine_that_dies_while_the_server_stops_changes_nothing(start):

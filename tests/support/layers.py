@@ -167,7 +167,7 @@ LAYERS = (
         may=("..chat",),
         levels=(
             ("group", "saved_activations", "shards"),
-            ("data", "ops"),
+            ("data", "ops", "repeated_rows"),
             ("attention_function", "fp8", "optimizer"),
             ("checkpoints",),
             ("modules",),

@@ -17,7 +17,7 @@ from deepseek_optimizer.train.checkpoints.manifest import verify
 from deepseek_optimizer.train.checkpoints.state import read_state
 from deepseek_optimizer.train.trainer import DeepSeekTrainer
 from support.processes import in_processes
-from support.train_runs import StopAt, differences, tiny_llama, tiny_trainer
+from support.train_runs import Rows, StopAt, differences, tiny_llama, tiny_trainer
 
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
 WAYS = [pytest.param({}, id="ddp"), pytest.param(FSDP, id="fsdp2")]
@@ -120,6 +120,22 @@ def test_passes_are_summed_in_fp32_over_processes(tmp_path: Path) -> None:
     assert len(alone) == len(together) > 10
     for one, two in zip(alone, together, strict=True):
         torch.testing.assert_close(torch.tensor(two), torch.tensor(one), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 5])
+def test_rows_that_fill_the_last_batch_are_not_evaluated_twice(tmp_path: Path, rows: int) -> None:
+    """So that both processes have as many, accelerate gives them rows of the beginning again."""
+    tiny_llama(seed=1, attention_dropout=0.0).save_pretrained(tmp_path / "teacher")
+
+    def evaluate(folder: str) -> float:
+        fields = {"teacher": str(tmp_path / "teacher"), "per_device_eval_batch_size": 2, "bf16": False}
+        trainer = tiny_trainer(
+            tmp_path / folder, tiny_llama(attention_dropout=0.0), DeepSeekTrainer, DeepSeekTrainingArguments, **fields
+        )
+        return float(trainer.evaluate(Rows(rows))["eval_kl"])
+
+    alone, together = evaluate("one"), in_processes(lambda rank: evaluate("two"))
+    assert together == pytest.approx([alone, alone], rel=1e-6)
 
 
 def test_an_fsdp_checkpoint_resumes_in_one_process(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from deepseek_optimizer.train.trainer import DeepSeekTrainer
 from support.family_configs import deepseek_v3
 from support.models import random_model
 from support.processes import in_processes
-from support.train_runs import StopAt, differences, tiny_llama, tiny_trainer
+from support.train_runs import Rows, StopAt, differences, tiny_llama, tiny_trainer
 
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2}}
 COMMON = {"bf16": False, "optimizer_state": "fp32", "learning_rate": 1e-3, "seed": 3, "save_strategy": "no"}
@@ -52,6 +52,19 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path, fields: di
     together = in_processes(lambda rank: logged(tmp_path / "two", 2, **fields))
     assert together[0] == together[1] and len(alone) > 4 and alone[0] == 1.0
     torch.testing.assert_close(torch.tensor(together[0]), torch.tensor(alone), rtol=1e-5, atol=1e-4)
+
+
+def test_rows_that_fill_the_last_batch_are_not_evaluated_twice(tmp_path: Path) -> None:
+    """So that both processes have as many, accelerate gives them rows of the beginning again."""
+
+    def accepted(folder: str) -> float:
+        made = trainer(tmp_path / folder, 2, draft_steps=2)
+        made.fit_draft_layer()
+        made.evaluate(Rows(3))
+        return float(made.state.log_history[-1]["eval_accepted"])
+
+    alone, together = accepted("one"), in_processes(lambda rank: accepted("two"))
+    assert alone > 0 and together == [alone, alone]
 
 
 def test_resumed_with_sharded_experts_is_exact(tmp_path: Path) -> None:

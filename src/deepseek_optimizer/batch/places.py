@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+from .requests import RESPONSES
+
 
 class Places:
     """Places that requests take, first come, first served: a large request is not overtaken by small ones for ever.
@@ -60,6 +62,8 @@ def answers_of(url: str, body: dict[str, Any]) -> int:
     Args:
         url, body: see `BatchRequest`.
     """
+    if url == RESPONSES:
+        return 1
     texts = body.get("input" if url == "/v1/embeddings" else "prompt")
     several = isinstance(texts, list) and bool(texts) and not isinstance(texts[0], int)  # integers: the tokens of one text
     answers = max([1, *(value for name in ("n", "best_of") if type(value := body.get(name)) is int)])

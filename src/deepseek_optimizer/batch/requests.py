@@ -10,10 +10,16 @@ from typing import Any
 
 from ..errors import DataError, excerpt, shown
 
-GENERATING = ("/v1/chat/completions", "/v1/completions")  # these sample, so that they have a seed
+RESPONSES = "/v1/responses"
+GENERATING = ("/v1/chat/completions", "/v1/completions", RESPONSES)  # these sample, so that they have a seed
 ENDPOINTS = (*GENERATING, "/v1/embeddings")
 _MAX_NAME = 512  # characters
 _FIELDS = frozenset({"custom_id", "method", "url", "body"})
+_OF_STORED_RESPONSES = {
+    "store": "responses of a batch are in its output and are not stored; set it to false, or leave it out",
+    "background": "a batch waits for its responses; leave it out",
+    "previous_response_id": "a batch must not depend on what is stored; send the whole conversation in input",
+}
 
 
 @dataclass(frozen=True)
@@ -103,4 +109,8 @@ def _request(line: bytes, index: int, path: Path, number: int) -> BatchRequest:
         raise error("answers of a batch are written as a whole; leave it out", "body.stream")
     if body.get("min_quality") is not None:
         raise error("answers of a batch must not depend on the load; set quality, or leave it out", "body.min_quality")
+    if url == RESPONSES:
+        for field, remedy in _OF_STORED_RESPONSES.items():
+            if body.get(field):
+                raise error(remedy, f"body.{field}")
     return BatchRequest(index, custom_id, url, body)

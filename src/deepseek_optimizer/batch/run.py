@@ -21,7 +21,7 @@ import httpx
 
 from ..errors import EngineDeadError
 from .places import Places, answers_of
-from .requests import GENERATING, BatchInput, BatchRequest
+from .requests import GENERATING, RESPONSES, BatchInput, BatchRequest
 from .results import Results
 
 BASE_URL = "http://localhost"
@@ -141,6 +141,8 @@ async def answer(
     body = request.body
     if request.url in GENERATING and body.get("seed") is None:
         body = {**body, "seed": int(_digest(job, request, "seed")[:7], 16)}
+    if request.url == RESPONSES:
+        body = {**body, "store": False}  # the endpoint's default is true
     if priority and _number(body.get("priority")) < priority:
         body = {**body, "priority": priority}
     tries, wait, answers = 0, 0.5, answers_of(request.url, body)
@@ -183,17 +185,26 @@ def _settled(body: Any, job: BatchInput, request: BatchRequest, created: int) ->
     """An answer without what differs from run to run."""
     if not isinstance(body, dict):
         return body
-    if isinstance(body.get("id"), str):
-        kind = body["id"].partition("-")[0]
-        body["id"] = f"{kind}-{_digest(job, request, 'answer')[:32]}"
-    if "created" in body:
-        body["created"] = created
+
+    def digest(purpose: str, digits: int = 32) -> str:
+        return _digest(job, request, purpose)[:digits]
+
+    if isinstance(id := body.get("id"), str):
+        separator = "-" if "-" in id else "_"  # chatcmpl-..., resp_...
+        body["id"] = id.partition(separator)[0] + separator + digest("answer")
+    for name in body.keys() & {"created", "created_at"}:
+        body[name] = created
     body.pop("timings", None)
     if isinstance(usage := body.get("usage"), dict):
-        usage.pop("prompt_tokens_details", None)
+        for name in ("prompt_tokens_details", "input_tokens_details"):
+            usage.pop(name, None)
     for choice in body.get("choices", ()):
         for n, call in enumerate((choice.get("message") or {}).get("tool_calls") or ()):
-            call["id"] = "call_" + _digest(job, request, f"call {n} of choice {choice['index']}")[:24]
+            call["id"] = "call_" + digest(f"call {n} of choice {choice['index']}", 24)
+    for n, item in enumerate(body.get("output", ())):  # of /v1/responses
+        item["id"] = item["id"].partition("_")[0] + "_" + digest(f"item {n}")
+        if "call_id" in item:
+            item["call_id"] = "call_" + digest(f"call of item {n}", 24)
     return body
 
 

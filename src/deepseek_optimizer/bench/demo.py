@@ -17,12 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..backends.cpu.native import default_threads, unavailable_reason
+from ..backends.cpu import thread_limits
 from ..system.progress import Progress, show_progress
 from ..versions import versions
 from . import smollm2
 from .against import run_json
-from .hardware import cpu_name, usable_cpus
+from .hardware import cpu_name
 from .sides.answer import QUESTION
 from .unoptimized_model import dequantized
 
@@ -39,7 +39,7 @@ def run(*, rounds: int | None = None, threads: int | None = None, show: bool = T
 
     Args:
         rounds: number of processes per side; None: three, or fewer on a slow machine.
-        threads: for every side; None: as many as a model uses by default, one per core.
+        threads: for every side; None: as many as a model uses by default, see `thread_limits`.
         show: print the answer and the table.
 
     Returns:
@@ -49,7 +49,7 @@ def run(*, rounds: int | None = None, threads: int | None = None, show: bool = T
     from rich.console import Console
 
     console = Console(highlight=False)
-    threads = threads or (usable_cpus() if unavailable_reason() else default_threads())
+    threads = threads or thread_limits()[0]
     with _step("Downloading SmolLM2-135M-Instruct (93 MB), unless it is cached"):
         gguf = smollm2.fetch()
     with _step("Writing a bf16 checkpoint, the format that Transformers loads fastest, unless it is cached"):

@@ -348,7 +348,7 @@ class EngineCore:
             for chunk in decoders:
                 chunk.drafts = drafts.get(chunk.running, [])
         if self.lowering is not None:
-            self.lowering.choose(self.scheduler.waiting, self.scheduler.preemptions, self.clock())
+            self.lowering.choose(self.scheduler.waiting, self.scheduler.urgent_preemptions, self.clock())
         prompts = self.scheduler.prompts(sum(1 + len(s.drafts) for s in decoders))
         chunks = [s for s in decoders + prompts if s.valid]  # not preempted since
         now = self.clock()

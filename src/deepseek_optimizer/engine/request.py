@@ -278,6 +278,11 @@ class Request:
             raise RequestError("min_quality", f"{self.min_quality} is above the quality, {self.quality}; lower it")
 
     @property
+    def patient(self) -> bool:
+        """Whether it is meant to wait for others, as those of batches are."""
+        return self.priority >= MAX_PRIORITY
+
+    @property
     def floor(self) -> Quality:
         """The lowest quality that the request may be computed at."""
         return self.min_quality or self.quality or EXACT

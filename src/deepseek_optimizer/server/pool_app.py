@@ -93,14 +93,15 @@ def create_pool_app(pool: ModelPool) -> FastAPI:
 def _add_status(app: FastAPI, pool: ModelPool, registry: CollectorRegistry) -> None:
     @app.get("/health", tags=["status"])
     async def health() -> Response:
-        """Whether the server runs; models are loaded when requests name them."""
-        return JSONResponse({"status": "ok"})
+        """Whether the server runs: 503 after the engine of a model has stopped. Models are loaded when requests name them."""
+        return JSONResponse({"status": "ok" if pool.alive else "dead"}, 200 if pool.alive else 503)
 
     @app.get("/ready", tags=["status"])
     async def ready() -> Response:
-        """Whether the server accepts requests: 503 while it is shutting down, and until the pinned models are loaded."""
+        """Whether the server accepts requests: 503 while it is shutting down, after the engine of a model has stopped, and
+        until the pinned models are loaded."""
         pinned = [model for model in pool.models.values() if model.pinned and not model.ready]
-        status = "draining" if pool.draining else pinned[0].status if pinned else "ok"
+        status = "draining" if pool.draining else "dead" if not pool.alive else pinned[0].status if pinned else "ok"
         return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
     @app.get("/metrics", response_class=Response, tags=["status"])

@@ -1,8 +1,8 @@
 """The server process: uvicorn with this package's limits and shutdown.
 
 After the first SIGTERM or SIGINT, new requests are refused and requests in flight have `drain_seconds` to finish; then the
-process exits with status 0. After the second, it exits at once. If the engine stops by itself, the process ends in the same
-way, but with an error, so that whatever supervises it starts it again.
+process exits with status 0. After the second, it exits at once. If the engine stops by itself (with several models, one of the
+engines), the process ends in the same way, but with an error, so that whatever supervises it starts it again.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ def serve(
     raise_file_limit()
     app = create_app(engine, settings, tracer, ocr)
     app.state.server.warm_up()
-    run(app, settings, sock, banner, lambda: engine_death(engine))
+    run(app, settings, sock, banner, lambda: engine_death(lambda: {"its engine": engine}))
 
 
 def serve_models(pool: ModelPool, sock: socket.socket, banner: Callable[[str, int], None]) -> None:
@@ -227,9 +227,16 @@ def serve_models(pool: ModelPool, sock: socket.socket, banner: Callable[[str, in
     Args:
         pool: the models, none of which is loaded yet.
         sock, banner: as for `serve`.
+
+    Raises:
+        EngineDeadError: the engine of a model has stopped by itself; all requests, of other models too, have got an answer.
     """
+
+    def engines() -> dict[str, Any]:
+        return {f"the engine of {name}": engine for name, engine in pool.engines.items()}
+
     raise_file_limit()
-    run(create_pool_app(pool), pool.settings, sock, banner)
+    run(create_pool_app(pool), pool.settings, sock, banner, lambda: engine_death(engines))
 
 
 def run(

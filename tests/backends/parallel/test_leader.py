@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import time
 from multiprocessing.connection import Connection
 
 import pytest
+import torch
 
 from deepseek_optimizer.backends.cpu import unavailable_reason
 from deepseek_optimizer.backends.cpu.group import ConnectedGroup, SharedGroup
@@ -192,6 +194,15 @@ def test_an_error_within_a_step_ends_the_group(lead):
     assert leader.group.lost == 0
     with pytest.raises(RankLostError, match="the leader, could not finish a step"):
         leader.together(("step",), _checked(leader))
+
+
+def test_of_a_large_tensor_only_the_rows_of_a_step_are_sent(lead, monkeypatch):
+    leader, sent = lead("time.sleep(60)"), []
+    monkeypatch.setattr(leader.group, "send", sent.append)
+    states = torch.arange(64_000, dtype=torch.float32).view(1000, 64)[7:8]
+    leader.together(("run", states), lambda: None)
+    (message,) = sent
+    assert len(message) < 1000 and torch.equal(pickle.loads(message)[1], states)
 
 
 def test_a_fork_cannot_lead(lead):

@@ -122,6 +122,24 @@ def test_an_engine_lowers_under_load_says_so_and_comes_back():
     assert found["later"] == ["exact"] and not core.lowering.active
 
 
+@pytest.mark.parametrize("priority", [MAX_PRIORITY, 0])
+def test_preemptions_of_the_lowest_priority_lower_nothing(priority):
+    """The cache has three blocks: an urgent request takes those of a batch's request, which is no reason to lower it."""
+    now = [0.0]
+    core = core_with_qualities(now, blocks=3)
+    sampling = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    core.add(Request([3, 5], sampling, id="urgent", priority=-1))
+    core.add(Request([4, 5], sampling, id="other", priority=priority))
+    while not core.scheduler.preemptions:
+        core.step()
+    core.add(Request([7, 5], sampling, id="later", priority=-1, min_quality="fast"))
+    core.step()
+    assert core.lowering.active is (priority == 0)
+    assert [r.sequence.quality for r in (*core.scheduler.waiting, *core.scheduler.running) if r.request.min_quality] == [
+        "exact" if priority else "fast"
+    ]
+
+
 def test_a_request_that_never_started_reports_no_quality():
     now = [0.0]
     core = core_with_qualities(now)

@@ -212,8 +212,6 @@ def test_what_a_divided_model_cannot_do(divided, tmp_path):
         DynamicGraphOptimizer(divided)
     with pytest.raises(BackendError, match="cannot be copied"):
         copy.deepcopy(divided)
-    with pytest.raises(UnsupportedRequestError, match="prefix_cache_dir"):
-        make_engine(divided, prefix_cache_dir=str(tmp_path))
     with pytest.raises(ValueError):  # an invalid batch ends neither process
         divided(torch.tensor([[SIZES["vocab_size"] + 5]]))
     assert divided(prompt(divided, 4)).logits.isfinite().all()

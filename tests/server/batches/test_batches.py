@@ -55,6 +55,22 @@ def test_openai_client(server):
         client.files.content(file.id)
 
 
+def test_responses(server):
+    """Answers equal those of the endpoint, and none is stored."""
+    data = b"".join(
+        json.dumps({"custom_id": f"r{n}", "url": "/v1/responses", "body": {"input": f"p {n}", "seed": 3}}).encode() + b"\n"
+        for n in range(5)
+    )
+    batch = ended(server.client, create(server.client, upload(server.client, data), endpoint="/v1/responses"))
+    assert batch["status"] == "completed" and batch["request_counts"] == {"total": 5, "completed": 5, "failed": 0}
+    for n, answer in enumerate(content(server.client, batch["output_file_id"])):
+        body = answer["response"]["body"]
+        plain = server.client.post("/v1/responses", json={"input": f"p {n}", "seed": 3, "store": False}).json()
+        assert body["output"][0]["content"] == plain["output"][0]["content"] and body["store"] is False
+        assert body["created_at"] == batch["created_at"] and body["id"].startswith("resp_")
+        assert server.client.get(f"/v1/responses/{body['id']}").status_code == 404
+
+
 @pytest.mark.parametrize(
     ("data", "line", "message"),
     [
@@ -63,6 +79,11 @@ def test_openai_client(server):
         (lines(2) + b"not JSON\n", 3, "not valid JSON"),
         (lines(1) + lines(1), 2, "'r0' is the name of line 1 too"),
         (lines(1).replace(b"/v1/completions", b"/v1/embeddings"), None, "but the batch is for /v1/completions"),
+        (
+            b'{"custom_id": "a", "url": "/v1/responses", "body": {"input": "x", "store": true}}',
+            1,
+            "are in its output and are not stored",
+        ),
     ],
 )
 def test_wrong_files(server, data, line, message):

@@ -249,11 +249,19 @@ def test_new_and_removed_files(serve, models):
         assert ask(live, "a").status_code == 404
 
 
-def test_an_engine_that_has_stopped_is_loaded_again(serve, models):
+def test_an_engine_that_has_stopped_is_not_loaded_again(serve, models):
+    """The server is about to end then, see `engine_death`."""
     with serve() as live:
         ask(live, "a")
+        ask(live, "b")
+        assert live.client.get("/health").status_code == live.client.get("/ready").status_code == 200
         live.call(models.engines["a"].die)
-        assert ask(live, "a").status_code == 200 and models.events == ["load a", "unload a", "load a"]
+        assert_error(ask(live, "a"), 503)
+        assert_error(live.client.post("/models/load", json={"model": "a"}), 503)
+        assert ask(live, "b").status_code == 200 and models.events == ["load a", "load b"]
+        for path in ("/health", "/ready"):
+            answer = live.client.get(path)
+            assert answer.status_code == 503 and answer.json() == {"status": "dead"}
 
 
 def test_metrics_of_all_models(serve, models):

@@ -115,6 +115,21 @@ class RankBackend(CpuBackend):
         own = {**formats, **{name: formats[source] for name, (source, _) in shard.views.items()}}
         return self.group.ranks_here * super().buffer_bytes(shard.graph, own, options, tokens, logit_rows)
 
+    @property
+    def division(self) -> str:
+        """How the model is divided, equal only where each rank has the same part."""
+        return str(self.parallel)
+
+    def fingerprints(self, whole: bool, own: Callable[[], str]) -> list[str]:
+        """Of what each process has, by rank; in the leader.
+
+        Args:
+            whole: an argument of the function that `serve` has.
+            own: this process's.
+        """
+        assert self.leader is not None
+        return self.leader.ask(("fingerprint", whole), own)
+
     def _own(self, graph: Graph) -> Graph:
         """The graph with this rank's cache."""
         cache, ranks = graph.cache, self.group.ranks

@@ -7,7 +7,6 @@ or a connection per process.
 from __future__ import annotations
 
 import os
-import pickle
 import signal
 import subprocess
 import threading
@@ -20,7 +19,7 @@ from typing import Any, TypeVar
 from ...errors import BackendError, RankLostError
 from ...system.affinity import OnCpus
 from ..cpu.group import Group
-from .messages import DONE, END_BYTES, FAILED, LOST, READY, other_model, receive
+from .messages import DONE, END_BYTES, FAILED, LOST, READY, other_model, pickled, receive
 from .uninterrupted import Uninterrupted
 
 Result = TypeVar("Result")
@@ -117,8 +116,8 @@ class Leader:
 
         def both() -> Result:
             while self._dropped:
-                self.group.send(pickle.dumps(("drop_store", self._dropped.popleft())))
-            self.group.send(pickle.dumps(message))
+                self.group.send(pickled(("drop_store", self._dropped.popleft())))
+            self.group.send(pickled(message))
             with OnCpus(self._cpus):
                 return function()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
@@ -16,18 +17,19 @@ from .messages import DONE, END, END_BYTES, FAILED, answer
 from .stages import StageBackend
 
 
-def serve_stage(backend: StageBackend, graph: Graph, link: Connection) -> bool:
+def serve_stage(backend: StageBackend, graph: Graph, fingerprint: Callable[[bool], str], link: Connection) -> bool:
     """Runs the messages of the first process. Returns when there will be no more of them.
 
     Args:
         backend: this process's, with its plan.
         graph: of the whole model.
+        fingerprint: of this process's part of the model.
         link: to the first process. A message that fails is answered with the reason, and ends the group.
 
     Returns:
         Whether the first process has said so; False: it is gone, or the files of the model have changed.
     """
-    commands = _Commands(backend, graph)
+    commands = _Commands(backend, graph, fingerprint)
     try:
         with backend.thread_context():
             while True:
@@ -70,8 +72,8 @@ def next_message(link: Connection) -> tuple[str, list[Any]]:
 class _Commands:
     """One method per message."""
 
-    def __init__(self, backend: StageBackend, graph: Graph) -> None:
-        self._backend, self._graph = backend, graph
+    def __init__(self, backend: StageBackend, graph: Graph, fingerprint: Callable[[bool], str]) -> None:
+        self._backend, self._graph, self.fingerprint = backend, graph, fingerprint
         self._stores: dict[int, Any] = {}
 
     def new_store(self, number: int, kv_dtype: str, num_blocks: int) -> int:

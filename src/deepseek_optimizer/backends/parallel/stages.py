@@ -7,7 +7,7 @@ each of the others the hidden rows before its layers and takes those after them,
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -111,6 +111,34 @@ class StageBackend(CpuBackend):
         self, graph: Graph, formats: Mapping[str, str], options: CompileOptions, tokens: int, logit_rows: int
     ) -> int:
         return super().buffer_bytes(self.stage.graph, formats, options, tokens, logit_rows)
+
+    @property
+    def division(self) -> str:
+        """How the model is divided, equal only where each rank has the same layers."""
+        return f"layers {[stage.cached for stage in self.stages]}"
+
+    def fingerprints(self, whole: bool, own: Callable[[], str]) -> list[str]:
+        """Of what each process has, by rank; in the first one.
+
+        Args:
+            whole: an argument of the function that `serve_stage` has.
+            own: this process's.
+        """
+        assert self.leader is not None
+        links = self.leader
+
+        def ask() -> list[str]:
+            others = range(1, links.ranks)
+            for rank in others:
+                links.send(rank, "fingerprint", whole)
+            first = ""
+            try:
+                first = own()
+            finally:  # what was asked is answered
+                all_ = [first, *(links.answer(rank) for rank in others)]
+            return all_
+
+        return links.together(ask)
 
     def linear(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuses: modules of other processes have no weights here."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
@@ -15,19 +16,22 @@ from ..base import StepBatch
 from .backend import RankBackend
 from .messages import DONE, END, FAILED, LOST, answer
 
+_ANSWERED = ("new_store", "ask_store", "fingerprint")  # the messages that the leader expects answers to
 
-def serve(backend: RankBackend, graph: Graph, answers: Connection) -> bool:
+
+def serve(backend: RankBackend, graph: Graph, fingerprint: Callable[[bool], str], answers: Connection) -> bool:
     """Runs the leader's messages. Returns when there will be no more of them.
 
     Args:
         backend: this process's, with its plans.
         graph: of the whole model.
+        fingerprint: of this process's part of the model.
         answers: the pipe to the leader. A message that fails is answered with the reason, and ends the group.
 
     Returns:
         Whether the leader has said so; False: a process is gone, or the files of the model have changed.
     """
-    commands = _Commands(backend, graph)
+    commands = _Commands(backend, graph, fingerprint)
     try:
         with backend.thread_context():
             while True:
@@ -35,7 +39,7 @@ def serve(backend: RankBackend, graph: Graph, answers: Connection) -> bool:
                 if name == END:
                     return True
                 result = getattr(commands, name)(*arguments)
-                if name in ("new_store", "ask_store"):
+                if name in _ANSWERED:
                     answer(answers, DONE, result)
     except RankLostError:
         _say(answers, LOST, backend.group.lost or 0)
@@ -57,8 +61,8 @@ def _say(answers: Connection, kind: str, value: Any) -> None:
 class _Commands:
     """One method per message."""
 
-    def __init__(self, backend: RankBackend, graph: Graph) -> None:
-        self._backend, self._graph = backend, graph
+    def __init__(self, backend: RankBackend, graph: Graph, fingerprint: Callable[[bool], str]) -> None:
+        self._backend, self._graph, self.fingerprint = backend, graph, fingerprint
         self._stores: dict[int, Any] = {}
         self._logits: torch.Tensor | None = None
 

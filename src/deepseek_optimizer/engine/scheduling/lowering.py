@@ -2,9 +2,9 @@
 
 The rule: as soon as a request has waited longer than a limit for its start, or one was preempted, requests that start are
 lowered. They are no longer once all waits have been below half of the limit for four times the limit: a queue that has just
-become shorter because requests were lowered does not end it. Waits of the lowest priority, such as those of batches, do not
-count, since these are meant to wait; they are lowered with the others. A request keeps the quality that it started with, so
-that its whole answer, and every block of the cache that it shares, has one quality.
+become shorter because requests were lowered does not end it. Waits and preemptions of the lowest priority, such as those of
+batches, do not count, since these requests are meant to wait; they are lowered with the others. A request keeps the quality
+that it started with, so that its whole answer, and every block of the cache that it shares, has one quality.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ...backends.qualities import EXACT
-from ..request import MAX_PRIORITY
 from ..running import Running
 
 _CALM = 0.5  # of the limit: waits below it are short
@@ -39,11 +38,11 @@ class Lowering:
 
         Args:
             waiting: the requests.
-            preemptions: number of preemptions so far.
+            preemptions: number of preemptions so far, of requests that are not meant to wait.
             now: time of the engine's clock.
         """
         new = [r for r in waiting if r.started is None and not r.preempted]
-        waits = (now - r.arrived for r in new if r.request.priority < MAX_PRIORITY)
+        waits = (now - r.arrived for r in new if not r.request.patient)
         self._update(max(waits, default=0.0), preemptions, now)
         for r in new:
             quality = r.request.floor if self.active else r.request.quality or EXACT

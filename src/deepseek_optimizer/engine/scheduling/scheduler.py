@@ -98,7 +98,7 @@ class Scheduler:
         self._prompt_phase = DECODE if invariant else PREFILL
         self.waiting: list[Running] = []  # in scheduling order
         self.running: list[Running] = []  # in scheduling order
-        self.preemptions = 0
+        self.preemptions = self.urgent_preemptions = 0  # of all requests, and of those that are not meant to wait
         self.chunks: dict[Running, ScheduledChunk] = {}  # of the step that is being scheduled
         self._lost = lost
         self.stored = None if store is None or prefix is None else PrefixStore(store, memory, prefix)
@@ -510,4 +510,5 @@ class Scheduler:
         victim.restored = False
         victim.preempted += 1
         self.preemptions += 1
+        self.urgent_preemptions += not victim.request.patient
         self.add(victim)

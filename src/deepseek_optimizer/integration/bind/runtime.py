@@ -135,7 +135,7 @@ class Runtime(PackedModel):
             graph: the graph.
             quality: how much of the weights the plan reads, see `backends.nested_weights`.
         """
-        graph, weights = at_quality(quality, graph, self._weights_of(graph))
+        graph, weights = at_quality(quality, graph, self.weights_of(graph))
         plan = self.backend.compile(graph, weights, self.compile_options)
         if (beginning := writing_graph(graph)) is not None:
             plan = PromptPlan(plan, self.backend.compile(beginning, weights, self.compile_options))
@@ -186,10 +186,10 @@ class Runtime(PackedModel):
         with self._making:
             if self._mtp_plans is None:
                 graphs, options = planned_mtp_graphs(self.model, self.config, self.graph), self.compile_options
-                self._mtp_plans = [self.backend.compile(g, self._weights_of(g), options) for g in graphs]
+                self._mtp_plans = [self.backend.compile(g, self.weights_of(g), options) for g in graphs]
             return self._mtp_plans
 
-    def _weights_of(self, graph: Graph) -> dict[str, PackedWeight | torch.Tensor]:
+    def weights_of(self, graph: Graph) -> dict[str, PackedWeight | torch.Tensor]:
         """Those weights of a graph that this process has."""
         names = self.backend.weights_in(graph) if isinstance(self.backend, StageBackend) else None
         return weights_of(self.model, graph, names)

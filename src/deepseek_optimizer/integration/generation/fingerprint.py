@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...errors import UnsupportedRequestError
+from ...backends.parallel import RankBackend, StageBackend
 from ...quant.packed import PackedWeight
+from ...versions import versions
 from ..bind.host_experts import host_experts
 from ..bind.runtime import Runtime
-from ..bind.swap import weights_of
 
 _SAMPLE = 4096  # bytes hashed at the beginning and end of each weight, to distinguish models of the same shape
 
@@ -33,23 +33,41 @@ def fingerprint(runtime: Runtime, *, whole: bool = False) -> dict[str, str]:
         whole: hash all bytes of the weights, which takes a second per gigabyte and core; otherwise a sample of each.
 
     Raises:
-        UnsupportedRequestError: the model runs in several processes.
+        RankLostError: one of several processes has ended.
     """
-    if runtime.config.parallel.ranks > 1:
-        raise UnsupportedRequestError(
-            "this process has a part of the model's weights only, so a cache cannot be saved for it: use neither "
-            "prefix_cache_dir nor saved prefixes, or load the model without parallel"
-        )
-    weights = weights_of(runtime.model, runtime.graph)
-    formats = {name: w.format if isinstance(w, PackedWeight) else str(w.dtype) for name, w in weights.items()}
+    backend = runtime.backend
+    if isinstance(backend, (RankBackend, StageBackend)):
+        parts = backend.fingerprints(whole, partial(part_fingerprint, runtime, whole))
+        weights = {"division": backend.division, "parts": repr(parts)}
+    else:
+        weights = _of_weights(runtime, whole)
     return {
         "model": _hash([[node.op, node.weights, _plain(node.attrs)] for node in runtime.graph.nodes]),
-        "weights": _hash(_all_bytes(weights) if whole else [[name, _sample(weights[name])] for name in sorted(weights)]),
-        "weight format": _hash(formats),
+        **weights,
         "activation format": runtime.config.activation,
         "KV cache format": runtime.kv_dtype,
         "backend": runtime.backend.name,
         "experts on the CPU": str(len(host_experts(runtime.model))),  # its results have other last bits
+    }
+
+
+def part_fingerprint(runtime: Runtime, whole: bool) -> str:
+    """A hash of what may differ between the processes of a divided model: weights, their formats, instruction set and versions.
+
+    Args:
+        runtime, whole: as for `fingerprint`; of the process's part.
+    """
+    own = [_of_weights(runtime, whole), str(runtime.backend.isa), sorted(versions().items())]
+    return _hash(own)
+
+
+def _of_weights(runtime: Runtime, whole: bool) -> dict[str, str]:
+    """Hashes of the weights that this process has, and of their formats."""
+    weights = runtime.weights_of(runtime.graph)
+    formats = {name: w.format if isinstance(w, PackedWeight) else str(w.dtype) for name, w in weights.items()}
+    return {
+        "weights": _hash(_all_bytes(weights) if whole else [[name, _sample(weights[name])] for name in sorted(weights)]),
+        "weight format": _hash(formats),
     }
 
 

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from ..bind.runnable import check_runnable
 from ..bind.swap import expected_tensors, order_columns, swap_on_meta
 from ..compat import causal_lm_class
 from ..configs import check_config
+from ..generation.fingerprint import part_fingerprint
 from ..memory.weights import check_memory
 from ..model.bind_plan import bind
 from .calibrate import calibrate, calibration_for, without_rounding
@@ -199,7 +201,7 @@ def _load_share(
     if member.link is not None:
         answer(member.link, READY, same)
         run = serve_stage if share.stages else serve
-        ended = run(model.dso.backend, model.dso.graph, member.link)
+        ended = run(model.dso.backend, model.dso.graph, partial(part_fingerprint, model.dso), member.link)
         # This process was started for its part only. On one machine, nobody is left who would read its status.
         if not member.one_host:
             raise SystemExit(0 if ended else 1)

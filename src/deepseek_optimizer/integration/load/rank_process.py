@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import warnings
+from functools import partial
 from multiprocessing.connection import Connection
 
 
@@ -28,6 +29,7 @@ def main() -> int:
     from ...backends.parallel import serve
     from ...backends.parallel.messages import FAILED, READY, answer
     from ...config import DeepSeekConfig
+    from ..generation.fingerprint import part_fingerprint
     from .loader import load
     from .member import Member
 
@@ -47,5 +49,5 @@ def main() -> int:
     if member.group is None:
         return 0  # the leader has ended
     answer(answers, READY, "")
-    serve(model.dso.backend, model.dso.graph, answers)
+    serve(model.dso.backend, model.dso.graph, partial(part_fingerprint, model.dso), answers)
     return 0

@@ -14,6 +14,7 @@ import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
+from typing import Any
 
 from ...errors import ConfigError, DeepSeekOptimizerError
 from ...longdoc.recognized import PageReader
@@ -98,6 +99,16 @@ class ModelPool:
         return [model for model in self.models.values() if model.loaded is not None]
 
     @property
+    def engines(self) -> dict[str, Any]:
+        """The engines of the loaded models, by their names."""
+        return {model.file.name: model.loaded.state.engine for model in self.loaded if model.loaded is not None}
+
+    @property
+    def alive(self) -> bool:
+        """Whether no engine of a loaded model has stopped."""
+        return all(engine.alive for engine in self.engines.values())
+
+    @property
     def waiting(self) -> int:
         """Number of requests that wait until a model is loaded."""
         return self._waiting.total()
@@ -114,8 +125,7 @@ class ModelPool:
         self.draining = True
         for model in self.models.values():
             model.settle(model.error)
-        engines = [model.loaded.state.engine for model in self.loaded if model.loaded is not None]
-        return all(await asyncio.gather(*(engine.drain(seconds) for engine in engines)))
+        return all(await asyncio.gather(*(engine.drain(seconds) for engine in self.engines.values())))
 
     async def close(self) -> None:
         """Unloads all models; unfinished requests end as cancelled."""
@@ -219,6 +229,7 @@ class ModelPool:
 
         Raises:
             ApiError: 429 or 503, too many requests wait; 503, the model cannot be loaded, or not in time.
+            EngineDeadError: its engine has stopped.
         """
         if model.ready:
             model.enter()
@@ -259,8 +270,15 @@ class ModelPool:
     # ---- loading and unloading
 
     def load(self, model: PooledModel) -> None:
-        """Queues a model to be loaded, unless it is loaded or queued already."""
-        if model.ready or model.loading:
+        """Queues a model to be loaded, unless it is loaded or queued already.
+
+        Raises:
+            EngineDeadError: it is loaded and its engine has stopped; the server is about to end.
+        """
+        if model.loading:
+            return
+        if model.loaded is not None and model.leaving is None:
+            model.loaded.state.engine.check_alive()
             return
         model.loading = True
         self._wanted.append(model)
@@ -301,8 +319,6 @@ class ModelPool:
             model.settle(model.error)
             return
         try:
-            if model.loaded is not None:  # it is leaving, or its engine has stopped
-                self.unload(model)
             if model.leaving is not None:
                 await asyncio.shield(model.leaving)
             await self._make_room(model)

@@ -9,6 +9,7 @@ import torch
 
 from .. import group
 from ..ops.divergence import linear_divergence
+from ..repeated_rows import own_rows
 from .mtp_loss import IGNORED
 
 
@@ -47,8 +48,11 @@ class Distillation:
         with torch.no_grad():
             wanted = self.teacher.model(**{**inputs, "use_cache": False, "return_dict": True}).last_hidden_state
         rows = self._counted(inputs["input_ids"], labels, inputs.get("attention_mask"))
+        evaluates, own = not torch.is_grad_enabled(), len(rows)
+        if evaluates and (own := own_rows(own)):
+            rows = torch.cat([rows[:own], torch.zeros_like(rows[own:])])
         loss = linear_divergence(hidden[rows], student.lm_head.weight, wanted[rows], self.teacher.lm_head.weight)
-        if not torch.is_grad_enabled():
+        if evaluates and own:
             count = int(rows.sum())
             self._sum, self._tokens = self._sum + float(loss) * count, self._tokens + count
         return loss if self.weight == 1 else self.weight * loss + (1 - self.weight) * cross_entropy()

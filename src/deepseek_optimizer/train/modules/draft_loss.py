@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import group
+from ..repeated_rows import own_rows
 from .head_loss import head_loss
 from .mtp import head_of, mtp_states
 from .mtp_loss import IGNORED, labels_ahead, own_targets
@@ -114,6 +115,8 @@ class DraftObjective:
 
     def _count(self, right: list[torch.Tensor], rows: torch.Tensor) -> None:
         """Counts the drafts after each of `rows` up to the first wrong one; `right`: for each draft, whether it is correct."""
+        own = own_rows(len(rows))
+        rows, right = rows[:own], [each[:own] for each in right]
         all_right = torch.stack(right).cumprod(0).bool() & rows
         self._accepted.append((int(all_right.sum()), int(rows.sum())))
 
