@@ -51,7 +51,7 @@ def _products(rows: list[Row]) -> list[Row]:
 
 
 def best_panel(runs: dict[int, list[Row]]) -> int:
-    """The panel with which products on tiles take the least time: geometric mean over formats and numbers of tokens from 5 on."""
+    """The panel with which products on tiles are fastest: geometric mean over formats and numbers of tokens from 5 on."""
 
     def mean(rows: list[Row]) -> float:
         times = [us for row in _products(rows) for tokens, us in zip(row["tokens"], row["tiles"], strict=True) if tokens > 4]
