@@ -215,8 +215,8 @@ class DeepSeekConfig(QuantizationConfigMixin):
         parallel: over how many processes `load_model` divides the model. {"tensor": 2}: each process has a part of every layer,
             of the cache and of the vocabulary, and `threads` threads (None: its share of those that this process may use).
             {"expert": 2}: the same, but each has some of the routed experts, undivided. {"pipeline": 2}: each has some of the
-            layers, and their cache; also on several machines. The caller's process is the first of them, and the others end
-            with it. Such a model can neither be saved nor moved.
+            layers, and their cache. The caller's process is the first of them, and the others end with it; on several machines,
+            all are started with the environment variables of torchrun. Such a model can neither be saved nor moved.
     """
 
     quant_method: str = QUANT_METHOD  # type: ignore[assignment]  # Transformers' enum cannot take new members

@@ -106,7 +106,7 @@ def test_options_in_running_text_exist():
     others = {"--cpuset-cpus", "--cpus", "--memory", "--gpus", "--debug", "--version", "--help", "--quick", "--check"}
     others |= {"--platform", "--build-arg", "--repo"}  # of docker and gh
     others |= {"--gguf", "--learned"}  # of benchmarks/gpu.py and policies.py
-    others |= {"--max-restarts", "--nnodes"}  # of torchrun
+    others |= {"--max-restarts", "--nnodes", "--nproc-per-node"}  # of torchrun
     for page in DOCS:
         if page.name in ("coming-from.md", "benchmarks.md"):
             continue

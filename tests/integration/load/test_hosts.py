@@ -126,6 +126,26 @@ def test_over_two_network_namespaces(saved, ways, expected, namespaces):
     check_two(saved, ways, expected, ADDRESSES[0], prefixes=namespaces)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("ways", [{"tensor": 2}], ids=["tensor"], indirect=True)
+def test_a_machine_that_vanishes(saved, ways, namespaces):
+    """Its packets are lost from now on: neither side is told that the other one has ended."""
+    port = free_port()
+    first, second = (start(saved, ways, rank, ADDRESSES[0], port, namespaces[rank]) for rank in range(2))
+    try:
+        assert first.stdout.readline()
+        name, begin = namespaces[1][-1], time.monotonic()
+        subprocess.run(["ip", "-n", name, "link", "set", "dso0", "down"], check=True)
+        out, err = first.communicate("again\n", timeout=200)
+        assert "rank 1 of 2: the connection to it has ended" in out, err[-3000:]
+        assert second.wait(timeout=200) == 1
+        assert 15 < time.monotonic() - begin < 120
+    finally:
+        for process in (first, second):
+            process.kill()
+            process.communicate()
+
+
 def test_both_sides_prove_that_they_know_the_key():
     first = Place(0, 2, "127.0.0.1", free_port(), KEY.encode(), hosted=False)
     second, links = replace(first, rank=1), []
