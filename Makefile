@@ -16,7 +16,7 @@ WORKERS ?= 2
 SOURCES := pyproject.toml README.md LICENSE $(wildcard CMakeLists.txt) \
   $(shell find native src build_tools -type f -not -name '*.pyc' -not -path '*/_native/*')
 
-.PHONY: help env test test-all test-wide test-lowest test-interop test-cuda-interpreter test-gpu bench-gpu test-peers test-conformance demo docs docs-reference format lint bench bench-train bench-commits bench-serving soak quality wheel page-assets fuzz clean
+.PHONY: help env interop-env test test-all test-wide test-lowest test-interop test-cuda-interpreter test-gpu bench-gpu test-peers test-conformance demo docs docs-reference format lint bench bench-train bench-commits bench-serving soak quality wheel page-assets fuzz clean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -115,8 +115,11 @@ $(INTEROP)/.installed: $(WHEELS)/.built
 	$(INTEROP)/bin/python -m pip install --quiet --no-deps --force-reinstall $(WHEELS)/*.whl
 	touch $@
 
-test-interop: $(INTEROP)/.installed
-	$(ONE_THREAD) DSO_INTEROP=1 $(INTEROP)/bin/python -m pytest -q tests/interop $(PYTEST_ARGS)
+interop-env: $(INTEROP)/.installed
+
+# Ray's tests one after another, and the others beside them: see tests/interop/conftest.py.
+test-interop: interop-env
+	$(ONE_THREAD) DSO_INTEROP=1 PYTHONDONTWRITEBYTECODE= $(INTEROP)/bin/python -m pytest -q -n $(WORKERS) --dist loadgroup tests/interop $(PYTEST_ARGS)
 
 # The kernels of backend `cuda` in Triton's interpreter. Needs no card. Triton decides when it is imported whether it interprets.
 CUDA_TESTS ?= tests/backends/cuda

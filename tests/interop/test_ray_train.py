@@ -64,7 +64,7 @@ def cluster(tmp_path, monkeypatch):
     variables = {"PYTHONPATH": path, "KILL_MARK": str(tmp_path / "killed"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     setup = {"env_vars": variables, "worker_process_setup_hook": "kill_once.install"}
     monkeypatch.setenv("RAY_worker_niceness", "0")  # else other tests on this machine delay the workers by minutes
-    ray.init(num_cpus=3, include_dashboard=False, runtime_env=setup, object_store_memory=100 << 20)
+    ray.init("local", num_cpus=3, include_dashboard=False, runtime_env=setup, object_store_memory=100 << 20)
     try:
         yield
     finally:

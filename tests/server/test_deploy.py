@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -21,6 +22,7 @@ from deepseek_optimizer import DeepSeekConfig, load_model, load_tokenizer
 from deepseek_optimizer.serving import make_async_engine
 from deepseek_optimizer_cli.app import app
 from support.live_server import LiveServer
+from support.lora import random_adapter
 
 FOLDER = Path(__file__).parents[2] / "examples" / "deploy"
 OPTIONS = {name for parameter in get_command(app).commands["serve"].params for name in parameter.opts}
@@ -137,12 +139,21 @@ def test_the_ray_service_has_valid_arguments():
 
 
 @pytest.fixture(scope="module")
-def scraped(tiny_model) -> str:
-    """The metrics of a real server after a request."""
+def scraped(tiny_model, tmp_path_factory) -> str:
+    """The metrics of a real server that has an adapter, after requests for it and for the model."""
     model, tokenizer = load_model(tiny_model, kv_cache_memory=1 << 22), load_tokenizer(tiny_model)
-    engine = make_async_engine(model, tokenizer, max_loras=2, policy="latency")
+    adapter = random_adapter(model, tmp_path_factory.mktemp("adapters") / "mine")
+    engine = make_async_engine(model, tokenizer, max_loras=2, policy="latency", adapters={"mine": str(adapter)})
+    bodies = {
+        "/v1/completions": {"prompt": "a", "max_tokens": 2},
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2},
+    }
     with LiveServer(engine) as live:
-        assert live.client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
+        # "MUST implement" Completions and Chat, and "support serving a LoRA adapter specified in the `model` argument"
+        for name in (engine.model_name, "mine"):
+            for path, body in bodies.items():
+                answer = live.client.post(path, json={"model": name, **body})
+                assert answer.status_code == 200 and answer.json()["model"] == name
         return live.client.get("/metrics").text
 
 
@@ -153,18 +164,26 @@ def exported(scraped) -> set[str]:
 
 
 def test_routers_find_the_metrics_of_the_model_server_protocol(scraped):
-    """https://github.com/llm-d/llm-d-router/blob/main/docs/model-server-protocol.md, with vLLM's names, its default."""
+    """https://github.com/llm-d/llm-d-router/blob/b40411275b19cb0892d787d2c485614ba25007ae/docs/model-server-protocol.md, which
+    is quoted here and in `scraped`, with vLLM's names, its default: "the metric types and semantics MUST follow this doc"."""
     families = {family.name: family for family in text_string_to_metric_families(scraped)}
-    for name in ("num_requests_waiting", "num_requests_running", "kv_cache_usage_perc"):
-        (sample,) = families[f"vllm:{name}"].samples
-        assert families[f"vllm:{name}"].type == "gauge" and sample.value >= 0
-    (cache,) = families["vllm:cache_config_info"].samples
-    assert (
-        int(cache.labels["block_size"]) * int(cache.labels["num_gpu_blocks"]) >= int(cache.labels["kv_cache_size_tokens"]) > 0
-    )
-    (adapters,) = families["vllm:lora_requests_info"].samples
-    assert adapters.value == pytest.approx(time.time(), abs=3600)
-    names = {"max_lora": "2", "running_lora_adapters": "", "waiting_lora_adapters": ""}
+
+    def gauge(name: str) -> Any:
+        assert families[name].type == "gauge"
+        (sample,) = families[name].samples
+        return sample
+
+    # "The current total number of requests in the queue", and "actively being served": all have been answered
+    assert gauge("vllm:num_requests_waiting").value == gauge("vllm:num_requests_running").value == 0
+    # "The current KV cache utilization in percentage", which vLLM gives as a fraction
+    assert 0 <= gauge("vllm:kv_cache_usage_perc").value <= 1
+    # "The block size in tokens to allocate memory", and "The total number of blocks in the HBM KV cache"
+    cache = gauge("vllm:cache_config_info").labels
+    assert int(cache["block_size"]) * int(cache["num_gpu_blocks"]) >= int(cache["kv_cache_size_tokens"]) > 0
+    adapters = gauge("vllm:lora_requests_info")
+    assert adapters.value == pytest.approx(time.time(), abs=3600)  # "The last updated timestamp"
+    # "The maximum number of adapters that can be loaded", and "comma separated list[s]" of those that are and that wait to be
+    names = {"max_lora": "2", "running_lora_adapters": "mine", "waiting_lora_adapters": ""}
     assert names.items() <= adapters.labels.items()
 
 
