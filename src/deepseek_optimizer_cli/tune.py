@@ -27,7 +27,12 @@ def tune(
             "shared_tokens, or prompt), or chat, documents or agents.",
         ),
     ] = "chat",
-    trials: Annotated[int, typer.Option("--trials", min=2, metavar="N", help="Number of settings to try.")] = 40,
+    trials: Annotated[
+        int,
+        typer.Option(
+            "--trials", min=2, metavar="N", help="Settings to measure by replays at most; hundreds of others are simulated."
+        ),
+    ] = 24,
     kl_budget: Annotated[
         float | None,
         typer.Option(
@@ -86,6 +91,8 @@ def tune(
     from deepseek_optimizer.integration.load.resolve import resolve
     from deepseek_optimizer.optimized_model import profile_options
     from deepseek_optimizer.profiles import Profile, machine_identity, model_identity, save
+    from deepseek_optimizer.serving import STALL
+    from deepseek_optimizer.tune.cost_model import CostModel
     from deepseek_optimizer.tune.page import page, sections, tune_report
     from deepseek_optimizer.tune.replay import ModelMeasure
     from deepseek_optimizer.tune.search import import_optuna, search
@@ -104,9 +111,10 @@ def tune(
     no_bars_in_pipes()
     threads, cpus = thread_limits()
     defaults = Settings(threads=threads)
-    measure = ModelMeasure(place, fields, requests, at_once=goal == "throughput")
+    costs = CostModel(defaults, STALL)
+    measure = ModelMeasure(place, fields, requests, at_once=goal == "throughput", observe=costs.add)
     values = space(threads, cpus, _KV_FORMATS if kl_budget else _KV_FORMATS[:1])
-    found = search(measure, values, defaults, goal, trials=trials, kl_budget=kl_budget, seed=seed, note=_note)
+    found = search(measure, costs, values, defaults, goal, trials=trials, kl_budget=kl_budget, seed=seed, note=_note)
     best = found.best.to_fields() if found.best != defaults else {}
     figures = {"gain": found.gain, "defaults": vars(found.default_figures), "these": vars(found.best_figures)}
     profile = Profile(

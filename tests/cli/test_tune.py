@@ -34,6 +34,7 @@ def test_a_search(dso, tiny_model, tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout.splitlines()[-1])
     assert 1 <= len(report["trials"]) <= 4 and report["trials"][0]["settings"] == report["defaults"]
+    assert report["predictions"]["steps"] > 0 and report["prediction_error"] is None or report["prediction_error"] >= 0
     assert report["default_figures"]["tok_s"] > 0 and report["requests"]["requests"] == 4
     assert page.read_text().startswith("<!doctype html>") and "<svg" in page.read_text()
     profile, _ = find(tiny_model, "auto", {})
@@ -55,7 +56,7 @@ def test_the_defaults_are_those_of_a_model(dso, tiny_model, tmp_path, monkeypatc
     monkeypatch.setattr(processor, "usable_cpus", lambda: 64)
     seen = []
 
-    def search(measure, values, defaults, goal, **options):
+    def search(measure, model, values, defaults, goal, **options):
         seen.append((values["threads"], defaults.threads))
         figures = Figures(1.0, 1.0, 1.0, 1.0)
         return Found(defaults, defaults, 0.0, figures, figures, [Trial(defaults, figures)])

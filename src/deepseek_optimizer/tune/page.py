@@ -24,7 +24,10 @@ def tune_report(found: Found, goal: str, trace: str, facts: dict[str, Any], mode
         model: its name.
         profile: where the profile was written; "" if it was not.
     """
-    return {"model": model, "goal": goal, "trace": trace, "requests": facts, "profile": profile, **found.to_dict()}
+    return {
+        "model": model, "goal": goal, "trace": trace, "requests": facts, "profile": profile, **found.to_dict(),
+        "prediction_error": found.predictions.error,
+    }  # fmt: skip
 
 
 def pareto(trials: Sequence[Trial]) -> list[Trial]:
@@ -48,7 +51,7 @@ def _costs(figures: Figures) -> tuple[float, float, float]:
 
 
 def sections(found: Found, goal: str, trace: str, profile: str) -> list[Section]:
-    """The result, the best compromises, and all trials."""
+    """The result with how well the cost model predicted, the best compromises, all trials, and what was predicted of them."""
     sides = [("defaults", found.defaults, found.default_figures)]
     if found.best != found.defaults:
         sides.append(("found", found.best, found.best_figures))
@@ -59,19 +62,44 @@ def sections(found: Found, goal: str, trace: str, profile: str) -> list[Section]
         else f"{100 * found.gain:.0f}% better than the defaults at the goal."
     )
     note = f"{verdict} {'Profile: ' + profile if profile else 'No profile was written.'}"
-    first = Section(f"Goal {goal}, trace {trace}", ("", "settings", *_HEADER), rows, note)
+    first = Section(f"Goal {goal}, trace {trace}", ("", "settings", *_HEADER), rows, f"{note} {_predictions(found)}")
     front = tuple((str(one.settings), *_cells(one.figures)) for one in pareto(found.trials) if one.figures is not None)
     others = tuple(
         (str(one.settings), *(_cells(one.figures) if one.figures else (one.error, "", "", "", ""))) for one in found.trials
     )
+    predicted = [one for one in found.trials if one.predicted is not None and one.figures is not None]
     return [
         first,
         Section("Best compromises of speed, memory and quality", ("settings", *_HEADER), front),
-        Section("All trials", ("settings", *_HEADER), others),
+        Section("All settings that were measured", ("settings", *_HEADER), others),
+        Section("What the cost model predicted of them", ("settings", *_PREDICTED), tuple(map(_prediction, predicted))),
     ]
 
 
+def _predictions(found: Found) -> str:
+    """A sentence about the cost model."""
+    made = found.predictions
+    text = f"{len(found.trials)} settings measured, {made.simulated} simulated by a cost model"
+    if made.steps:
+        text += f" fitted to {made.steps:,} steps (median error of a step {made.step_error:.0%})"
+    if made.error is None:
+        return f"{text}."
+    errors = f"{made.error:.0%}, at most {max(map(abs, made.errors)):.0%}"
+    return f"{text}. Its error at the goal for {len(made.errors)} settings before they were measured: median {errors}."
+
+
+def _prediction(trial: Trial) -> tuple[str, ...]:
+    assert trial.predicted is not None and trial.figures is not None
+    cells = []
+    for name, shown in (("latency_s", "{:.3f} s"), ("first_s", "{:.3f} s"), ("tok_s", "{:,.0f}")):
+        said, was = getattr(trial.predicted, name), getattr(trial.figures, name)
+        cells.append(f"{shown.format(said)} ({said / was - 1:+.0%})")
+    said, was = trial.predicted.memory_bytes, trial.figures.memory_bytes
+    return (str(trial.settings), *cells, f"{said / 1e6:,.1f} MB ({said / was - 1:+.0%})")
+
+
 _HEADER = ("latency", "first token", "tok/s", "memory", "KL")
+_PREDICTED = _HEADER[:-1]
 
 
 def _cells(figures: Figures) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .settings import Figures, Settings
+from .steps import Observation, Record, StepLoad, TimedStep, load_of
 from .traces import Trace, prompts, shortened
 
 _SOON = 0.001  # seconds that an idle engine waits at least
@@ -28,6 +29,7 @@ def replay(
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
     longest: float | None = None,
+    record: Record | None = None,
 ) -> Figures:
     """Sends each request when its time has come; answers are greedy and have the trace's lengths. `memory_bytes`: the cache's.
 
@@ -38,6 +40,7 @@ def replay(
         salt: replays with other salts do not share cached prefixes.
         clock, sleep: of seconds.
         longest: seconds that it may take; None: any.
+        record: gets what is not in the figures.
 
     Raises:
         ReplayTooLong: it takes longer; requests are left in the engine.
@@ -48,6 +51,10 @@ def replay(
     waiting, most = list(range(len(trace))), 0
     first: dict[int, float] = {}
     last: dict[int, float] = {}
+    loads: list[StepLoad] = []
+    if record is not None:
+        record.answers = [[] for _ in trace]
+        core.on_step = lambda parts: loads.append(load_of(parts))
     while waiting or len(last) < len(trace):
         now = clock() - began
         if longest is not None and now > longest:
@@ -59,22 +66,35 @@ def replay(
         if core.idle:
             sleep(max(_SOON, trace[waiting[0]].at - now))
             continue
+        begun = clock()
         with running():
             outputs = core.step()
         now = clock() - began
+        if record is not None and loads:
+            record.steps.append(TimedStep(loads.pop(), now + began - begun))
         for output in outputs:
             index = int(output.request_id)
+            if record is not None:
+                record.answers[index] += output.token_ids
             if output.token_ids:
                 first.setdefault(index, now - trace[index].at)
             if output.finish is not None:
                 last[index] = now - trace[index].at
         most = max(most, core.memory.used_bytes)
+    if record is not None:
+        core.on_step = None
     total = sum(map(len, tokens)) + sum(request.new_tokens for request in trace)
     return Figures(_mean(last), _mean(first or last), total / (clock() - began), float(most))
 
 
 def _mean(values: dict[int, float]) -> float:
     return sum(values.values()) / len(values)
+
+
+def _drafted(core: Any) -> tuple[int, int, int]:
+    """See `Record.drafted`; of all requests so far."""
+    drafting = core.drafting
+    return (0, 0, 0) if drafting is None else (drafting.drafts, drafting.proposed, drafting.accepted)
 
 
 class ModelMeasure:
@@ -87,12 +107,22 @@ class ModelMeasure:
         trace: to replay; requests that do not fit the model's context are shortened.
         at_once: send all requests at once: only throughput counts.
         models: how many loaded models are kept, those that were used last.
+        observe: called with what each replay showed.
 
     Attributes:
         longest: seconds that a replay may take before it raises ReplayTooLong; None: any.
     """
 
-    def __init__(self, path: str | Path, fields: dict[str, Any], trace: Trace, at_once: bool = False, models: int = 1) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        fields: dict[str, Any],
+        trace: Trace,
+        at_once: bool = False,
+        models: int = 1,
+        observe: Callable[[Observation], None] = lambda _: None,
+    ) -> None:
+        self._observe = observe
         self._path, self._fields, self._at_once, self._most = path, fields, at_once, models
         self._trace, self._salts = trace, 0
         self._models: dict[tuple[int, str], Any] = {}  # by threads and cache format; the one that was used last is last
@@ -107,18 +137,35 @@ class ModelMeasure:
         from ..serving import STALL, make_engine
 
         model, tokenizer = self._loaded(settings)
-        options = {
-            "drafts": settings.drafts or False, "batch_size_range": (1, settings.batch), "step_tokens": settings.prefill_chunk,
-        }  # fmt: skip
+        options = {"drafts": settings.drafts or False, **settings.to_options()}
         with make_engine(model, tokenizer, **options, stall=STALL) as engine:  # as a server schedules
+            core = engine.core
             trace = self._prepared(engine, tokenizer)
             weights, kl = model.report().bytes_after, self._divergence(model, tokenizer)
             running = model.dso.backend.thread_context
             while True:
                 self._salts += 1
                 assert self._tokens is not None
-                figures = replay(engine, running, trace, self._tokens, str(self._salts), longest=self.longest)
-                yield replace(figures, memory_bytes=figures.memory_bytes + weights, kl=kl)
+                record, before = Record(), _drafted(core)
+                figures = replay(engine, running, trace, self._tokens, str(self._salts), longest=self.longest, record=record)
+                rounds, proposed, accepted = (now - then for now, then in zip(_drafted(core), before, strict=True))
+                record.drafted = rounds, proposed, accepted
+                figures = replace(figures, memory_bytes=figures.memory_bytes + weights, kl=kl)
+                self._observe(
+                    Observation(
+                        settings,
+                        figures,
+                        record,
+                        trace,
+                        self._tokens,
+                        core.facts.context,
+                        core.facts.chunk,
+                        core.blocks,
+                        weights,
+                        layers_draft=bool(core.drafting and core.drafting.wants_states),
+                    )  # fmt: skip
+                )
+                yield figures
 
     def _loaded(self, settings: Settings) -> tuple[Any, Any]:
         """The model, ready for an engine with these settings, and its tokenizer."""

@@ -13,7 +13,7 @@ _NEARLY = 0.8  # of the defaults' throughput: with less, saving memory is not wo
 @dataclass(frozen=True)
 class Settings:
     """Attributes:
-    threads, prefill_chunk, kv_cache: as in `DeepSeekConfig`.
+    threads, prefill_chunk, kv_cache, precision: as in `DeepSeekConfig`; the latter "auto": the model as it is given.
     batch: the largest number of sequences at once.
     drafts: maximum number of drafts of a round.
     """
@@ -23,6 +23,7 @@ class Settings:
     batch: int = 32
     kv_cache: str = "auto"
     drafts: int = 8
+    precision: str = "auto"
 
     def to_fields(self) -> dict[str, Any]:
         """Fields of `DeepSeekConfig`."""
@@ -30,6 +31,10 @@ class Settings:
             "threads": self.threads, "prefill_chunk": self.prefill_chunk, "batch_size_range": (1, self.batch),
             "kv_cache": self.kv_cache,
         }  # fmt: skip
+
+    def to_options(self) -> dict[str, Any]:
+        """Fields of `EngineOptions`."""
+        return {"batch_size_range": (1, self.batch), "step_tokens": self.prefill_chunk}
 
     def __str__(self) -> str:
         return ", ".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))
