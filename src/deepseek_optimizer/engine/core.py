@@ -28,7 +28,7 @@ from .metrics import EndedRequest, EngineMetrics
 from .model_facts import ModelFacts
 from .options import EngineOptions
 from .pooling import Pooler
-from .request import Finish, Output, Request, check_quality, check_reading, check_tokens
+from .request import Finish, Output, Request, check_quality, check_reading, check_tokens, with_quality
 from .running import Running
 from .sampling.request_sampler import NotANumberError, RequestSampler
 from .scheduling.batch_size import BatchSize
@@ -188,6 +188,7 @@ class EngineCore:
         """
         if request.id in self._requests:
             raise RequestError("id", f"{shown(request.id)} is running already")
+        request = with_quality(request, self.options.quality) if self.facts.qualities else request
         sampling, now = request.sampling, self.clock()
         if self.idle:
             self._idle_since = None
