@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -46,6 +47,34 @@ def test_a_search(dso, tiny_model, tmp_path, monkeypatch):
     assert read(saved).goal == "latency"
     answer = dso("run", tiny_model, "Hello", "-n", "2", "--profile", saved)
     assert answer.exit_code == 0 and "dso: profile:" in answer.stderr
+
+
+@pytest.mark.skipif(cpu.unavailable_reason() is not None, reason="needs the native backend")
+def test_formats_of_weights(dso, tiny_model, tmp_path, monkeypatch):
+    """A precision that is found goes into the profile, and a model that is packed in one format has no others."""
+    pytest.importorskip("optuna")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    seen, precision, trace = [], "int4", tmp_path / "trace.jsonl"
+    trace.write_text('{"prompt_tokens": 20, "new_tokens": 2}')
+
+    def search(measure, model, values, defaults, goal, **options):
+        seen.append((values["precision"], options["kl_budget"]))
+        best = replace(defaults, precision=precision if precision in values["precision"] else "auto")
+        replays = measure(best)
+        figures = next(replays)
+        replays.close()
+        return Found(best, defaults, 0.5, figures, figures, [Trial(best, figures)])
+
+    monkeypatch.setattr(searches, "search", search)
+    assert dso("tune", tiny_model, "--trace", trace, "--kl-budget", "0.5").exit_code == 0
+    assert seen == [(("auto", "int8", "q4_1", "int4"), 0.5)]
+    assert load_model(tiny_model, profile="auto").dso.config.precision == precision
+    assert not list((tmp_path / "cache" / "deepseek-optimizer").glob("tune-*"))
+    packed = tmp_path / "packed"
+    assert dso("convert", tiny_model, packed, "--precision", precision).exit_code == 0
+    result = dso("tune", packed, "--trace", trace, "--kl-budget", "0.5")
+    assert result.exit_code == 0 and "formats of weights are not searched, since packed is packed in" in result.stderr
+    assert seen[1:] == [(("auto",), 0.5)]
 
 
 @pytest.mark.skipif(cpu.unavailable_reason() is not None, reason="needs the native backend")

@@ -4,10 +4,10 @@ A step's seconds are a sum of costs, none below zero: one for each of `FEATURES`
 squares (`bench/least_squares.py`), where an error counts relative to the square root of a step's time, so that the sum over all
 steps comes out right. Disturbances only make steps slower: after a first fit, a step counts as at most twice what it says.
 
-The costs belong to a number of threads, a cache format and a weight format (`key`). Those of a key that differs from the
-defaults' in one of them are drawn towards the defaults' times a common factor, as far as its own steps do not say otherwise;
-with several differences, towards the product of the ratios that these have alone. So a key that was never replayed has costs
-too, and a cost that a key's replays have hardly shown, such as that of many rows at once, is not made up.
+The costs belong to a number of threads and to formats of the cache and the weights (`key`). Those of a key that differs from
+the defaults' in one of them are drawn towards the defaults' times a common factor, as far as its own steps do not say
+otherwise; with several differences, towards the product of the ratios that these have alone. So a key that was never replayed
+has costs too, and a cost that a key's replays have hardly shown, such as that of many rows at once, is not made up.
 
 With these costs, the engine's own scheduler and cache replay the trace in virtual time (`simulation.py`).
 """
@@ -36,12 +36,13 @@ _WORTH = 2.0  # steps that must contradict a cost that was drawn from another ke
 _MOST_STEPS = 20_000  # of a key, the latest ones: enough for eight costs
 _MOST_DRAFTS = 8  # of a round
 
-Key = tuple[int, str, str]
+_FORMATS = ("precision", "quality", "kv_cache")  # those of weights, and of the cache
+Key = tuple[int, str, str, str]
 
 
 def key(settings: Settings) -> Key:
     """What the costs of steps depend on."""
-    return settings.threads, settings.kv_cache, settings.precision
+    return settings.threads, settings.kv_cache, settings.precision, settings.quality
 
 
 def features(load: StepLoad) -> list[float]:
@@ -140,7 +141,7 @@ class CostModel:
         base = key(self._defaults)
         self._predicted.clear()
         self._costs = {base: fit_costs(self._steps[base])}
-        for differences in (1, 2, 3):
+        for differences in range(1, len(base) + 1):
             for each in self._steps:
                 if _differences(each, base) == differences:
                     self._costs[each] = fit_costs(self._steps[each], self._prior(each))
@@ -176,7 +177,7 @@ class CostModel:
 
     def _simulated(self, settings: Settings, token_bytes: float) -> Figures:
         """A replay in virtual time; `memory_bytes` is that of the cache."""
-        one = self._nearest(settings, ("precision", "kv_cache"))  # answers are those of its formats
+        one = self._nearest(settings, _FORMATS)  # answers are those of its formats
         trace = one.trace
         if one.layers_draft:
             trace = tuple(replace(request, accepted=self._accepted) for request in trace)
@@ -205,7 +206,7 @@ class CostModel:
         if place == 0:
             value = min((each[0] for each in self._steps if each[1:] == base[1:]), key=lambda threads: abs(threads - value))
         found: list[Any] = [value if n == place else part for n, part in enumerate(base)]
-        return found[0], found[1], found[2]
+        return found[0], found[1], found[2], found[3]
 
     def _nearest(self, settings: Settings, names: Sequence[str]) -> Observation:
         """The latest observation that agrees in these settings, or else in as many of the first ones as any does."""
@@ -224,11 +225,17 @@ class CostModel:
 
     def _kl(self, settings: Settings) -> float:
         """That of replays with the same formats; of formats that were not replayed together, the sum."""
-        known = {(one.settings.kv_cache, one.settings.precision): one.figures.kl for one in self._observed}
+        known = {tuple(getattr(one.settings, name) for name in _FORMATS): one.figures.kl for one in self._observed}
+        precision, quality, cache = (getattr(settings, name) for name in _FORMATS)
+        if (precision, quality, cache) in known:
+            return known[precision, quality, cache]
         own = self._defaults
-        if (settings.kv_cache, settings.precision) in known:
-            return known[settings.kv_cache, settings.precision]
-        return known.get((settings.kv_cache, own.precision), 0.0) + known.get((own.kv_cache, settings.precision), 0.0)
+        alone = (
+            (precision, own.quality, own.kv_cache),
+            (own.precision, quality, own.kv_cache),
+            (own.precision, own.quality, cache),
+        )
+        return sum(known.get(one, 0.0) for one in alone)
 
 
 def _differences(a: Key, b: Key) -> int:
