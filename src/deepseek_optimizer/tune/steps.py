@@ -19,8 +19,8 @@ class StepLoad:
         rows: tokens that are decoded, drafts included.
         drafts: those of them that are drafts.
         prompt: tokens of prompts.
-        attended: tokens that decoded ones attend to, in sum.
-        prompt_attended: the same of tokens of prompts.
+        attended: tokens before the step that decoded ones attend to, in sum.
+        prompt_attended: tokens that those of prompts attend to, in sum.
     """
 
     rows: int = 0
@@ -35,11 +35,11 @@ def load_of(parts: Sequence[Part]) -> StepLoad:
     rows = drafts = prompt = attended = prompt_attended = 0
     for part in parts:
         count = len(part.ids)
-        before = count * part.start + count * (count - 1) // 2
+        before = count * part.start
         if part.phase == DECODE:
             rows, drafts, attended = rows + count, drafts + count - 1, attended + before
         else:
-            prompt, prompt_attended = prompt + count, prompt_attended + before
+            prompt, prompt_attended = prompt + count, prompt_attended + before + count * (count + 1) // 2
     return StepLoad(rows, drafts, prompt, attended, prompt_attended)
 
 
