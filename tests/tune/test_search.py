@@ -193,6 +193,18 @@ def test_quality_is_a_limit():
     assert any(one.error.startswith("KL divergence 0.2") for one in found.trials)
 
 
+def test_settings_of_which_the_model_says_that_they_are_not_possible_are_not_measured():
+    class Small(Pretended):
+        def predict(self, settings):
+            if settings.batch < 16:
+                raise RequestError("prompt", "does not fit")
+            return super().predict(settings)
+
+    pretended = Small()
+    found = search(pretended, pretended, VALUES, DEFAULTS, "latency", trials=12)
+    assert found.best.batch == 16 and all(one.settings.batch >= 16 for one in found.trials)
+
+
 @pytest.mark.parametrize("error", [ConfigError("too few"), RequestError("prompt", "too few"), MemoryError("too few")])
 def test_settings_that_are_not_possible_are_passed_over(error):
     pretended = Pretended()

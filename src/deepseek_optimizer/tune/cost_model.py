@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..bench.least_squares import nonnegative_least_squares
+from ..cache.block_manager import BLOCK_TOKENS
 from ..engine.options import EngineOptions
 from .settings import Figures, Settings
 from .simulation import Texts, simulate
@@ -217,11 +218,12 @@ class CostModel:
         raise ValueError("nothing was observed")
 
     def _blocks(self, settings: Settings) -> int:
-        """Blocks of the cache: in proportion to the batch, up to the largest number that was seen."""
+        """Blocks of the cache: in proportion to the batch, but enough for one text, up to the largest number that was seen."""
         seen = [(one.settings.batch, one.blocks) for one in self._observed if one.settings.kv_cache == settings.kv_cache]
         seen = seen or [(one.settings.batch, one.blocks) for one in self._observed]
         batch, blocks = min(seen, key=lambda pair: abs(pair[0] - settings.batch))
-        return max(1, min(round(blocks * settings.batch / batch), max(blocks for _, blocks in seen)))
+        whole = self._observed[0].context // BLOCK_TOKENS + 2  # a text may continue in the copy of a shared block
+        return min(max(whole, round(blocks * settings.batch / batch)), max(blocks for _, blocks in seen))
 
     def _kl(self, settings: Settings) -> float:
         """That of replays with the same formats; of formats that were not replayed together, the sum."""

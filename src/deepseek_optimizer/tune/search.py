@@ -225,19 +225,18 @@ class _Search:
         predicted to be better than what was, by more than the model has been wrong."""
         model = self._model
         model.fit()
-        predicted = {one.settings: model.predict(one.settings) for one in self.tried}
-        plain = predicted[self._defaults]
-        best = min(
-            value(self._goal, predicted[one.settings], plain) for one in self.tried if one.figures is not None
-        )  # fmt: skip
+        tried = {one.settings for one in self.tried}
+        predicted = [model.predict(one.settings) for one in self.tried if one.figures is not None]
+        plain = predicted[0]
+        best = min(value(self._goal, figures, plain) for figures in predicted)
         wrong = max([MARGIN, *([statistics.median(map(abs, errors))] if (errors := self.errors()) else [])])
         found: list[Settings] = []
-        same = set(predicted.values())
+        same = set(predicted)
         for cost, settings in self._simulated(plain):
             figures = model.predict(settings)
             if cost > best * (1 + wrong) or len(found) == BATCH:
                 break
-            if settings not in predicted and figures not in same:
+            if settings not in tried and figures not in same:
                 found.append(settings)
                 same.add(figures)
         return found
@@ -257,7 +256,10 @@ class _Search:
         def objective(trial: Any) -> float:
             chosen = {name: _suggest(trial, name, some) for name, some in self._values.items()}
             settings = replace(self._defaults, **chosen)
-            figures = self._model.predict(settings)
+            try:
+                figures = self._model.predict(settings)
+            except (ConfigError, RequestError, MemoryError):  # a request does not fit the cache
+                raise self._optuna.TrialPruned from None
             if figures.kl > self._kl_budget:
                 raise self._optuna.TrialPruned
             seen[settings] = value(self._goal, figures, plain)
