@@ -167,6 +167,13 @@ def test_the_search_ends_when_nothing_is_predicted_to_be_better():
     assert len(found.trials) < 40 and pretended.fits > 1
 
 
+def test_slow_simulations_are_fewer(monkeypatch):
+    monkeypatch.setattr(searches, "SECONDS", 0.01)
+    pretended = Pretended()
+    found = search(pretended, pretended, VALUES, DEFAULTS, "latency", trials=12)
+    assert 0 < found.predictions.simulated < searches.SIMULATED
+
+
 def test_settings_that_come_to_the_same_are_measured_once():
     """Batches from 8 on are equal, to the machine and to the model."""
     calls = set()

@@ -25,6 +25,7 @@ ROUNDS = 3  # replays of settings
 FINALISTS, QUALIFYING = 4, 3  # settings that meet the defaults, if there are so many, and in how many pairs
 PAIRS = 5  # of replays of the two sides in the end
 SIMULATED = 150  # settings that are simulated each time the model has been fitted
+SECONDS = 60.0  # for these: those of long traces take longer than of short ones
 BATCH = 3  # settings that are measured before the model is fitted again
 CALIBRATED = ("threads", "kv_cache", "precision", "quality")  # settings whose values change what steps cost
 _STARTUP = 30  # random settings before TPE has something to go by
@@ -265,7 +266,7 @@ class _Search:
             seen[settings] = value(self._goal, figures, plain)
             return seen[settings]
 
-        study.optimize(objective, n_trials=SIMULATED)
+        study.optimize(objective, n_trials=SIMULATED, timeout=SECONDS)
         self.simulated += len(seen)
         return sorted(((cost, settings) for settings, cost in seen.items()), key=lambda pair: pair[0])
 
