@@ -27,6 +27,7 @@ POLICIES = {
     "chunks of 64": EngineOptions(stall=2.5, step_tokens=64),
     "chunks of 2048": EngineOptions(stall=2.5, step_tokens=2048),
     "8 at once": EngineOptions(stall=2.5, batch_size_range=(1, 8)),
+    "32 at once, no fewer": EngineOptions(stall=2.5, batch_size_range=(32, 32)),
     "64 at once": EngineOptions(stall=2.5, batch_size_range=(1, 64)),
     "between tokens 50 ms": EngineOptions(stall=2.5, target_itl=0.05),
     "no prefix cache": EngineOptions(stall=2.5, prefix_cache=False),

@@ -21,15 +21,11 @@ import torch
 from transformers import AutoTokenizer
 
 from deepseek_optimizer import Request, SamplingParams, load_model, make_engine
-from deepseek_optimizer.backends.base import PREFILL
 from deepseek_optimizer.backends.qualities import QUALITIES, Quality, prompt_quality
 from deepseek_optimizer.bench.hardware import cpu_name
-from deepseek_optimizer.bench.quality import Divergence, through_prefill
+from deepseek_optimizer.bench.quality import Divergence, after_prompt, through_prefill
 from deepseek_optimizer.bench.unoptimized_model import load_unoptimized
-from deepseek_optimizer.cache import SequenceBlocks
 from deepseek_optimizer.calibration.text import sample_text
-from deepseek_optimizer.engine.runner import Runner
-from deepseek_optimizer.engine.sequence import Part, Sequence
 
 from . import models
 from .quality import TINY_V3
@@ -81,27 +77,12 @@ def _variants(path: Path) -> Iterator[tuple[str, Any]]:
     for precision in OTHERS:
         model = load_model(path, precision=precision, mtp="off", calibration=None)
         plan = model.dso.plan
-        yield precision, lambda ids, model=model, plan=plan: _logits(model, plan, plan, ids)
+        yield precision, lambda ids, model=model, plan=plan: after_prompt(model, ids, PROMPT, plan, plan)
     model = load_model(path, precision=NESTED, mtp="off")
     plans = {quality: model.dso.compile(model.dso.graph, quality) for quality in QUALITIES}
     for first, then in (*((prompt_quality(quality), quality) for quality in QUALITIES), *OTHER_PROMPTS):
         name = f"{NESTED}, {then}" + (f", prompt {first}" if first != prompt_quality(then) else "")
-        yield name, lambda ids, a=plans[first], b=plans[then]: _logits(model, a, b, ids)
-
-
-def _logits(model: Any, first: Any, then: Any, ids: list[int]) -> torch.Tensor:
-    """Computes the prompt by one plan and the text by another: float32 [TEXT, V]."""
-    arena = model.dso.arena
-    with arena.locked() as manager:
-        sequence = Sequence(0, ids, SequenceBlocks(manager))
-    for plan, begin, end in ((first, 0, PROMPT), (then, PROMPT, len(ids))):
-        runner = Runner(plan, arena)
-        runner.reserve([sequence], [end - begin])
-        rows = list(range(end - begin)) if end == len(ids) else []
-        output = runner.step([Part(sequence, ids[begin:end], begin, phase=PREFILL)], rows)
-    with arena.locked():
-        sequence.blocks.free()
-    return output.logits
+        yield name, lambda ids, a=plans[first], b=plans[then]: after_prompt(model, ids, PROMPT, a, b)
 
 
 def _print_speeds(a: argparse.Namespace) -> None:

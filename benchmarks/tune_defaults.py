@@ -23,6 +23,8 @@ from typing import Any
 from deepseek_optimizer.backends.cpu import thread_limits
 from deepseek_optimizer.bench.hardware import cpu_name
 from deepseek_optimizer.integration.load.resolve import resolve
+from deepseek_optimizer.serving import STALL
+from deepseek_optimizer.tune.cost_model import CostModel
 from deepseek_optimizer.tune.replay import ModelMeasure
 from deepseek_optimizer.tune.search import search
 from deepseek_optimizer.tune.settings import Figures, Settings, space
@@ -42,7 +44,7 @@ def main() -> None:
     parser.add_argument("--trace", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--settings", type=int, default=200, metavar="N", help="random settings (default 200)")
     parser.add_argument("--random", action="store_true", help="measure them even if dso tune reaches the bar")
-    parser.add_argument("--trials", type=int, default=30, metavar="N", help="of dso tune (default 30)")
+    parser.add_argument("--trials", type=int, default=24, metavar="N", help="of dso tune (default 24)")
     parser.add_argument("--seconds", type=float, default=1.0, help="of requests in a trace (default 1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=Path("tune_defaults.json"), metavar="FILE")
@@ -64,15 +66,18 @@ def measured(model: str, name: str, a: argparse.Namespace) -> dict[str, Any]:
     """The entry of a trace in the file."""
     threads, cpus = thread_limits()
     case, defaults, begin = CASES[name], Settings(threads=threads), time.monotonic()
-    measure = ModelMeasure(resolve(model), {}, case.make(a.seconds), at_once=case.goal == "throughput", models=2)
+    costs = CostModel(defaults, STALL)
+    measure = ModelMeasure(
+        resolve(model), {}, case.make(a.seconds), at_once=case.goal == "throughput", models=2, observe=costs.add
+    )
     once(measure, defaults)  # loads the model
     usual, plain = sorted((_timed(measure, defaults) for _ in range(_FIRST)), key=lambda one: one[0])[_FIRST // 2]
     values = space(threads, cpus, ("auto",))
     _note(f"{name}: a replay takes {usual:.2f} s")
-    found = search(measure, values, defaults, case.goal, trials=a.trials, seed=a.seed, note=_note)
+    found = search(measure, costs, values, defaults, case.goal, trials=a.trials, seed=a.seed, note=_note)
     entry: dict[str, Any] = {
         "goal": case.goal, "replay_s": usual, "tuned": str(found.best), "gain": found.gain, "tried": len(found.trials),
-        "ratios": [],
+        "step_error": found.predictions.step_error, "error": found.predictions.error, "ratios": [],
     }  # fmt: skip
     if a.random or found.gain < GAIN:
 
@@ -103,7 +108,9 @@ def drawn(values: Any, defaults: Settings, count: int, seed: int) -> list[Settin
 
 def line(name: str, entry: dict[str, Any]) -> str:
     text = f"{name} ({entry['goal']}, replays of {entry['replay_s']:.2f} s)"
-    text += f": dso tune found {entry['gain']:+.1%} ({entry['tuned']})"
+    text += f": dso tune found {entry['gain']:+.1%} ({entry['tuned']}) with {entry['tried']} settings measured"
+    if entry["error"] is not None:
+        text += f", the cost model's median error {entry['error']:.0%} at the goal and {entry['step_error']:.0%} per step"
     if ratios := entry["ratios"]:
         text += (
             f"; the best of {entry['asked']['settings']} random settings is {entry['ratio']:.3f} times as good as the defaults "

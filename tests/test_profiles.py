@@ -76,7 +76,7 @@ def test_damaged(profile, tiny_model, tmp_path, text, message):
         find(tiny_model, tmp_path / "nowhere", {})
 
 
-@pytest.mark.parametrize(("name", "given"), [("fields", {"strict": True}), ("drafts", -1), ("drafts", True)])
+@pytest.mark.parametrize(("name", "given"), [("fields", {"strict": True}), ("drafts", -1), ("drafts", True), ("quality", 3)])
 def test_wrong_values(profile, tmp_path, name, given):
     path = save(profile, tmp_path / "p.json")
     path.write_text(json.dumps({**json.loads(path.read_text()), name: given}))
@@ -109,6 +109,22 @@ def test_what_the_user_sets_comes_first(profile, tiny_model):
     save(profile)
     given = load_model(tiny_model, DeepSeekConfig(prefill_chunk=128), profile="auto", batch_size_range=(1, 7)).dso.config
     assert (given.prefill_chunk, given.batch_size_range, given.kv_cache) == (128, (1, 7), "int8")
+
+
+def test_formats_of_weights(profile, tiny_model, tmp_path):
+    """A precision, and what requests read of nested weights, unless a budget chooses formats or the weights are not nested."""
+    save(replace(profile, fields={"precision": "int8_nested"}, quality="fast"))
+    tuned = load_model(tiny_model, profile="auto")
+    assert "quality=fast" in tuned.report().profile and "precision=int8_nested" in tuned.report().profile
+    with make_engine(tuned) as engine:
+        assert engine.core.options.quality == "fast"
+    with make_engine(tuned, quality="exact") as engine:
+        assert engine.core.options.quality == "exact"
+    other = load_model(tiny_model, profile="auto", kl_budget=0.5).dso
+    assert other.config.precision == "auto" and other.profile is not None
+    save(replace(profile, fields={"precision": "int8"}, quality="fast"))
+    with make_engine(load_model(tiny_model, profile="auto")) as engine:
+        assert engine.core.options.quality == "exact"
 
 
 def test_no_profile(tiny_model):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deepseek_optimizer import Request, RequestError, SamplingParams, load_model, make_engine
+from deepseek_optimizer import ConfigError, Request, RequestError, SamplingParams, load_model, make_engine
 from deepseek_optimizer.backends.base import CompileOptions
 from deepseek_optimizer.backends.cpu import unavailable_reason
 from deepseek_optimizer.backends.nested_weights import at_quality, feed_forward_weights
@@ -175,3 +175,21 @@ def test_other_models_refuse_the_field(checkpoint):
         engine.generate([Request([1, 2], quality="fast")])
     assert engine.generate([[1, 2]], SamplingParams(max_tokens=2))[0].quality is None
     assert not engine.core.facts.qualities
+
+
+def test_the_engine_chooses_a_quality_for_requests_that_name_none(model, base):
+    sampling = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    prompt = random_ids(base.config, 20, seed=3)
+    given = [{}, {"quality": "exact"}, {"min_quality": "balanced"}, {"min_quality": "fast"}]
+    requests = [Request(prompt, sampling, id=str(n), **fields) for n, fields in enumerate(given)]
+    assert [c.quality for c in make_engine(model, quality="fast").generate(requests)] == ["fast", "exact", "balanced", "fast"]
+    assert [c.quality for c in make_engine(model).generate(requests)] == ["exact"] * 4
+    same = make_engine(model).generate([Request(prompt, sampling, quality="fast")])[0]
+    assert make_engine(model, quality="fast").generate(requests[:1])[0].token_ids == same.token_ids
+
+
+def test_a_quality_that_is_not_there(model, checkpoint):
+    with pytest.raises(ConfigError, match="quality must be one of fast, balanced, exact, got 'best'"):
+        make_engine(model, quality="best")
+    with pytest.raises(ConfigError, match="this model has one quality"):
+        make_engine(load_model(checkpoint), quality="fast")

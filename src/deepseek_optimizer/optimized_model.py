@@ -68,7 +68,10 @@ def load_model(
         from .profiles import find
 
         taken, note = find(resolve(path), profile, profile_options(config, fields))
-        fields = {**_unset(config, {} if taken is None else taken.fields), **fields}
+        tuned = {} if taken is None else dict(taken.fields)
+        if fields.get("kl_budget", config and config.kl_budget) is not None:
+            tuned.pop("precision", None)  # the budget chooses formats itself
+        fields = {**_unset(config, tuned), **fields}
     if adapter is not None:
         from .integration.load.ranks import check_no_adapter
 

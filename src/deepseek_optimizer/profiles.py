@@ -23,7 +23,13 @@ from .system.user_cache import user_cache
 
 VERSION = 1
 AUTO = "auto"
-FIELDS = ("threads", "prefill_chunk", "batch_size_range", "kv_cache")  # of `DeepSeekConfig`, that a profile may set
+FIELDS = (
+    "threads",
+    "prefill_chunk",
+    "batch_size_range",
+    "kv_cache",
+    "precision",
+)  # of `DeepSeekConfig`, that a profile may set
 # Other fields of `DeepSeekConfig` on which the best settings depend, and which a profile's user must set as they were set.
 OPTIONS = (
     "precision", "attention_optimization", "attention_window", "attention_budget", "context_extension", "context_length",
@@ -41,6 +47,7 @@ class Profile:
         goal, trace: what it was found by.
         fields: of `DeepSeekConfig`; those that are not in it keep their defaults.
         drafts: maximum number of drafts of a round; 0: no drafts; None: the default.
+        quality: of requests that name none, see `EngineOptions`; None: the default.
         figures: what was measured with the default settings and with these.
         made: date, ISO 8601.
         path: the file that it was read from.
@@ -57,10 +64,13 @@ class Profile:
     made: str = ""
     path: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
+    quality: str | None = None
 
     def __str__(self) -> str:
         values = [f"{name}={value}" for name, value in self.fields.items()]
-        values += [] if self.drafts is None else [f"drafts={self.drafts}"]
+        values += [
+            f"{name}={value}" for name, value in (("drafts", self.drafts), ("quality", self.quality)) if value is not None
+        ]
         return f"{', '.join(values) or 'the defaults'} (goal {self.goal}, trace {self.trace}, {self.path or 'not saved'})"
 
 
@@ -139,11 +149,15 @@ def read(path: Path) -> Profile:
     drafts = value.get("drafts")
     if drafts is not None and (type(drafts) is not int or drafts < 0):
         raise DataError("must be a number of at least 0, or null", file=path, field="drafts")
+    quality = value.get("quality")
+    if quality is not None and not isinstance(quality, str):
+        raise DataError("must be a name, or null", file=path, field="quality")
     fields = {name: tuple(given) if isinstance(given, list) else given for name, given in value["fields"].items()}
     known = ("machine", "model", "goal", "trace", "figures", "options")
     return Profile(
-        **{name: value[name] for name in known}, fields=fields, drafts=drafts, made=str(value.get("made", "")), path=str(path)
-    )
+        **{name: value[name] for name in known}, fields=fields, drafts=drafts, quality=quality,
+        made=str(value.get("made", "")), path=str(path),
+    )  # fmt: skip
 
 
 def find(model: Path, which: str | os.PathLike[str], options: Mapping[str, Any]) -> tuple[Profile | None, str]:

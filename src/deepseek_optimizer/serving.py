@@ -134,6 +134,8 @@ def _core(
     drafts = given.pop("drafts", True if profile is None or profile.drafts is None else profile.drafts)
     if not isinstance(drafts, int) or drafts < 0:
         raise ConfigError(f"drafts must be True, False, or a number of at least 0, got {drafts!r}")
+    if profile is not None and profile.quality is not None and runtime.has_qualities:
+        given.setdefault("quality", profile.quality)
     draft_model = given.pop("draft_model", None)
     arena = given.pop("arena", None)
     first_adapters: Mapping[str, str] = given.pop("adapters", None) or {}
@@ -149,6 +151,10 @@ def _core(
     if (reason := runtime.changed()) is not None:
         raise UnsupportedRequestError(f"{reason}: an engine runs only the compiled plan; remove the change first")
     backend = runtime.backend
+    if options.quality not in QUALITIES:
+        raise ConfigError(f"quality must be one of {', '.join(QUALITIES)}, got {options.quality!r}")
+    if options.quality != EXACT and not runtime.has_qualities:
+        raise ConfigError(f'quality={options.quality!r}: this model has one quality; load it with precision="int8_nested"')
     if options.batch_invariant and not backend.capabilities.batch_invariant:
         raise ConfigError(
             f'batch_invariant=True: results of the {backend.name} backend depend on the batch; use backend="cpu", or omit '

@@ -27,14 +27,20 @@ def tune(
             "shared_tokens, or prompt), or chat, documents or agents.",
         ),
     ] = "chat",
-    trials: Annotated[int, typer.Option("--trials", min=2, metavar="N", help="Number of settings to try.")] = 40,
+    trials: Annotated[
+        int,
+        typer.Option(
+            "--trials", min=2, metavar="N", help="Settings to measure by replays at most; hundreds of others are simulated."
+        ),
+    ] = 24,
     kl_budget: Annotated[
         float | None,
         typer.Option(
             "--kl-budget",
             min=0,
             metavar="NATS",
-            help="Also try an int8 and an int4 KV cache, as far as the KL divergence from the default one stays within this.",
+            help="Also try an int8 and an int4 KV cache and, of a model in floats, int8, q4_1 and int4 weights, or of one in "
+            "int8_nested its qualities, as far as the KL divergence from the model as it is given stays within this.",
         ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the search.")] = 0,
@@ -77,6 +83,7 @@ def tune(
     if device is not None:
         raise ValueError("--device is for --kernels: settings are searched for the CPU")
     import datetime
+    from contextlib import nullcontext
 
     from rich.console import Console
 
@@ -86,6 +93,9 @@ def tune(
     from deepseek_optimizer.integration.load.resolve import resolve
     from deepseek_optimizer.optimized_model import profile_options
     from deepseek_optimizer.profiles import Profile, machine_identity, model_identity, save
+    from deepseek_optimizer.serving import STALL
+    from deepseek_optimizer.tune.cost_model import CostModel
+    from deepseek_optimizer.tune.formats import PackedCopies, WeightFormats, weight_formats
     from deepseek_optimizer.tune.page import page, sections, tune_report
     from deepseek_optimizer.tune.replay import ModelMeasure
     from deepseek_optimizer.tune.search import import_optuna, search
@@ -104,14 +114,21 @@ def tune(
     no_bars_in_pipes()
     threads, cpus = thread_limits()
     defaults = Settings(threads=threads)
-    measure = ModelMeasure(place, fields, requests, at_once=goal == "throughput")
-    values = space(threads, cpus, _KV_FORMATS if kl_budget else _KV_FORMATS[:1])
-    found = search(measure, values, defaults, goal, trials=trials, kl_budget=kl_budget, seed=seed, note=_note)
+    costs = CostModel(defaults, STALL)
+    formats = weight_formats(place, fields) if kl_budget else WeightFormats()
+    if formats.note:
+        _note(formats.note)
+    values = space(threads, cpus, _KV_FORMATS if kl_budget else _KV_FORMATS[:1], formats.precisions, formats.qualities)
+    with PackedCopies(place) if len(formats.precisions) > 1 else nullcontext() as copies:
+        measure = ModelMeasure(place, fields, requests, at_once=goal == "throughput", observe=costs.add, copies=copies)
+        found = search(measure, costs, values, defaults, goal, trials=trials, kl_budget=kl_budget, seed=seed, note=_note)
+        del measure  # its models map files that are removed now
     best = found.best.to_fields() if found.best != defaults else {}
     figures = {"gain": found.gain, "defaults": vars(found.default_figures), "these": vars(found.best_figures)}
     profile = Profile(
         machine_identity(), model_identity(place), goal, Path(trace).name, best, found.best.drafts if best else None, figures,
         datetime.date.today().isoformat(), options=profile_options(None, fields),
+        quality=found.best.quality if found.best.quality != defaults.quality else None,
     )  # fmt: skip
     path = str(save(profile, output))
     report = tune_report(found, goal, profile.trace, describe(requests), model, path)

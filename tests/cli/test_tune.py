@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -34,6 +35,7 @@ def test_a_search(dso, tiny_model, tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout.splitlines()[-1])
     assert 1 <= len(report["trials"]) <= 4 and report["trials"][0]["settings"] == report["defaults"]
+    assert report["predictions"]["steps"] > 0 and report["prediction_error"] is None or report["prediction_error"] >= 0
     assert report["default_figures"]["tok_s"] > 0 and report["requests"]["requests"] == 4
     assert page.read_text().startswith("<!doctype html>") and "<svg" in page.read_text()
     profile, _ = find(tiny_model, "auto", {})
@@ -48,6 +50,34 @@ def test_a_search(dso, tiny_model, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(cpu.unavailable_reason() is not None, reason="needs the native backend")
+def test_formats_of_weights(dso, tiny_model, tmp_path, monkeypatch):
+    """A precision that is found goes into the profile, and a model that is packed in one format has no others."""
+    pytest.importorskip("optuna")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    seen, precision, trace = [], "int4", tmp_path / "trace.jsonl"
+    trace.write_text('{"prompt_tokens": 20, "new_tokens": 2}')
+
+    def search(measure, model, values, defaults, goal, **options):
+        seen.append((values["precision"], options["kl_budget"]))
+        best = replace(defaults, precision=precision if precision in values["precision"] else "auto")
+        replays = measure(best)
+        figures = next(replays)
+        replays.close()
+        return Found(best, defaults, 0.5, figures, figures, [Trial(best, figures)])
+
+    monkeypatch.setattr(searches, "search", search)
+    assert dso("tune", tiny_model, "--trace", trace, "--kl-budget", "0.5").exit_code == 0
+    assert seen == [(("auto", "int8", "q4_1", "int4"), 0.5)]
+    assert load_model(tiny_model, profile="auto").dso.config.precision == precision
+    assert not list((tmp_path / "cache" / "deepseek-optimizer").glob("tune-*"))
+    packed = tmp_path / "packed"
+    assert dso("convert", tiny_model, packed, "--precision", precision).exit_code == 0
+    result = dso("tune", packed, "--trace", trace, "--kl-budget", "0.5")
+    assert result.exit_code == 0 and "formats of weights are not searched, since packed is packed in" in result.stderr
+    assert seen[1:] == [(("auto",), 0.5)]
+
+
+@pytest.mark.skipif(cpu.unavailable_reason() is not None, reason="needs the native backend")
 def test_the_defaults_are_those_of_a_model(dso, tiny_model, tmp_path, monkeypatch):
     """A control group with a quota of 2 on a machine with many processors: profiles without threads are loaded with 2."""
     pytest.importorskip("optuna")
@@ -55,7 +85,7 @@ def test_the_defaults_are_those_of_a_model(dso, tiny_model, tmp_path, monkeypatc
     monkeypatch.setattr(processor, "usable_cpus", lambda: 64)
     seen = []
 
-    def search(measure, values, defaults, goal, **options):
+    def search(measure, model, values, defaults, goal, **options):
         seen.append((values["threads"], defaults.threads))
         figures = Figures(1.0, 1.0, 1.0, 1.0)
         return Found(defaults, defaults, 0.0, figures, figures, [Trial(defaults, figures)])

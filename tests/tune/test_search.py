@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -20,11 +21,20 @@ VALUES = space(CPUS, CPUS, ("auto", "int8", "int4"))
 
 
 class Pretended:
-    """Replays of a machine whose best settings are known: 4 threads, small chunks, a batch of 8, no drafts."""
+    """Replays of a machine whose best settings are known: 4 threads, small chunks, a batch of 8, no drafts. As a model, it
+    predicts them without noise."""
+
+    steps, step_error = 100, 0.01
 
     def __init__(self, noise=0.02, best=True):
         self.rng, self.noise, self.best, self.calls = random.Random(3), noise, best, {}
-        self.opened = self.closed = 0
+        self.opened = self.closed = self.fits = 0
+
+    def fit(self):
+        self.fits += 1
+
+    def predict(self, settings):
+        return next(iter(Pretended(0, self.best)(settings)))
 
     def __call__(self, settings):
         worse = 1.0
@@ -45,6 +55,21 @@ class Pretended:
             self.closed += 1
 
 
+class Blind:
+    """A model that predicts more latency for each call: nothing is the same, and what comes first is the best."""
+
+    steps, step_error = 0, 0.0
+
+    def __init__(self):
+        self.known = {}
+
+    def fit(self):
+        pass
+
+    def predict(self, settings):
+        return self.known.setdefault(settings, Figures(1 + 1e-6 * len(self.known), 0.1, 100.0, 1e6))
+
+
 def test_numbers_of_threads():
     assert space(2, 2, ("auto",))["threads"] == [1, 2]
     assert space(32, 64, ("auto",))["threads"] == [1, 8, 16, 24, 31, 32, 64]  # cores, and their hyper-threads
@@ -54,15 +79,17 @@ def test_numbers_of_threads():
 @pytest.mark.parametrize("goal", ["latency", "throughput"])
 def test_finds_better_settings(goal):
     pretended = Pretended()
-    found = search(pretended, VALUES, DEFAULTS, goal, trials=60, seed=1)
+    found = search(pretended, pretended, VALUES, DEFAULTS, goal, trials=20, seed=1)
     assert found.gain > 1.0 and found.best.kv_cache == "auto"  # no loss of quality is allowed
     assert abs(found.best.threads - 4) <= 2 and found.best.batch <= 16 and found.best.drafts <= 4
     assert found.trials[0].settings == DEFAULTS and found.trials[0].figures is not None
+    assert found.predictions.error < 0.02 and found.predictions.simulated > 100 and found.predictions.steps == 100
     assert pretended.opened == pretended.closed
 
 
 def test_the_defaults_stay_if_nothing_is_better():
-    found = search(Pretended(best=False), VALUES, DEFAULTS, "latency", trials=25)
+    pretended = Pretended(best=False)
+    found = search(pretended, pretended, VALUES, DEFAULTS, "latency", trials=25)
     assert found.best == found.defaults == DEFAULTS and found.gain == 0
 
 
@@ -70,7 +97,7 @@ def test_noise_alone_is_no_improvement():
     """All settings are equal, measured with 10% of noise: whatever was luckiest is measured again."""
     pretended = Pretended(noise=0.1)
     pretended.best = None
-    found = search(lambda s: _noisy(pretended.rng), VALUES, DEFAULTS, "latency", trials=30)
+    found = search(lambda s: _noisy(pretended.rng), Blind(), VALUES, DEFAULTS, "latency", trials=14)
     assert found.gain == 0 or found.gain > MARGIN
     assert found.gain < 0.1
 
@@ -92,7 +119,7 @@ def test_the_others_are_better_in_every_pair(slow):
         while True:
             yield Figures(1.0 if settings == best and not worse else 1.2, 0.1, 100.0, 1e6)
 
-    found = search(measure, {"threads": (4, CPUS)}, DEFAULTS, "latency", trials=10)
+    found = search(measure, Blind(), {"threads": (4, CPUS)}, DEFAULTS, "latency", trials=10)
     assert found.best == (best if slow is None else DEFAULTS) and (found.gain > 0.19) == (slow is None)
     pairs = [order[-2 * PAIRS :][n : n + 2] for n in range(0, 2 * PAIRS, 2)]
     assert all(set(pair) == {best, DEFAULTS} for pair in pairs) and len({pair[0] for pair in pairs}) == 2
@@ -109,7 +136,7 @@ def test_what_was_lucky_in_the_search_gives_way_to_the_next():
         while True:
             yield Figures(latency, 0.1, 100.0, 1e6)
 
-    found = search(measure, {"threads": (2, 4, CPUS)}, DEFAULTS, "latency", trials=12)
+    found = search(measure, Blind(), {"threads": (2, 4, CPUS)}, DEFAULTS, "latency", trials=12)
     assert found.best == good and abs(found.gain - 0.25) < 1e-9
     assert opened[lucky] == 1 + QUALIFYING and opened[good] == 1 + QUALIFYING + PAIRS
 
@@ -117,15 +144,72 @@ def test_what_was_lucky_in_the_search_gives_way_to_the_next():
 def test_the_number_of_settings():
     """The defaults are one of them, and are not replayed twice."""
     pretended = Pretended()
-    found = search(pretended, VALUES, DEFAULTS, "latency", trials=2)
+    found = search(pretended, pretended, VALUES, DEFAULTS, "latency", trials=2)
     assert len(found.trials) == 2 and found.trials[1].settings != DEFAULTS
 
 
+def test_each_number_of_threads_and_format_is_measured_before_it_is_predicted():
+    pretended, notes = Pretended(), []
+    found = search(pretended, pretended, VALUES, DEFAULTS, "latency", trials=14, kl_budget=0.01, note=notes.append)
+    changed = [(name, v) for name in ("threads", "kv_cache") for v in VALUES[name] if v != getattr(DEFAULTS, name)]
+    first = found.trials[1 : 1 + len(changed)]
+    assert [one.settings for one in first] == [replace(DEFAULTS, **{name: v}) for name, v in changed]
+    assert all(one.predicted is None for one in first) and all(one.predicted for one in found.trials[1 + len(changed) :])
+    assert any("kv_cache=int4 is not searched: KL divergence" in note for note in notes)
+    assert all(one.settings.kv_cache != "int4" for one in found.trials[1 + len(changed) :])
+    few = search(pretended, pretended, VALUES, DEFAULTS, "latency", trials=6, note=notes.append)
+    assert len(few.trials) <= 6 and any("predicted from others" in note for note in notes)
+
+
+def test_the_search_ends_when_nothing_is_predicted_to_be_better():
+    pretended = Pretended(noise=0)
+    found = search(pretended, pretended, VALUES, DEFAULTS, "latency", trials=1000, seed=3)
+    assert len(found.trials) < 40 and pretended.fits > 1
+
+
+def test_slow_simulations_are_fewer(monkeypatch):
+    monkeypatch.setattr(searches, "SECONDS", 0.01)
+    pretended = Pretended()
+    found = search(pretended, pretended, VALUES, DEFAULTS, "latency", trials=12)
+    assert 0 < found.predictions.simulated < searches.SIMULATED
+
+
+def test_settings_that_come_to_the_same_are_measured_once():
+    """Batches from 8 on are equal, to the machine and to the model."""
+    calls = set()
+
+    def measure(settings):
+        calls.add(settings.batch)
+        while True:
+            yield Figures(1.0 + 1 / min(settings.batch, 8), 0.1, 100.0, 1e6)
+
+    class Equal(Blind):
+        def predict(self, settings):
+            return next(measure(settings))
+
+    values = {"batch": (1, 2, 4, 8, 16, 32, 64)}
+    found = search(measure, Equal(), values, DEFAULTS, "latency", trials=20)
+    assert found.best == DEFAULTS and [one.settings.batch for one in found.trials] == [32]
+
+
 def test_quality_is_a_limit():
-    found = search(Pretended(), VALUES, DEFAULTS, "memory", trials=60, kl_budget=0.01, seed=2)
+    pretended = Pretended()
+    found = search(pretended, pretended, VALUES, DEFAULTS, "memory", trials=16, kl_budget=0.01, seed=2)
     assert found.best.kv_cache in ("auto", "int8")
     assert all(one.figures is None or one.figures.kl <= 0.01 for one in found.trials)
     assert any(one.error.startswith("KL divergence 0.2") for one in found.trials)
+
+
+def test_settings_of_which_the_model_says_that_they_are_not_possible_are_not_measured():
+    class Small(Pretended):
+        def predict(self, settings):
+            if settings.batch < 16:
+                raise RequestError("prompt", "does not fit")
+            return super().predict(settings)
+
+    pretended = Small()
+    found = search(pretended, pretended, VALUES, DEFAULTS, "latency", trials=12)
+    assert found.best.batch == 16 and all(one.settings.batch >= 16 for one in found.trials)
 
 
 @pytest.mark.parametrize("error", [ConfigError("too few"), RequestError("prompt", "too few"), MemoryError("too few")])
@@ -140,13 +224,14 @@ def test_settings_that_are_not_possible_are_passed_over(error):
     def late(settings):
         yield from measure(settings)
 
-    found = search(late, VALUES, DEFAULTS, "latency", trials=40)
+    found = search(late, pretended, VALUES, DEFAULTS, "latency", trials=14)
     assert found.best.threads >= 4 and any("too few" in one.error for one in found.trials)
 
 
 def test_clearly_worse_settings_are_ended_early():
+    """The model is wrong about them."""
     pretended = Pretended()
-    found = search(pretended, VALUES, DEFAULTS, "latency", trials=60, seed=1)
+    found = search(pretended, Blind(), VALUES, DEFAULTS, "latency", trials=20, seed=1)
     ended = [one.settings for one in found.trials if one.error == "ended early"]
     assert ended and all(pretended.calls[settings] < ROUNDS for settings in ended if settings != found.best)
 
@@ -163,14 +248,19 @@ def test_pareto_and_page():
         return Trial(Settings(1, drafts=drafts), Figures(1, 1, speed, memory, kl))
 
     trials = [trial(0, 100, 10), trial(1, 90, 10), trial(2, 90, 5), trial(3, 120, 20, 0.1), trial(4, 100, 10, 0.1)]
+    trials[3] = replace(trials[3], predicted=Figures(1.5, 1, 60, 20))
     assert [one.settings.drafts for one in pareto(trials)] == [0, 2, 3]
     plain = trials[0].figures
     found = searches.Found(
-        trials[3].settings, trials[0].settings, 0.2, trials[3].figures, plain, [*trials, Trial(Settings(2), None, "bad")]
-    )
+        trials[3].settings, trials[0].settings, 0.2, trials[3].figures, plain, [*trials, Trial(Settings(2), None, "bad")],
+        searches.Predictions(200, 3000, 0.07, [0.1, -0.2, 0.05]),
+    )  # fmt: skip
     report = tune_report(found, "latency", "<chat>", {"requests": 1}, "a <model>", "p.json")
     text = page(report, found)
     assert text.startswith("<!doctype html>") and "&lt;model&gt;" in text and "<model>" not in text
-    assert text.count("<circle") == 3 and text.count("<rect") == 2 and "<script" not in text and "src=" not in text
-    first, front, everything = sections(found, "latency", "chat", "p.json")
+    assert text.count("<circle") == 2 * 3 and text.count("<rect") == 2 * 2 and "<script" not in text and "src=" not in text
+    first, front, everything, predicted = sections(found, "latency", "chat", "p.json")
     assert len(front.rows) == 3 and len(everything.rows) == 6 and "20% better" in first.note
+    assert "200 simulated" in first.note and "3,000 steps" in first.note and "median 10%, at most 20%" in first.note
+    assert report["prediction_error"] == 0.1 and "median 10%" in text
+    assert predicted.rows == ((str(trials[3].settings), "1.500 s (+50%)", "1.000 s (+0%)", "60 (-50%)", "0.0 MB (+0%)"),)

@@ -52,6 +52,43 @@ def through_decode(model: Any, ids: Any) -> Any:
     return torch.cat(rows)
 
 
+def after_prompt(model: Any, ids: list[int], prompt: int, first: Any, then: Any, step: int | None = None) -> Any:
+    """Logits float32 [T - prompt, V] of a text after its prompt, by plans of the model.
+
+    Args:
+        model: with a plan.
+        ids: prompt and text, T tokens.
+        prompt: tokens of the prompt.
+        first, then: the plans of the prompt and of the text, see `Runtime.compile`.
+        step: tokens of a step; steps of one run as those of answers do. None: prompt and text take one step each.
+    """
+    import torch
+
+    from ..backends.base import DECODE, PREFILL
+    from ..cache import SequenceBlocks
+    from ..engine.runner import Runner
+    from ..engine.sequence import Part, Sequence
+
+    arena, found = model.dso.arena, []
+    with arena.locked() as manager:
+        sequence = Sequence(0, ids, SequenceBlocks(manager))
+    try:
+        for plan, begin, end, size in ((first, 0, prompt, None), (then, prompt, len(ids), step)):
+            runner = Runner(plan, arena)
+            for at in range(begin, end, size or end - begin):
+                part = ids[at : min(end, at + (size or end - begin))]
+                runner.reserve([sequence], [len(part)])
+                rows = list(range(len(part))) if begin else []
+                phase = DECODE if size == 1 else PREFILL
+                output = runner.step([Part(sequence, part, at, phase=phase)], rows)
+                if rows:
+                    found.append(output.logits.float().cpu())
+    finally:
+        with arena.locked():
+            sequence.blocks.free()
+    return torch.cat(found)
+
+
 def compare(model: Any, reference: Any, texts: Sequence[Any], logits: Logits = through_prefill) -> dict[str, float]:
     """Runs both models over the texts, the reference always by prefill. See `Divergence.summary`."""
     comparison = Divergence()

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from .hardware import cpu_name, usable_cpus
+from .least_squares import nonnegative_least_squares
 from .machine_limits import best_seconds, read_gb_s
 from .runs import repeated
 from .scaling import Costs
@@ -112,19 +113,11 @@ def _parts(work: StepWork) -> list[float]:
 
 def fit(works: Sequence[StepWork], seconds: Sequence[float]) -> StepCosts:
     """The costs, none below zero, by which the steps' times come out with the least squares of relative errors."""
-    import torch
+    import numpy as np
 
-    times = torch.tensor(seconds, dtype=torch.float64, device="cpu")
-    parts = torch.tensor([_parts(work) for work in works], dtype=torch.float64, device="cpu") / times[:, None]
-    scale = parts.amax(0).clamp_min(1e-300)
-    kept, found = list(range(parts.shape[1])), torch.zeros(parts.shape[1], dtype=torch.float64, device="cpu")
-    while kept:  # what comes out below zero costs nothing, and the rest is fitted again
-        solved = torch.linalg.lstsq((parts / scale)[:, kept], torch.ones_like(times)).solution
-        if solved.min() >= 0:
-            found[kept] = solved
-            break
-        kept.pop(int(solved.argmin()))
-    costs = [float(x) for x in found / scale]
+    times = np.array(seconds, np.float64)
+    parts = np.array([_parts(work) for work in works], np.float64) / times[:, None]
+    costs = [float(x) for x in nonnegative_least_squares(parts, np.ones_like(times))]
     # Rates are divided by: what was too little to be seen is fast, not free.
     return StepCosts(costs[0], max(costs[1], 1e-8), max(costs[2], 1e-13), costs[3], max(costs[4], 1e-13))
 

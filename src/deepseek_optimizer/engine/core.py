@@ -28,7 +28,7 @@ from .metrics import EndedRequest, EngineMetrics
 from .model_facts import ModelFacts
 from .options import EngineOptions
 from .pooling import Pooler
-from .request import Finish, Output, Request, check_quality, check_reading, check_tokens
+from .request import Finish, Output, Request, check_quality, check_reading, check_tokens, with_quality
 from .running import Running
 from .sampling.request_sampler import NotANumberError, RequestSampler
 from .scheduling.batch_size import BatchSize
@@ -41,7 +41,7 @@ from .scheduling.scheduler import ScheduledChunk, Scheduler
 from .scheduling.sliding import Sliding
 from .scheduling.step_times import StepTimes
 from .scheduling.store import Store
-from .sequence import Sequence
+from .sequence import Part, Sequence
 from .speculative.base import Proposer
 from .speculative.drafting import Drafting
 from .step_rows import logit_rows, part_of, prompt_rows, quality_of, served, token_choices, token_counts
@@ -119,6 +119,7 @@ class EngineCore:
         self.metrics = EngineMetrics()
         self.unwatched = False  # True: nobody reads tokens before their text ends, so a step may run several decode steps
         self.on_ended: Callable[[EndedRequest, Finish], None] | None = None  # called for each request that has ended
+        self.on_step: Callable[[list[Part]], None] | None = None  # called for each step with what was computed in it
         self._requests: dict[str, Running] = {}
         self._count = 0
         self._idle_since: float | None = None
@@ -187,6 +188,7 @@ class EngineCore:
         """
         if request.id in self._requests:
             raise RequestError("id", f"{shown(request.id)} is running already")
+        request = with_quality(request, self.options.quality) if self.facts.qualities else request
         sampling, now = request.sampling, self.clock()
         if self.idle:
             self._idle_since = None
@@ -319,6 +321,8 @@ class EngineCore:
                     self.metrics.copied_rows += tokens.count(None)
         except (MemoryError, BackendError) as error:
             return outputs + self._fail([chunk.running for chunk in chunks], error)
+        if self.on_step is not None:
+            self.on_step(parts)
         outputs += self._advance(chunks, tokens, logits, last_hidden, states, drafted=call is None)
         if self.policy.learns:
             self.policy.stepped(ran - begun, prompt, steps * sum(chunk.phase == DECODE and chunk.ends for chunk in chunks))

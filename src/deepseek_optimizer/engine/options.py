@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..backends.qualities import EXACT, Quality
+
 
 @dataclass(frozen=True)
 class EngineOptions:
@@ -31,6 +33,8 @@ class EngineOptions:
             request's pinned tokens always stay; with attention_optimization="sliding", only the sinks of that attention. Not to
             be confused with `DeepSeekConfig.attention_window`, the tokens that each token attends to.
         sinks: number of tokens at the beginning of a sequence that always stay in the cache, with `cache_window`.
+        quality: the quality of requests that name none, or their `min_quality` if that is higher; of models whose weights have
+            several.
         lower_after: if a request has waited so many seconds for its start, or one was preempted, those that start now and allow
             it (`Request.min_quality`) are computed at their lowest quality; until the wait has been below half of that for four
             times as long.
@@ -53,6 +57,7 @@ class EngineOptions:
     batch_invariant: bool = False
     cache_window: int | None = None
     sinks: int = 4
+    quality: Quality = EXACT
     lower_after: float = 1.0
     max_waiting: int = 256
     max_loras: int = 0

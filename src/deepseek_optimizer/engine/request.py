@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, Literal, Protocol
 
@@ -239,7 +239,8 @@ class Request:
         adapter: name of the LoRA adapter to use; "": the model without one.
         progress: report how many tokens of the prompt have been processed, see `Output.progress`.
         pictures: the prompt's rows of pictures, for multimodal models; None: it is text.
-        quality: one of `backends.qualities.QUALITIES`, of models whose weights have several; None: "exact".
+        quality: one of `backends.qualities.QUALITIES`, of models whose weights have several; None: that of the
+            engine's options, or `min_quality` if that is higher.
         min_quality: the lowest quality that it may be computed at while other requests wait; None: `quality`.
     """
 
@@ -286,6 +287,13 @@ class Request:
     def floor(self) -> Quality:
         """The lowest quality that the request may be computed at."""
         return self.min_quality or self.quality or EXACT
+
+
+def with_quality(request: Request, quality: Quality) -> Request:
+    """A request with a quality: its own or, if it names none, this one, or its `min_quality` if that is higher."""
+    if request.quality is not None or quality == EXACT:
+        return request
+    return replace(request, quality=max(quality, request.min_quality or quality, key=QUALITIES.index))
 
 
 def check_quality(request: Request, qualities: bool) -> None:

@@ -1,4 +1,9 @@
-"""The search: Optuna's TPE over measured replays. Replays that are clearly worse than others are ended early.
+"""The search: Optuna's TPE over simulated replays, and measured replays of what these predict to be best.
+
+Hundreds of settings are replayed in virtual time by a cost model of the machine (`cost_model.py`). The best of them that differ
+are measured, the model is fitted again to all steps so far, and so on, until nothing that was not measured is predicted to be
+better, or enough was measured. Before, each number of threads and each format is replayed once with the other settings at their
+defaults, so that the model knows its steps. Replays that are clearly worse than others are ended early.
 
 The best of many noisy measurements is an overestimate. So the few best settings are measured again, in pairs with the defaults,
 and then the best of these once more. The defaults stay unless it is better in every one of the last pairs, and by more than 3%
@@ -9,8 +14,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Protocol
 
 from ..errors import ConfigError, MissingPackageError, RequestError
 from .settings import Figures, Settings, value
@@ -19,18 +24,71 @@ MARGIN = 0.03  # improvements up to this are noise
 ROUNDS = 3  # replays of settings
 FINALISTS, QUALIFYING = 4, 3  # settings that meet the defaults, if there are so many, and in how many pairs
 PAIRS = 5  # of replays of the two sides in the end
-_STARTUP = 8  # trials before TPE and pruning have something to go by
+SIMULATED = 150  # settings that are simulated each time the model has been fitted
+SECONDS = 60.0  # for these: those of long traces take longer than of short ones
+BATCH = 3  # settings that are measured before the model is fitted again
+CALIBRATED = ("threads", "kv_cache", "precision", "quality")  # settings whose values change what steps cost
+_STARTUP = 30  # random settings before TPE has something to go by
+_COMPARED = 4  # trials before pruning has something to compare with
+_SEEDS = 3  # of the best settings so far, that each simulated search begins with
 
 Measure = Callable[[Settings], Iterator[Figures]]  # one replay after the other
 
 
+class Model(Protocol):
+    """Predicts replays, see `cost_model.CostModel`. It sees what is measured by itself.
+
+    Attributes:
+        steps, step_error: see there.
+    """
+
+    steps: int
+    step_error: float
+
+    def fit(self) -> None:
+        """Takes into account what was measured since the last call."""
+
+    def predict(self, settings: Settings) -> Figures:
+        """What a replay would show."""
+
+
 @dataclass(frozen=True)
 class Trial:
-    """Settings that were tried. figures: None: the replay was ended early, or failed (`error`)."""
+    """Settings that were tried.
+
+    Attributes:
+        settings: the settings.
+        figures: None: the replay was ended early, or failed (`error`).
+        error: why there are no figures.
+        predicted: what the model said before they were measured; None: it had nothing to go by.
+    """
 
     settings: Settings
     figures: Figures | None
     error: str = ""
+    predicted: Figures | None = None
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """How well the model predicted.
+
+    Attributes:
+        simulated: number of simulated replays.
+        steps: number of measured steps that it was fitted to in the end.
+        step_error: median of their relative errors.
+        errors: relative errors at the goal of settings that were measured after they had been predicted: 0.1: 10% too much.
+    """
+
+    simulated: int = 0
+    steps: int = 0
+    step_error: float = 0.0
+    errors: list[float] = field(default_factory=list)
+
+    @property
+    def error(self) -> float | None:
+        """Median of the errors' absolute values; None: nothing was predicted."""
+        return statistics.median(map(abs, self.errors)) if self.errors else None
 
 
 @dataclass(frozen=True)
@@ -42,7 +100,8 @@ class Found:
         defaults: the default settings.
         gain: by how much the best settings are better at the goal: 0.2: the defaults take 1.2 times as much.
         best_figures, default_figures: measured in pairs, in the end.
-        trials: all, in order.
+        trials: all that were measured, in order.
+        predictions: how well the model predicted them.
     """
 
     best: Settings
@@ -51,6 +110,7 @@ class Found:
     best_figures: Figures
     default_figures: Figures
     trials: list[Trial] = field(default_factory=list)
+    predictions: Predictions = field(default_factory=Predictions)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -58,6 +118,7 @@ class Found:
 
 def search(
     measure: Measure,
+    model: Model,
     values: Mapping[str, Sequence[Any]],
     defaults: Settings,
     goal: str,
@@ -72,10 +133,11 @@ def search(
     Args:
         measure: replays with some settings; its iterator is closed early for bad ones. A ConfigError, a request that does not
             fit the cache, or a lack of memory rules settings out.
+        model: predicts replays.
         values: of each setting, see `settings.space`.
         defaults: tried first.
         goal: of `GOALS`.
-        trials: number of settings to try, the defaults among them.
+        trials: number of settings to measure at most, the defaults among them.
         kl_budget: largest KL divergence of settings that may be chosen; None: none is allowed.
         seed: of the search.
         note: called with progress.
@@ -84,50 +146,155 @@ def search(
         MissingPackageError: Optuna is not installed.
         ConfigError: what the defaults raise.
     """
-    optuna = import_optuna()
-    tried: list[Trial] = []
-    plain = _mean(list(_some(measure(defaults), ROUNDS)))
-    tried.append(Trial(defaults, plain))
-    note(f"defaults: {defaults}")
+    found = _Search(import_optuna(), measure, model, values, defaults, goal, trials, kl_budget or 0.0, seed, note)
+    found.calibrate()
+    while len(found.tried) < trials and (candidates := found.candidates()):
+        for settings in candidates[: trials - len(found.tried)]:
+            found.measured(settings, ROUNDS, model.predict(settings))
+    model.fit()
+    ranked = sorted(
+        (value(goal, one.figures, found.plain), number) for number, one in enumerate(found.tried) if one.figures is not None
+    )  # fmt: skip
+    confirmed = _confirm(measure, [found.tried[number].settings for _, number in ranked], defaults, goal, found.tried)
+    return replace(confirmed, predictions=Predictions(found.simulated, model.steps, model.step_error, found.errors()))
 
-    def objective(trial: Any) -> float:
-        chosen = {name: _suggest(trial, name, some) for name, some in values.items()}
-        settings, replays = Settings(**chosen), []
-        known = next((one.figures for one in tried if one.settings == settings and one.figures is not None), None)
-        if known is not None:
-            return value(goal, known, plain)
-        iterator = measure(settings)
+
+class _Search:
+    """The state of a search: what was measured, and what is still to be tried."""
+
+    def __init__(
+        self,
+        optuna: Any,
+        measure: Measure,
+        model: Model,
+        values: Mapping[str, Sequence[Any]],
+        defaults: Settings,
+        goal: str,
+        trials: int,
+        kl_budget: float,
+        seed: int,
+        note: Callable[[str], None],
+    ) -> None:
+        self._optuna, self._measure, self._model, self._defaults = optuna, measure, model, defaults
+        self._values, self._goal, self._trials, self._kl_budget = dict(values), goal, trials, kl_budget
+        self._seed, self._note, self.simulated = seed, note, 0
+        pruner = optuna.pruners.MedianPruner(n_startup_trials=_COMPARED)
+        self._study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed), pruner=pruner)
+        replays, first = list(_some(measure(defaults), ROUNDS)), self._study.ask()
+        self.plain = _mean(replays)
+        for step in range(len(replays)):
+            first.report(self._value(_mean(replays[: step + 1])), step)
+        self._study.tell(first, self._value(self.plain))
+        self.tried = [Trial(defaults, self.plain)]
+        note(f"defaults: {defaults}")
+
+    def calibrate(self) -> None:
+        """Replays each value of the settings that change what steps cost once, with half of the trials at most. Values with
+        which that is not possible, or which cost too much quality, are not searched."""
+        found = [
+            replace(self._defaults, **{name: each})
+            for name in CALIBRATED
+            for each in self._values.get(name, ())
+            if each != getattr(self._defaults, name)
+        ]
+        room = self._trials // 2
+        if len(found) > room:
+            left = f"{len(found) - room} of {len(found)} numbers of threads and formats"
+            self._note(f"{left} are predicted from others; with more trials they are measured")
+        for settings in found[:room]:
+            self.measured(settings, 1, None)
+            if (trial := self.tried[-1]).figures is None:
+                name = next(name for name in CALIBRATED if getattr(settings, name) != getattr(self._defaults, name))
+                self._values[name] = [each for each in self._values[name] if each != getattr(settings, name)]
+                self._note(f"{name}={getattr(settings, name)} is not searched: {trial.error}")
+
+    def measured(self, settings: Settings, rounds: int, predicted: Figures | None) -> None:
+        """Measures settings, and adds them to those that were tried."""
+        trial = self._study.ask()  # without parameters: by its replays, others are ended early
+        figures, error = self._replayed(settings, rounds, trial)
+        if figures is None:
+            self._study.tell(trial, state=self._optuna.trial.TrialState.PRUNED)
+        else:
+            cost = self._value(figures)
+            self._study.tell(trial, cost)
+            ratio = cost / value(self._goal, self.plain, None)
+            self._note(f"{len(self.tried) + 1} of {self._trials}: {settings}: {ratio:.2f} of the defaults")
+        self.tried.append(Trial(settings, figures, error, predicted))
+
+    def candidates(self) -> list[Settings]:
+        """The best settings by the model that were not measured and do not come to the same as others: none if they are not
+        predicted to be better than what was, by more than the model has been wrong."""
+        model = self._model
+        model.fit()
+        tried = {one.settings for one in self.tried}
+        predicted = [model.predict(one.settings) for one in self.tried if one.figures is not None]
+        plain = predicted[0]
+        best = min(value(self._goal, figures, plain) for figures in predicted)
+        wrong = max([MARGIN, *([statistics.median(map(abs, errors))] if (errors := self.errors()) else [])])
+        found: list[Settings] = []
+        same = set(predicted)
+        for cost, settings in self._simulated(plain):
+            figures = model.predict(settings)
+            if cost > best * (1 + wrong) or len(found) == BATCH:
+                break
+            if settings not in tried and figures not in same:
+                found.append(settings)
+                same.add(figures)
+        return found
+
+    def _simulated(self, plain: Figures) -> list[tuple[float, Settings]]:
+        """Searches simulated replays: predicted values of the goal and settings, the best first."""
+        sampler = self._optuna.samplers.TPESampler(seed=self._seed + len(self.tried), n_startup_trials=_STARTUP)
+        study = self._optuna.create_study(sampler=sampler)
+        best = sorted(
+            (self._value(one.figures), number) for number, one in enumerate(self.tried) if one.figures is not None
+        )  # fmt: skip
+        for _, number in best[:_SEEDS]:
+            known = self.tried[number].settings
+            study.enqueue_trial({name: getattr(known, name) for name, some in self._values.items() if len(some) > 1})
+        seen: dict[Settings, float] = {}
+
+        def objective(trial: Any) -> float:
+            chosen = {name: _suggest(trial, name, some) for name, some in self._values.items()}
+            settings = replace(self._defaults, **chosen)
+            try:
+                figures = self._model.predict(settings)
+            except (ConfigError, RequestError, MemoryError):  # a request does not fit the cache
+                raise self._optuna.TrialPruned from None
+            if figures.kl > self._kl_budget:
+                raise self._optuna.TrialPruned
+            seen[settings] = value(self._goal, figures, plain)
+            return seen[settings]
+
+        study.optimize(objective, n_trials=SIMULATED, timeout=SECONDS)
+        self.simulated += len(seen)
+        return sorted(((cost, settings) for settings, cost in seen.items()), key=lambda pair: pair[0])
+
+    def errors(self) -> list[float]:
+        """See `Predictions`."""
+        pairs = [(one.predicted, one.figures) for one in self.tried if one.predicted is not None and one.figures is not None]
+        return [self._value(predicted) / self._value(figures) - 1 for predicted, figures in pairs]
+
+    def _value(self, figures: Figures) -> float:
+        return value(self._goal, figures, self.plain)
+
+    def _replayed(self, settings: Settings, rounds: int, trial: Any) -> tuple[Figures | None, str]:
+        """What replays show; or None, and why."""
+        replays: list[Figures] = []
+        iterator = self._measure(settings)
         try:
-            for step, figures in enumerate(_some(iterator, ROUNDS)):
-                if figures.kl > (kl_budget or 0.0):
-                    tried.append(Trial(settings, None, f"KL divergence {figures.kl:.4f} nats"))
-                    raise optuna.TrialPruned
+            for step, figures in enumerate(_some(iterator, rounds)):
+                if figures.kl > self._kl_budget:
+                    return None, f"KL divergence {figures.kl:.4f} nats"
                 replays.append(figures)
-                trial.report(value(goal, _mean(replays), plain), step)
-                if step + 1 < ROUNDS and trial.should_prune():
-                    tried.append(Trial(settings, None, "ended early"))
-                    raise optuna.TrialPruned
+                trial.report(self._value(_mean(replays)), step)
+                if step + 1 < rounds and trial.should_prune():
+                    return None, "ended early"
         except (ConfigError, RequestError, MemoryError) as error:
-            tried.append(Trial(settings, None, str(error)))
-            raise optuna.TrialPruned from None
+            return None, str(error)
         finally:
             iterator.close()  # type: ignore[attr-defined]
-        mean = _mean(replays)
-        tried.append(Trial(settings, mean))
-        note(f"{len(tried)} of {trials}: {settings}: {value(goal, mean, plain) / value(goal, plain, None):.2f} of the defaults")
-        return value(goal, mean, plain)
-
-    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=_STARTUP)
-    study = optuna.create_study(sampler=sampler, pruner=optuna.pruners.MedianPruner(n_startup_trials=_STARTUP // 2))
-    own = {name: getattr(defaults, name) for name in values}
-    known = all(own[name] in some for name, some in values.items())
-    if known:
-        study.enqueue_trial(own)  # not replayed again
-    study.optimize(objective, n_trials=max(1, trials - 1) + known)
-    ranked = sorted(
-        (value(goal, one.figures, plain), number) for number, one in enumerate(tried) if one.figures is not None
-    )  # fmt: skip
-    return _confirm(measure, [tried[number].settings for _, number in ranked], defaults, goal, tried)
+        return _mean(replays), ""
 
 
 def _confirm(measure: Measure, ranked: list[Settings], defaults: Settings, goal: str, tried: list[Trial]) -> Found:

@@ -1,8 +1,8 @@
 """Replays a trace on an imagined machine: the engine's own core, scheduler and cache, but steps only take virtual time.
 
-A step takes `step` seconds, plus `row` for each decoded token or draft, `prompt` for each prompt token, and `context` for each
-token that one of them attends to. Hours of requests take seconds, so that policies of scheduling can be compared. Whether
-drafts are accepted depends on the text; here each one is with a probability that the trace gives for its request.
+Hours of requests take seconds, so that policies of scheduling and settings can be compared. Which drafts are accepted depends
+on the text: on what a real model has answered (`Texts`), or else each one is with a probability that the trace gives for its
+request.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
-from ..backends.base import DECODE
 from ..cache.block_manager import BLOCK_TOKENS, BlockManager
 from ..engine.core import EngineCore
 from ..engine.draft import Draft
@@ -24,23 +23,45 @@ from ..engine.scheduling.policy import Policy
 from ..engine.sequence import Sequence
 from ..engine.speculative.base import Proposer
 from ..engine.speculative.drafting import Drafting
+from ..engine.speculative.prompt_lookup import PromptLookupProposer
 from .replay import replay
 from .settings import Figures
+from .steps import Record, StepLoad, load_of
 from .traces import Trace, prompts
 
 _VOCABULARY, _CONTEXT = 32_000, 1 << 17
-_TOKEN = 1  # that every text consists of
+_TOKEN = 1  # that every answer consists of that is not known
 _DRAFTS = 8  # of a round, at most
+
+
+class StepMachine(Protocol):
+    """What steps cost, and the cache.
+
+    Attributes:
+        blocks: of the cache, each for 32 tokens.
+        token_bytes: of the cache.
+    """
+
+    @property
+    def blocks(self) -> int: ...
+
+    @property
+    def token_bytes(self) -> float: ...
+
+    def seconds(self, load: StepLoad) -> float:
+        """What a step takes."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What steps cost, in seconds, and the cache.
+    """A machine whose steps have given costs, in seconds.
 
     Attributes:
-        step, row, prompt, context: see above.
-        blocks: of the cache, each for 32 tokens.
-        token_bytes: of the cache.
+        step: of each step.
+        row: of each decoded token or draft.
+        prompt: of each prompt token.
+        context: of each token that a decoded one attends to.
+        blocks, token_bytes: see `StepMachine`.
     """
 
     step: float = 0.02
@@ -48,7 +69,29 @@ class Machine:
     prompt: float = 0.002
     context: float = 1e-7
     blocks: int = 4096
-    token_bytes: int = 28_672
+    token_bytes: float = 28_672
+
+    def seconds(self, load: StepLoad) -> float:
+        return self.step + self.row * load.rows + self.prompt * load.prompt + self.context * load.attended
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What a real model read and wrote in a replay of the trace, which is repeated.
+
+    Attributes:
+        prompts, answers: tokens by request.
+        context, chunk: see `ModelFacts`.
+        lookup: largest number of drafts of a round by prompt lookup; 0: none.
+        layers: the same by what drafts with the probabilities of the trace.
+    """
+
+    prompts: list[list[int]]
+    answers: list[list[int]]
+    context: int = _CONTEXT
+    chunk: int | None = None
+    lookup: int = 0
+    layers: int = 0
 
 
 class _Memory:
@@ -56,12 +99,12 @@ class _Memory:
 
     state_interval = 0
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: StepMachine) -> None:
         self.manager = BlockManager(machine.blocks)
         self._bytes = machine.token_bytes * BLOCK_TOKENS
 
     @property
-    def used_bytes(self) -> int:
+    def used_bytes(self) -> float:
         return (self.manager.num_blocks - self.manager.free_blocks) * self._bytes
 
     @contextmanager
@@ -79,12 +122,13 @@ class _Memory:
 
 
 class _Runner:
-    """Replaces `engine.runner.Runner`: every token is the same."""
+    """Replaces `engine.runner.Runner`: tokens are known before."""
 
     on_host, decodes = True, False
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: StepMachine, texts: list[list[int]]) -> None:
         self.machine, self.now = machine, 0.0
+        self._texts, self._next = texts, list[int]()
 
     def check_weights(self) -> None:
         pass
@@ -92,19 +136,23 @@ class _Runner:
     def step(self, parts: list[Any], rows: list[int], **_: Any) -> Any:
         import numpy as np
 
-        cost = self.machine
-        decoding = [part for part in parts if part.phase == DECODE]
-        tokens = sum(len(part.ids) for part in parts if part.phase != DECODE)
-        self.now += cost.step + cost.row * sum(len(part.ids) for part in decoding) + cost.prompt * tokens
-        self.now += cost.context * sum(len(part.ids) * part.start for part in decoding)
+        self.now += self.machine.seconds(load_of(parts))
+        after = [token_at(self._texts, part.sequence, part.start + n + 1) for part in parts for n in range(len(part.ids))]
+        self._next = [after[row] for row in rows]
         return SimpleNamespace(logits=np.zeros((len(rows), 1), np.float32), last_hidden=None, draft_states=None)
 
     def choose_tokens(self, logits: Any, choices: Any) -> tuple[list[int], Any]:
-        return [_TOKEN] * len(logits), logits
+        return self._next, logits
 
     def crop(self, sequences: list[Any], tokens: list[int]) -> None:
         for sequence, count in zip(sequences, tokens, strict=True):
             sequence.blocks.crop(count)
+
+
+def token_at(texts: list[list[int]], sequence: Sequence, place: int) -> int:
+    """The token at a place of a request's prompt and answer."""
+    text = texts[sequence.index - 1]  # the core numbers requests from 1 on
+    return text[place] if place < len(text) else _TOKEN
 
 
 class _Proposer:
@@ -112,8 +160,8 @@ class _Proposer:
 
     name, wants_states = "simulated", False
 
-    def __init__(self, trace: Trace, seed: int = 0) -> None:
-        self._trace, self._random = trace, random.Random(seed)
+    def __init__(self, trace: Trace, texts: list[list[int]], seed: int = 0) -> None:
+        self._trace, self._texts, self._random = trace, texts, random.Random(seed)
 
     def ready(self, sequence: Sequence) -> bool:
         return self._trace[sequence.index - 1].accepted > 0
@@ -121,8 +169,9 @@ class _Proposer:
     def propose(self, sequences: list[Sequence], max_drafts: list[int]) -> list[Draft]:
         found = []
         for sequence, count in zip(sequences, max_drafts, strict=True):
-            rate = self._trace[sequence.index - 1].accepted  # the core numbers requests from 1 on
-            found.append(Draft([_TOKEN if self._random.random() < rate else _TOKEN + 1 for _ in range(count)]))
+            rate, begin = self._trace[sequence.index - 1].accepted, len(sequence.tokens)
+            right = [token_at(self._texts, sequence, begin + n) for n in range(count)]
+            found.append(Draft([token if self._random.random() < rate else token + 1 for token in right]))
         return found
 
     def follow(self, sequence: Sequence, states: Any) -> None:
@@ -138,7 +187,14 @@ class _Proposer:
         pass
 
 
-def simulate(trace: Trace, options: EngineOptions, machine: Machine, policy: Policy | None = None) -> Figures:
+def simulate(
+    trace: Trace,
+    options: EngineOptions,
+    machine: StepMachine,
+    policy: Policy | None = None,
+    texts: Texts | None = None,
+    record: Record | None = None,
+) -> Figures:
     """What a replay of the trace would show.
 
     Args:
@@ -146,10 +202,16 @@ def simulate(trace: Trace, options: EngineOptions, machine: Machine, policy: Pol
         options: of the engine.
         machine: what steps cost.
         policy: see `EngineCore`.
+        texts: what a real model read and wrote; None: prompts of random tokens, and drafts by their probabilities.
+        record: see `replay`.
     """
-    runner: Any = _Runner(machine)
+    if texts is None:
+        texts = Texts(prompts(trace, _no_text, [], _VOCABULARY), [[] for _ in trace], layers=_DRAFTS)
+    whole = [[*prompt, *answer] for prompt, answer in zip(texts.prompts, texts.answers, strict=True)]
+    runner: Any = _Runner(machine, whole)
     memory: Any = _Memory(machine)
-    facts = ModelFacts(vocab_size=_VOCABULARY, hidden_size=1, context=_CONTEXT, eos=frozenset())
+    vocabulary = 1 + max(map(max, whole), default=_VOCABULARY)
+    facts = ModelFacts(max(_VOCABULARY, vocabulary), hidden_size=1, context=texts.context, eos=frozenset(), chunk=texts.chunk)
 
     def clock() -> float:
         return float(runner.now)
@@ -157,13 +219,16 @@ def simulate(trace: Trace, options: EngineOptions, machine: Machine, policy: Pol
     def sleep(seconds: float) -> None:
         runner.now += seconds
 
-    drafted = any(request.accepted for request in trace)
-    proposers: list[tuple[Proposer, int]] | None = [(_Proposer(trace), _DRAFTS)] if drafted else None
-    core = EngineCore(runner, memory, facts, options, proposers=proposers, clock=clock, policy=policy)
-    if proposers is not None:
+    proposers: list[tuple[Proposer, int]] = []
+    if texts.lookup:
+        proposers.append((PromptLookupProposer(), texts.lookup))
+    if texts.layers and any(request.accepted for request in trace):
+        proposers.append((_Proposer(trace, whole), texts.layers))
+    core = EngineCore(runner, memory, facts, options, proposers=proposers or None, clock=clock, policy=policy)
+    if proposers:
         core.drafting = Drafting(proposers, core.times, clock)
     engine = SimpleNamespace(core=core)
-    return replay(engine, nullcontext, trace, prompts(trace, _no_text, [], _VOCABULARY), clock=clock, sleep=sleep)
+    return replay(engine, nullcontext, trace, texts.prompts, clock=clock, sleep=sleep, record=record)
 
 
 def _no_text(text: str) -> list[int]:
