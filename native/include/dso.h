@@ -104,8 +104,8 @@ typedef struct dso_group dso_group;
 /* fd: an empty file in memory that all processes of the group share (memfd_create); duplicated by the call. */
 DSO_API int32_t dso_group_create(int32_t fd, int32_t rank, int32_t ranks, dso_group** out);
 /* data: [ranks], connected stream sockets, for rows only. alive: [ranks], further connections to the same processes, whose
- * failure (not their end) tells that a machine is gone; -1: none. Those of this rank are not read. Duplicated by the call. Where
- * there are no such sockets (other systems than Linux): DSO_EINVAL. */
+ * failure (not their end) tells that a machine is gone; -1: none. Those of this rank are not read. Duplicated by the call.
+ * Where there are no such sockets (other systems than Linux): DSO_EINVAL. */
 DSO_API int32_t dso_group_connect(const int32_t* data, const int32_t* alive, int32_t rank, int32_t ranks, dso_group** out);
 DSO_API void dso_group_destroy(dso_group* g);
 /* With shared memory. */

@@ -7,7 +7,6 @@ import signal
 import socket
 import sys
 import time
-from typing import Any
 
 import httpx
 import psutil
@@ -22,8 +21,9 @@ from deepseek_optimizer.ray import deployment
 from deepseek_optimizer_cli.serve_ray import RayOptions
 from support.saved_llama import saved_llama
 
-_START = 400  # seconds
-_DIVIDED = {"parallel": {"tensor": 2}, "precision": "fp32", "threads": 1, "kv_cache_memory": 1 << 26}
+_START = 300  # seconds
+_LOADED = {"precision": "fp32", "threads": 1, "kv_cache_memory": 1 << 26}
+_DIVIDED = {"parallel": {"tensor": 2}}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,8 @@ def model(byte_tokenizer, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cluster():
+def port():
+    """Of a proxy of Ray on two nodes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
@@ -41,16 +42,13 @@ def cluster():
         made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
         made.add_node(num_cpus=1)
         ray.init(address=made.address, log_to_driver=False)
-        yield made
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        yield port
         serve.shutdown()
         ray.shutdown()
         made.shutdown()
-
-
-def served(model, port: int, **options: Any) -> Any:
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    application = deployment(str(model), config=_DIVIDED, **options)
-    serve.run_many([serve.RunTarget(application, "dso", "/")], wait_for_applications_running=False)
 
 
 def complete(port: int) -> httpx.Response:
@@ -80,10 +78,10 @@ def ranks_of_nodes() -> list[psutil.Process]:
     return found
 
 
-def test_a_replica_on_two_nodes(cluster, model, byte_tokenizer) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    served(model, port, cpus=0.5, nodes=2)
+@pytest.mark.parametrize("ways", ["tensor", "pipeline"])
+def test_a_replica_on_two_nodes(ways, port, model, byte_tokenizer) -> None:
+    application = deployment(str(model), cpus=0.5, nodes=2, config={**_LOADED, "parallel": {ways: 2}})
+    serve.run_many([serve.RunTarget(application, "dso", "/")], wait_for_applications_running=False)
     text = answer(port, time.monotonic() + _START)
     ids = byte_tokenizer("count", return_tensors="pt").input_ids
     alone = load_model(model, precision="fp32", threads=1).generate(ids, min_new_tokens=12, max_new_tokens=12, do_sample=False)
@@ -99,6 +97,10 @@ def test_a_replica_on_two_nodes(cluster, model, byte_tokenizer) -> None:
         assert time.monotonic() < end, serve.status()
         time.sleep(0.5)
     assert answer(port, end) == text
+    serve.delete("dso")
+    while ranks_of_nodes():
+        assert time.monotonic() < end
+        time.sleep(0.5)
 
 
 @pytest.mark.parametrize(
