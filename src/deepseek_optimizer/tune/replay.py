@@ -228,7 +228,7 @@ class ModelMeasure:
         if self._reference is None:
             self._reference = logits
         found = Divergence()
-        found.add(logits, self._reference, torch.tensor(ids[prompt:]))
+        found.add(logits, self._reference, torch.tensor(ids[prompt:], dtype=torch.int64, device="cpu"))
         self._divergences[kind] = max(0.0, found.summary()["kl_mean"]) if logits is not self._reference else 0.0
         return self._divergences[kind]
 

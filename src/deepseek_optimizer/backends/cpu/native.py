@@ -197,7 +197,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "dso_context_set_checked": (I32, [PTR, I32]),
     "dso_context_join": (I32, [PTR, PTR]),
     "dso_group_create": (I32, [I32, I32, I32, PTR]),
-    "dso_group_connect": (I32, [C.POINTER(I32), C.POINTER(I32), I32, I32, PTR]),
+    "dso_group_connect": (I32, [PTR, PTR, I32, I32, PTR]),
     "dso_group_destroy": (None, [PTR]),
     "dso_group_send": (I32, [PTR, PTR, I64]),
     "dso_group_receive": (I32, [PTR, PTR, I64]),
