@@ -171,6 +171,31 @@ static void by_format(const Matrix& w, const Output& out, Rows<kind> x, int64_t 
 
 // ---- bf16
 
+// C of up to 32 tokens x 2 tile rows over `groups` groups of 32 columns, from the zeros that shape() has set. b1: null if there
+// is no second tile row.
+static void bf16_block(Tiles& tiles, const uint8_t* a, int64_t stride, bool second, const uint8_t* b0, const uint8_t* b1,
+                       int64_t groups, int32_t (*c)[16][16]) {
+  constexpr int64_t tile_bytes = 1024;
+  for (int64_t g = 0; g < groups; g++) {
+    tiles.load<4>(a + 64 * g, stride);
+    tiles.load<6>(b0 + g * tile_bytes, 64);
+    tiles.dot_bf16<0, 4, 6>();
+    if (b1) {
+      tiles.load<7>(b1 + g * tile_bytes, 64);
+      tiles.dot_bf16<1, 4, 7>();
+    }
+    if (second) {
+      tiles.load<5>(a + 16 * stride + 64 * g, stride);
+      tiles.dot_bf16<2, 5, 6>();
+      if (b1) tiles.dot_bf16<3, 5, 7>();
+    }
+  }
+  tiles.store<0>(c[0], 64);
+  if (b1) tiles.store<1>(c[1], 64);
+  if (second) tiles.store<2>(c[2], 64);
+  if (second && b1) tiles.store<3>(c[3], 64);
+}
+
 static void floats(const Matrix& w, const Output& out, const uint8_t* x, int64_t stride, int64_t T, int64_t begin, int64_t end,
                    uint8_t* scratch) {
   constexpr int64_t tile_bytes = 1024;
@@ -185,24 +210,7 @@ static void floats(const Matrix& w, const Output& out, const uint8_t* x, int64_t
       const int first = tokens < 16 ? tokens : 16, second = tokens - first;
       tiles.shape(first, second);  // and sets C to zero
       const uint8_t* a = x + t * stride;
-      for (int64_t g = 0; g < groups; g++) {
-        tiles.load<4>(a + 64 * g, stride);
-        tiles.load<6>(b + g * tile_bytes, 64);
-        tiles.dot_bf16<0, 4, 6>();
-        if (two) {
-          tiles.load<7>(b + row_bytes + g * tile_bytes, 64);
-          tiles.dot_bf16<1, 4, 7>();
-        }
-        if (second) {
-          tiles.load<5>(a + 16 * stride + 64 * g, stride);
-          tiles.dot_bf16<2, 5, 6>();
-          if (two) tiles.dot_bf16<3, 5, 7>();
-        }
-      }
-      tiles.store<0>(c[0], 64);
-      if (two) tiles.store<1>(c[1], 64);
-      if (second) tiles.store<2>(c[2], 64);
-      if (second && two) tiles.store<3>(c[3], 64);
+      bf16_block(tiles, a, stride, second > 0, b, two ? b + row_bytes : nullptr, groups, c);
       for (int m = 0; m < tokens; m++)
         for (int n = 0; n <= (int)two; n++) finish(out, t + m, tile + n, load((const float*)c[m / 16 * 2 + n][m % 16]));
     }
@@ -239,24 +247,7 @@ static void fp8_rows(const Matrix& w, const Output& out, const uint8_t* x, int64
         const int first = tokens < 16 ? tokens : 16, second = tokens - first;
         tiles.shape(first, second);  // and sets C to zero
         const uint8_t* a = x + t * stride + 64 * g;
-        for (int i = 0; i < count; i++) {
-          tiles.load<4>(a + 64 * i, stride);
-          tiles.load<6>(s.panel[0] + 1024 * i, 64);
-          tiles.dot_bf16<0, 4, 6>();
-          if (two) {
-            tiles.load<7>(s.panel[1] + 1024 * i, 64);
-            tiles.dot_bf16<1, 4, 7>();
-          }
-          if (second) {
-            tiles.load<5>(a + 16 * stride + 64 * i, stride);
-            tiles.dot_bf16<2, 5, 6>();
-            if (two) tiles.dot_bf16<3, 5, 7>();
-          }
-        }
-        tiles.store<0>(c[0], 64);
-        if (two) tiles.store<1>(c[1], 64);
-        if (second) tiles.store<2>(c[2], 64);
-        if (second && two) tiles.store<3>(c[3], 64);
+        bf16_block(tiles, a, stride, second > 0, s.panel[0], two ? s.panel[1] : nullptr, count, c);
         for (int m = 0; m < tokens; m++)
           for (int n = 0; n <= (int)two; n++) {
             const int64_t outputs = out.rows - 16 * (tile + n);

@@ -138,13 +138,7 @@ static void attend(const KvLayout& l, const uint8_t* q, int64_t heads, int64_t b
   for (int64_t t = end; t < g1 * group_tokens; ++t) store(w.s + t * mla_heads, hidden);
   const int64_t first = g0 * group_tokens;
   const mla::Softmax state = mla::weigh<mla::Pair>(w.s + first * mla_heads, (g1 - g0) * group_tokens, w.pairs + first / 2 * 64);
-  float m[mla_heads], sum[mla_heads];
-  store(m, state.m);
-  store(sum, state.l);
-  for (int64_t h = 0; h < heads; ++h) {
-    part[h * stride] = m[h];
-    part[h * stride + 1] = sum[h];
-  }
+  mla::write_softmax(state, heads, part, stride);
 
   const uint8_t* panels[chunk_groups];
   uint8_t* room = scratch + panels_at(l) + chunk_groups * panel_bytes(l);

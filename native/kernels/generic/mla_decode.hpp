@@ -81,6 +81,17 @@ struct Softmax {
   F m, l;  // for 16 heads
 };
 
+// To the beginnings of the heads' parts, `stride` floats apart.
+static void write_softmax(const Softmax& state, int64_t heads, float* part, int64_t stride) {
+  float m[mla_heads], sum[mla_heads];
+  store(m, state.m);
+  store(sum, state.l);
+  for (int64_t h = 0; h < heads; ++h) {
+    part[h * stride] = m[h];
+    part[h * stride + 1] = sum[h];
+  }
+}
+
 // Converts logits of n tokens to weights 2^(logit - m): in place, or to pairs of bf16.
 template <class Step>
 DSO_INLINE Softmax weigh(float* s, int64_t n, uint8_t* p) {
@@ -152,13 +163,7 @@ static void attend(const KvLayout& l, const uint8_t* q, int64_t heads, const uin
   const int64_t stride = l.rank + 16;
   for (int64_t t = 0; t < seen; t += tokens_wide) logits<Step, tokens_wide>(q, rows + t, steps(l), w.s + t * mla_heads);
   const Softmax state = weigh<Step>(w.s, seen, w.p);
-  float m[mla_heads], sum[mla_heads];
-  store(m, state.m);
-  store(sum, state.l);
-  for (int64_t h = 0; h < heads; ++h) {
-    part[h * stride] = m[h];
-    part[h * stride + 1] = sum[h];
-  }
+  write_softmax(state, heads, part, stride);
   const uint8_t* p = Step::depth == 2 ? w.p : (const uint8_t*)w.s;
   for (int64_t column = 0; column < l.rank; column += 32)
     for (int64_t h0 = 0; h0 < heads; h0 += heads_wide) {
