@@ -9,6 +9,7 @@
 #include <functional>
 #include <thread>
 
+#include "child_processes.hpp"
 #include "exchange_plan.hpp"
 
 namespace {
@@ -45,18 +46,9 @@ std::vector<int> in_processes(int ranks, const std::function<void(dso_group*, in
     leader(member.g, pids);
   else
     body(member.g, 0);
-  std::vector<int> statuses;
-  for (pid_t pid : pids) {
-    int status = 0;
-    waitpid(pid, &status, 0);
-    statuses.push_back(status);
-  }
+  const std::vector<int> statuses = ended(pids);
   close(fd);
   return statuses;
-}
-
-void all_fine(const std::vector<int>& statuses, const char* what) {
-  for (size_t i = 0; i < statuses.size(); ++i) check(statuses[i] == 0, "%s: rank %zu ended with %d", what, i + 1, statuses[i]);
 }
 
 // Messages of many sizes, also longer than the ring, arrive in order at all others.

@@ -14,6 +14,7 @@
 #include <functional>
 #include <thread>
 
+#include "child_processes.hpp"
 #include "exchange_plan.hpp"
 
 namespace {
@@ -112,17 +113,7 @@ std::vector<int> in_processes(int ranks, const std::function<Pair()>& connect, c
     else
       body(member.g, 0);
   }
-  std::vector<int> statuses;
-  for (pid_t pid : pids) {
-    int status = 0;
-    waitpid(pid, &status, 0);
-    statuses.push_back(status);
-  }
-  return statuses;
-}
-
-void all_fine(const std::vector<int>& statuses, const char* what) {
-  for (size_t i = 0; i < statuses.size(); ++i) check(statuses[i] == 0, "%s: rank %zu ended with %d", what, i + 1, statuses[i]);
+  return ended(pids);
 }
 
 void check_sums(const Exchange& exchange, int rank, int ranks, int32_t rows) {
