@@ -152,10 +152,7 @@ def search(
         for settings in candidates[: trials - len(found.tried)]:
             found.measured(settings, ROUNDS, model.predict(settings))
     model.fit()
-    ranked = sorted(
-        (value(goal, one.figures, found.plain), number) for number, one in enumerate(found.tried) if one.figures is not None
-    )  # fmt: skip
-    confirmed = _confirm(measure, [found.tried[number].settings for _, number in ranked], defaults, goal, found.tried)
+    confirmed = _confirm(measure, found.ranked(), defaults, goal, found.tried)
     return replace(confirmed, predictions=Predictions(found.simulated, model.steps, model.step_error, found.errors()))
 
 
@@ -221,6 +218,11 @@ class _Search:
             self._note(f"{len(self.tried) + 1} of {self._trials}: {settings}: {ratio:.2f} of the defaults")
         self.tried.append(Trial(settings, figures, error, predicted))
 
+    def ranked(self) -> list[Settings]:
+        """What was measured, the best first."""
+        known = [(self._value(one.figures), number) for number, one in enumerate(self.tried) if one.figures is not None]
+        return [self.tried[number].settings for _, number in sorted(known)]
+
     def candidates(self) -> list[Settings]:
         """The best settings by the model that were not measured and do not come to the same as others: none if they are not
         predicted to be better than what was, by more than the model has been wrong."""
@@ -246,11 +248,7 @@ class _Search:
         """Searches simulated replays: predicted values of the goal and settings, the best first."""
         sampler = self._optuna.samplers.TPESampler(seed=self._seed + len(self.tried), n_startup_trials=_STARTUP)
         study = self._optuna.create_study(sampler=sampler)
-        best = sorted(
-            (self._value(one.figures), number) for number, one in enumerate(self.tried) if one.figures is not None
-        )  # fmt: skip
-        for _, number in best[:_SEEDS]:
-            known = self.tried[number].settings
+        for known in self.ranked()[:_SEEDS]:
             study.enqueue_trial({name: getattr(known, name) for name, some in self._values.items() if len(some) > 1})
         seen: dict[Settings, float] = {}
 
