@@ -171,9 +171,11 @@ struct LatentKernels {  // queries over the rows of a latent cache
   int64_t (*mla_scratch)(const KvLayout& l);
   int64_t (*mla_query_bytes)(const KvLayout& l);  // of one packed query, a multiple of 64
   void (*mla_query)(const KvLayout& l, const float* q, int64_t heads, float scale, uint8_t* packed);  // q: [heads, rank + rope]
-  // Tokens chosen[0 .. n) of the sequence; if `chosen` is null, [first, first + n). All must have been written.
+  // Tokens chosen[0 .. n) of the sequence; if `chosen` is null, [first, first + n), of one chunk of attn_chunk counted from the
+  // start of the sequence. All must have been written.
   void (*mla_tokens)(const KvLayout& l, const KvView& v, const int32_t* chosen, int64_t first, int64_t n, uint8_t* scratch);
-  // The query sees tokens [begin, end) of these (none if begin >= end) and is unaffected by the others. For every head, writes
+  // The query sees tokens [begin, end) of these (none if begin >= end) and is unaffected by the others, also by how many of
+  // them are before its first and after its last. For every head, writes
   // the same as attn_decode_chunk, where o has `rank` elements: the weighted sum of the latents.
   void (*mla_attend)(const KvLayout& l, const uint8_t* packed, int64_t heads, int64_t begin, int64_t end, float* part,
                      uint8_t* scratch);

@@ -86,18 +86,17 @@ struct Setup {
   const KvLayout& layout() const { return cache.layout; }
   int64_t part_floats() const { return layout().rank + 16; }
 
-  // Heads [h0, h1) over the first `seen` of the tokens given, from `begin` on; out: [h1 - h0, rank].
+  // Heads [h0, h1) over tokens [begin, seen) of those given, [from, given) or of a list; out: [h1 - h0, rank].
   std::vector<float> run(int64_t h0, int64_t h1, const std::vector<int32_t>* chosen, int64_t seen, int64_t given,
-                         int64_t begin = 0) {
+                         int64_t begin = 0, int64_t from = 0) {
     const Kernels& k = *variant.kernels;
     const int64_t chunks = (given + attn_chunk - 1) / attn_chunk, n = h1 - h0;
     k.mla_query(layout(), q.data() + h0 * cache.width(), n, scale, packed.get());
     Buffer part((size_t)(chunks * n * part_floats()) * 4, 0xff);
     for (int64_t c = 0; c < chunks; ++c) {
-      const int64_t first = c * attn_chunk;
-      k.mla_tokens(layout(), cache.view, chosen ? chosen->data() + first : nullptr, first, std::min(attn_chunk, given - first),
-                   scratch.get());
-      k.mla_attend(layout(), packed.get(), n, std::max<int64_t>(0, begin - first), std::min(attn_chunk, seen - first),
+      const int64_t last = std::min((c + 1) * attn_chunk, given), first = std::min(last, std::max(from, c * attn_chunk));
+      k.mla_tokens(layout(), cache.view, chosen ? chosen->data() + first : nullptr, first, last - first, scratch.get());
+      k.mla_attend(layout(), packed.get(), n, std::max<int64_t>(0, begin - first), std::min(last, seen) - first,
                    (float*)part.get() + c * n * part_floats(), scratch.get());
     }
     std::vector<float> out((size_t)(n * layout().rank));
@@ -106,10 +105,10 @@ struct Setup {
                    out.data() + h * layout().rank);
     return out;
   }
-  std::vector<float> all(const std::vector<int32_t>* chosen, int64_t seen, int64_t given, int64_t begin = 0) {
+  std::vector<float> all(const std::vector<int32_t>* chosen, int64_t seen, int64_t given, int64_t begin = 0, int64_t from = 0) {
     std::vector<float> out;
     for (int64_t h = 0; h < heads; h += mla_heads) {
-      const std::vector<float> tile = run(h, std::min(heads, h + mla_heads), chosen, seen, given, begin);
+      const std::vector<float> tile = run(h, std::min(heads, h + mla_heads), chosen, seen, given, begin, from);
       out.insert(out.end(), tile.begin(), tile.end());
     }
     return out;
@@ -199,6 +198,10 @@ static void absorbed(const Variant& v, const KvLayout& l, int64_t tokens, int64_
   const std::vector<int32_t> rest(every.begin() + begin, every.end());
   const std::vector<float> behind = s.all(nullptr, tokens, tokens, begin);
   against_reference(s, behind, rest, "from the middle on");
+  const int64_t from = random.below((int)begin + 1);
+  check(s.all(nullptr, tokens, tokens, begin, from) == behind,
+        "%s: rank=%d tokens=%ld from %ld on: differs if given from %ld on", name().c_str(), l.rank, (long)tokens, (long)begin,
+        (long)from);
 
   // Hidden tokens may hold anything.
   const int64_t seen = 1 + random.below((int)tokens);

@@ -3,12 +3,12 @@
 //   q K^T  rows of the cache are the rows of A tiles, the packed query is a B tile for every 32 elements: C is [tokens][heads],
 //          as softmax reads it. Tokens whose rows are not evenly spaced are copied first.
 //   p V    weights, transposed, are an A tile of [heads][32 tokens]; B tiles are pairs of tokens' rows, which mla_tokens stores
-//   in
-//          panels once for all rows of q and all heads.
+//          in panels once for all rows of q and all heads.
 //
-// Tokens are counted from the start of the chunk, and 32 of them are multiplied as a whole. A hidden token has a weight of
-// zero, and its values are multiplied by it, unless one of its group's is infinite or NaN: then the values of hidden tokens are
-// left out. So a query's bits depend only on itself and the tokens it sees.
+// Tokens are multiplied in groups of 32, counted from the start of the chunk or of the list of chosen tokens, whatever the
+// first token given. A hidden token has a weight of zero, and its values are multiplied by it, unless one of its group's is
+// infinite or NaN: then the values of hidden tokens are left out. So a query's bits depend only on itself and the tokens it
+// sees.
 //
 // Caches in fp32, and rows whose parts are no multiples of 32 elements, use vectors.
 #pragma once
@@ -32,8 +32,8 @@ struct LatentScratch {
   alignas(64) uint8_t pairs[attn_chunk / 2 * 64];  // weights in bf16, [tokens / 2][16 heads][2]
   alignas(64) uint8_t p[chunk_groups][1024];       // the same, [16 heads][32 tokens]
   alignas(64) float c[4][16][16];
-  int64_t tokens;
-  const uint8_t* rows[attn_chunk];  // of the tokens
+  int64_t begin, end;               // places of the tokens in their chunk or list
+  const uint8_t* rows[attn_chunk];  // of the tokens, at their places
   SixteenRows a[attn_chunk / 16];   // the same as A tiles
   bool finite[chunk_groups];        // whether a group's values are
 };  // followed by a row of zeros, copies of rows, the groups' panels, and two panels without hidden tokens
@@ -73,27 +73,29 @@ static void mla_tokens(const KvLayout& l, const KvView& v, const int32_t* chosen
   const int64_t room = mla::room_bytes(l), width = mla::width(l);
   uint8_t *nothing = scratch + nothing_at(), *copies = scratch + copies_at(l);
   memset(nothing, 0, room);
-  w.tokens = n;
-  const auto row = [&](int64_t t) { return latent_row(l, v, chosen ? chosen[t] : first + t); };
-  for (int64_t t = 0; t < n; ++t) {
-    const uint8_t* soon = t + rows_ahead < n ? row(t + rows_ahead) : nullptr;
+  w.begin = chosen ? 0 : first % attn_chunk;
+  w.end = w.begin + n;
+  const auto row = [&](int64_t t) { return latent_row(l, v, chosen ? chosen[t - w.begin] : first + t - w.begin); };
+  for (int64_t t = w.begin; t < w.end; ++t) {
+    const uint8_t* soon = t + rows_ahead < w.end ? row(t + rows_ahead) : nullptr;
     for (int64_t i = 0; soon && i < l.row_bytes; i += 64) __builtin_prefetch(soon + i);
     w.rows[t] = row(t);
     if (!has_scales(l.type)) continue;
     (l.type == DSO_KV_INT4 ? int4_latent_to_bf16 : int8_latent_to_bf16)(l, w.rows[t], copies + t * room);
     w.rows[t] = copies + t * room;
   }
-  for (int64_t t = 0; t < n; t += 16) {
-    const int64_t stride = t + 1 < n ? w.rows[t + 1] - w.rows[t] : 0;
-    bool even = t + 16 <= n;
-    for (int64_t i = t + 1; even && i < t + 16; ++i) even = w.rows[i] - w.rows[i - 1] == stride;
-    w.a[t / 16] = even ? SixteenRows{w.rows[t], stride} : SixteenRows{copies + t * room, room};
+  const int64_t group = w.begin / group_tokens;
+  // What a tile has before the first token and after the last one is not seen.
+  for (int64_t t = group * group_tokens; t < round_up(w.end, group_tokens); t += 16) {
+    const int64_t begin = t < w.begin ? w.begin : t, end = t + 16 < w.end ? t + 16 : w.end;
+    bool even = end - begin == 16;
+    for (int64_t i = t + 2; even && i < end; ++i) even = w.rows[i] - w.rows[i - 1] == w.rows[t + 1] - w.rows[t];
+    w.a[t / 16] = even ? SixteenRows{w.rows[t], w.rows[t + 1] - w.rows[t]} : SixteenRows{copies + t * room, room};
     if (even || has_scales(l.type)) continue;
-    for (int64_t i = t; i < n && i < t + 16; ++i) memcpy(copies + i * room, w.rows[i], 2 * width);
+    for (int64_t i = begin; i < end; ++i) memcpy(copies + i * room, w.rows[i], 2 * width);
   }
-  if (n % group_tokens > 0 && n % group_tokens <= 16) w.a[n / group_tokens * 2 + 1] = w.a[n / group_tokens * 2];  // not seen
-  for (int64_t t = 0, g = 0; t < n; t += group_tokens, ++g)
-    w.finite[g] = write_panel(l, w.rows + t, nothing, 0, n - t, scratch + panels_at(l) + g * panel_bytes(l));
+  for (int64_t g = group, t = g * group_tokens; t < w.end; t += group_tokens, ++g)
+    w.finite[g] = write_panel(l, w.rows + t, nothing, w.begin - t, w.end - t, scratch + panels_at(l) + g * panel_bytes(l));
 }
 
 // Logits of groups [g0, g1), two at a time.
@@ -116,11 +118,11 @@ static void latent_logits(Tiles& tiles, const KvLayout& l, const uint8_t* q, int
   }
 }
 
-// The panel of a group for a query that sees tokens [begin, end) of the chunk. room: for a panel without the others.
+// The panel of a group for a query that sees the tokens at places [begin, end). room: for a panel without the others.
 static const uint8_t* panel_of(const KvLayout& l, const LatentScratch& w, const uint8_t* scratch, int64_t g, int64_t begin,
                                int64_t end, uint8_t* room) {
   const int64_t t = g * group_tokens;
-  const bool whole = begin <= t && (end >= t + group_tokens || end >= w.tokens);
+  const bool whole = (begin <= t || begin == w.begin) && (end >= t + group_tokens || end == w.end);
   if (whole || w.finite[g]) return scratch + panels_at(l) + g * panel_bytes(l);
   write_panel(l, w.rows + t, scratch + nothing_at(), begin - t, end - t, room);
   return room;
@@ -174,7 +176,8 @@ static void attend(const KvLayout& l, const uint8_t* q, int64_t heads, int64_t b
 static void mla_attend(const KvLayout& l, const uint8_t* packed, int64_t heads, int64_t begin, int64_t end, float* part,
                        uint8_t* scratch) {
   if (begin >= end || !in_tiles(l)) return DSO_ISA_NAMESPACE::mla_attend(l, packed, heads, begin, end, part, scratch);
-  attend(l, packed, heads, begin, end, part, scratch);
+  const int64_t before = ((const LatentScratch*)scratch)->begin;
+  attend(l, packed, heads, before + begin, before + end, part, scratch);
   if (l.type == DSO_KV_INT4)
     for (int64_t h = 0; h < heads; ++h) finish_latent(l, part + h * (l.rank + 16) + 16);
 }
