@@ -156,9 +156,18 @@ def test_graphs_are_chosen_in_the_settings(card):
 def test_moving_a_model(tiny_model, card):
     """`model.to("cuda")`, which calls `_apply`: everything is checked before a weight moves."""
     model = load_model(tiny_model, kv_cache_memory=20_000_000)
-    card(build=None)
-    with pytest.raises(BackendError, match="the model cannot move to a CUDA device: torch .* is a build for the CPU"):
-        model.to("cuda")
+    no_driver = "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU."
+    for state, raised, said in (
+        ({"build": None}, AssertionError("Torch not compiled with CUDA enabled"), "torch .* is a build for the CPU"),
+        ({"failure": no_driver}, RuntimeError(no_driver), "torch finds no CUDA device: .*Found no NVIDIA driver"),
+    ):
+        card(**state)
+        with pytest.raises(BackendError, match=f"the model cannot move to a CUDA device: {said}"):
+            model.to("cuda")  # whichever build of torch is installed
+        with pytest.raises(BackendError, match=f"the model cannot move to a CUDA device: {said}"):
+            model._apply(partial(_raise, raised))
+    with pytest.raises(RuntimeError, match="device string: here"):
+        model.to("here")
     card(free=10_000_000)
     with pytest.raises(NotEnoughMemoryError, match="the model's weights and a KV cache of 20 MB"):
         model._apply(lambda tensor: SimpleNamespace(device=CARD))
@@ -173,6 +182,10 @@ def test_moving_a_model(tiny_model, card):
     with pytest.raises(RuntimeError, match="the first weight"):
         native._apply(lambda tensor: moved.append(tensor) or _moved(tensor))
     assert [tensor.numel() > 0 for tensor in moved].count(True) == 1
+
+
+def _raise(error, _):
+    raise error
 
 
 def _moved(tensor):

@@ -48,7 +48,8 @@ def _target(fn: Any, device: torch.device) -> torch.device:
         found: torch.device = fn(torch.empty(0, dtype=torch.float32, device=device)).device
     except (AssertionError, RuntimeError) as error:  # AssertionError: torch's own, for a build without CUDA
         reason = why_no_cuda()
-        if reason is None or "cuda" not in str(error).lower():  # of another device, or of the function itself
+        # Torch names one of these if a device is missing; another error is the function's own, or of another device.
+        if reason is None or not any(name in str(error) for name in ("CUDA", "NVIDIA")):
             raise
         raise BackendError(f"the model cannot move to a CUDA device: {reason}") from error
     return found
