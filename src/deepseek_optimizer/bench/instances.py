@@ -1,7 +1,8 @@
 """Named machines that can be rented: cores, memory nodes, bandwidth and price, for `dso cost`.
 
-Prices are examples: those of AWS on demand, Linux, US East (N. Virginia), in US dollars per hour, as remembered of 2025 and not
-looked up. Replace them with `--price NAME=PRICE`. Cores are physical ones, of which Intel's have two virtual CPUs each.
+Prices are examples: those of AWS on demand, Linux, US East (N. Virginia), in US dollars per hour. They were looked up on
+2026-12-01 in SkyPilot's catalog: github.com/skypilot-org/skypilot-catalog, catalogs/v8/aws/vms.csv, commit e385a0d348ed. Replace
+them with `--price NAME=PRICE`. Cores are physical ones, of which Intel's have two virtual CPUs each.
 
 Bandwidth is what the channels of a socket deliver together, times `_REACHED`, times the instance's share of the socket's cores:
 8 channels of DDR5-4800 for 48 cores (Sapphire Rapids), 12 of DDR5-4800 for 96 (Genoa), and 12 of DDR5-5600 for 96 (Graviton4).
@@ -16,7 +17,7 @@ from types import MappingProxyType
 
 from .scaling import Machine
 
-DATE, SOURCE = "2025", "AWS on demand, Linux, us-east-1, in US dollars, from memory and not looked up"
+DATE, SOURCE = "2026-12-01", "AWS on demand, Linux, us-east-1, in US dollars, by SkyPilot's catalog"
 _REACHED = 0.8  # of the channels' bandwidth, by programs that only read
 _SAPPHIRE_RAPIDS, _GENOA, _GRAVITON4 = 8 * 38.4 / 48, 12 * 38.4 / 96, 12 * 44.8 / 96  # GB/s per core
 
