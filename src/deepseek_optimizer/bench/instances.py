@@ -1,8 +1,8 @@
 """Named machines that can be rented: cores, memory nodes, bandwidth and price, for `dso cost`.
 
 Prices are examples: those of AWS on demand, Linux, US East (N. Virginia), in US dollars per hour. They were looked up on
-2026-12-01 in SkyPilot's catalog: github.com/skypilot-org/skypilot-catalog, catalogs/v8/aws/vms.csv, commit e385a0d348ed. Replace
-them with `--price NAME=PRICE`. Cores are physical ones, of which Intel's have two virtual CPUs each.
+2026-12-01 in SkyPilot's catalog: github.com/skypilot-org/skypilot-catalog, catalogs/v8/aws/vms.csv, commit e385a0d348ed.
+Replace them with `--price NAME=PRICE`. Cores are physical ones, of which Intel's have two virtual CPUs each.
 
 Bandwidth is what the channels of a socket deliver together, times `_REACHED`, times the instance's share of the socket's cores:
 8 channels of DDR5-4800 for 48 cores (Sapphire Rapids), 12 of DDR5-4800 for 96 (Genoa), and 12 of DDR5-5600 for 96 (Graviton4).
