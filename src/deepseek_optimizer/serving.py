@@ -230,7 +230,7 @@ def _lower_plans(runtime: Runtime, options: EngineOptions) -> dict[Quality, tupl
     """Returns the plans of lower qualities, without adapters and with them."""
     graph = runtime.adapter_graph(options.max_lora_rank) if options.max_loras else None
     return {
-        quality: (runtime.compile(runtime.graph, quality), None if graph is None else runtime.compile(graph, quality))
+        quality: (runtime.plan_of(quality), None if graph is None else runtime.compile(graph, quality))
         for quality in QUALITIES
         if quality != EXACT
     }

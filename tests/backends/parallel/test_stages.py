@@ -60,11 +60,11 @@ def test_a_step_comes_with_its_rows_is_left_out_or_ends_with_the_group():
     ours, theirs = (Connection(end.detach()) for end in socket.socketpair())
     links, rows = Links([ours]), torch.randn(2, 8, dtype=torch.float32)
     for number, sent in ((1, rows), (2, None), (3, -rows)):
-        links.send(1, "run", number, StepBatch(*[np.zeros(2, np.int32)] * 7))
+        links.send(1, "run", 0, number, StepBatch(*[np.zeros(2, np.int32)] * 7))
         links.send_rows(1, sent)
     for number, sent in ((1, rows), (3, -rows)):
-        name, (got, batch) = next_message(theirs)
-        assert (name, got) == ("run", number) and torch.equal(batch.states, sent)
-    links.send(1, "run", 4, StepBatch(*[np.zeros(2, np.int32)] * 7))
+        name, (plan, got, batch) = next_message(theirs)
+        assert (name, plan, got) == ("run", 0, number) and torch.equal(batch.states, sent)
+    links.send(1, "run", 0, 4, StepBatch(*[np.zeros(2, np.int32)] * 7))
     links.close()
     assert next_message(theirs) == ("end", [])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from deepseek_optimizer.backends.reference import ReferenceBackend
@@ -9,7 +11,8 @@ from deepseek_optimizer.errors import ConfigError, UnsupportedModelError
 from deepseek_optimizer.graph import rules
 from deepseek_optimizer.graph.analysis import weight_shapes
 from deepseek_optimizer.graph.cache_groups import cached_in
-from deepseek_optimizer.graph.parallel.pipeline import split_layers
+from deepseek_optimizer.graph.parallel.layer_shares import Machine
+from deepseek_optimizer.graph.parallel.pipeline import divided_as, split_layers
 from deepseek_optimizer.graph.validate import check_graph
 from deepseek_optimizer.models import build_graph
 from support.family_configs import llama
@@ -48,6 +51,16 @@ def test_stages_are_well_formed_and_have_each_weight_once(case):
     twice = {name for name in names if names.count(name) > 1}
     assert set(names) == set(weight_shapes(graph)) and all("layernorm" in name for name in twice)
     assert sorted(layer for stage in stages for layer in stage.cached) == list(range(graph.cache.layers))
+
+
+def test_another_graph_of_the_same_layers_is_divided_in_the_same_way():
+    graph = rules.apply(cached_in(build_graph(llama(num_hidden_layers=6)), "fp32"))[0]
+    stages = split_layers(graph, 3, lambda name: 1, [Machine(1, 1.0), Machine(1000, 9.0), Machine(1, 1.0)])
+    assert [stage.end for stage in stages] != [2, 4, 6] and divided_as(graph, stages) == stages
+    renamed = replace(graph, nodes=[node.with_(weights=tuple(f"{name}'" for name in node.weights)) for node in graph.nodes])
+    others = divided_as(renamed, stages)
+    assert [stage.weights() for stage in others] == [[f"{name}'" for name in stage.weights()] for stage in stages]
+    assert [stage.cached for stage in others] == [stage.cached for stage in stages]
 
 
 @pytest.mark.parametrize(

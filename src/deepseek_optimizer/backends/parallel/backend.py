@@ -28,6 +28,7 @@ from ..cpu.group import Group
 from ..decode_one import decode_one
 from ..decoding import DecodeCall, Decoded, DraftedCall, DraftedRounds
 from ..drafted_round import drafted_round
+from ..qualities import Quality
 from ..wrapped_plan import WrappedPlan
 from .leader import Leader
 
@@ -51,6 +52,7 @@ class RankBackend(CpuBackend):
         self.group, self.parallel, self.leader = group, parallel, leader
         self._graphs: list[Graph] = []  # of whole models, in the order in which all processes have compiled them
         self.plans: list[CpuPlan] = []  # of these graphs
+        self._all_compile = False  # whether the others compile what this one does
 
     @property
     def capabilities(self) -> Capabilities:
@@ -79,7 +81,7 @@ class RankBackend(CpuBackend):
             UnsupportedRequestError: the other processes have not compiled this graph while they loaded the model.
         """
         known = graph in self._graphs
-        if not known and self.leader is not None and self.leader.ready:
+        if not known and self.leader is not None and self.leader.ready and not self._all_compile:
             raise UnsupportedRequestError(
                 f"the model runs in {self.group.ranks} processes, which have its own plan only; load it without parallel"
             )
@@ -91,6 +93,25 @@ class RankBackend(CpuBackend):
         number = self._graphs.index(graph)
         self.plans[number] = plan
         return plan if self.leader is None else LeaderPlan(number, plan, self.leader)
+
+    def compile_in_all(self, quality: Quality, compile_own: Callable[[], Plan]) -> Plan:
+        """Compiles a plan in all processes; in the leader.
+
+        Args:
+            quality: of the plan, an argument of the function that `serve` has.
+            compile_own: compiles it here.
+        """
+        assert self.leader is not None
+
+        def own() -> Plan:
+            self._all_compile = True
+            try:
+                return compile_own()
+            finally:
+                self._all_compile = False
+
+        plan: Plan = self.leader.ask(("compile", quality), own)[0]
+        return plan
 
     def new_store(  # type: ignore[override]  # the leader's store is around a CpuStore
         self, graph: Graph, kv_dtype: str, num_blocks: int, num_states: int = 0

@@ -12,24 +12,32 @@ import torch
 
 from ...errors import CheckpointChangedError
 from ...graph.ir import Graph
-from ..base import StepBatch
+from ..base import Plan, StepBatch
+from ..qualities import Quality
 from .messages import DONE, END, END_BYTES, FAILED, answer
 from .stages import StageBackend
 
 
-def serve_stage(backend: StageBackend, graph: Graph, fingerprint: Callable[[bool], str], link: Connection) -> bool:
+def serve_stage(
+    backend: StageBackend,
+    graph: Graph,
+    fingerprint: Callable[[bool], str],
+    compile_own: Callable[[Quality], Plan],
+    link: Connection,
+) -> bool:
     """Runs the messages of the first process. Returns when there will be no more of them.
 
     Args:
-        backend: this process's, with its plan.
+        backend: this process's, with its plans.
         graph: of the whole model.
         fingerprint: of this process's part of the model.
+        compile_own: compiles the plan of a quality for that part.
         link: to the first process. A message that fails is answered with the reason, and ends the group.
 
     Returns:
         Whether the first process has said so; False: it is gone, or the files of the model have changed.
     """
-    commands = _Commands(backend, graph, fingerprint)
+    commands = _Commands(backend, graph, fingerprint, compile_own)
     try:
         with backend.thread_context():
             while True:
@@ -59,26 +67,35 @@ def next_message(link: Connection) -> tuple[str, list[Any]]:
         name, *arguments = pickle.loads(link.recv_bytes())  # noqa: S301  # from the first process of the group
         if name != "run":
             return name, arguments
-        number, batch = arguments
+        plan, number, batch = arguments
         rows = link.recv_bytes()
         if not rows:
             continue
         if rows == END_BYTES:
             return END, []
         states = torch.frombuffer(bytearray(rows), dtype=torch.float32).view(len(batch.positions), -1)
-        return name, [number, replace(batch, states=states)]
+        return name, [plan, number, replace(batch, states=states)]
 
 
 class _Commands:
     """One method per message."""
 
-    def __init__(self, backend: StageBackend, graph: Graph, fingerprint: Callable[[bool], str]) -> None:
-        self._backend, self._graph, self.fingerprint = backend, graph, fingerprint
+    def __init__(
+        self,
+        backend: StageBackend,
+        graph: Graph,
+        fingerprint: Callable[[bool], str],
+        compile_own: Callable[[Quality], Plan],
+    ) -> None:
+        self._backend, self._graph, self.fingerprint, self._compile = backend, graph, fingerprint, compile_own
         self._stores: dict[int, Any] = {}
 
     def new_store(self, number: int, kv_dtype: str, num_blocks: int) -> int:
         store = self._stores[number] = self._backend.new_store(self._graph, kv_dtype, num_blocks)
         return int(store.saved_bytes)
+
+    def compile(self, quality: Quality) -> None:
+        self._compile(quality)
 
     def drop_store(self, number: int) -> None:
         self._stores.pop(number, None)
@@ -86,8 +103,7 @@ class _Commands:
     def store(self, number: int, method: str, arguments: tuple[Any, ...]) -> Any:
         return getattr(self._stores[number], method)(*arguments)
 
-    def run(self, number: int, batch: StepBatch) -> torch.Tensor:
-        assert self._backend.plan is not None
-        rows = self._backend.plan.run(batch, self._stores[number]).last_hidden
+    def run(self, plan: int, number: int, batch: StepBatch) -> torch.Tensor:
+        rows = self._backend.plans[plan].run(batch, self._stores[number]).last_hidden
         assert rows is not None
         return rows

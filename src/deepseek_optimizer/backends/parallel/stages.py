@@ -15,7 +15,7 @@ import torch
 
 from ...errors import UnsupportedRequestError
 from ...graph.ir import Graph
-from ...graph.parallel.pipeline import Stage, on_first
+from ...graph.parallel.pipeline import Stage, divided_as, on_first
 from ...graph.rope_rotation import KeyRotation
 from ...quant.packed import PackedWeight
 from ..base import DEFAULTS, Capabilities, CompileOptions, Int32, KvStore, Plan, StepBatch, StepOutput
@@ -23,6 +23,7 @@ from ..cpu import CpuBackend, CpuPlan, CpuStore
 from ..decode_steps import decode_steps
 from ..decoding import DecodeCall, Decoded, DraftedCall, DraftedRounds
 from ..drafted_round import drafted_round
+from ..qualities import Quality
 from ..stage_batch import layer_batch, tail_batch
 from ..wrapped_plan import WrappedPlan
 from .links import Links
@@ -50,8 +51,9 @@ class StageBackend(CpuBackend):
     ) -> None:
         super().__init__(isa, threads)
         self.stages, self.rank, self.leader, self.one_host = stages, rank, links, one_host
-        self.plan: CpuPlan | None = None  # of this stage
-        self._graph: Graph | None = None  # that it is a part of
+        self._graphs: list[Graph] = []  # of whole models, in the order in which all processes have compiled them
+        self.plans: list[CpuPlan] = []  # of this stage of these graphs
+        self._all_compile = False  # whether the others compile what this one does
 
     @property
     def stage(self) -> Stage:
@@ -84,15 +86,38 @@ class StageBackend(CpuBackend):
         """
         if self.rank == 0 and not _has_layers_of_others(graph, self.stages):
             return OwnPlan(super().compile(on_first(graph, self.stage), weights, options))
-        if self._graph not in (None, graph):
+        known = graph in self._graphs
+        if not known and self._graphs and self.leader is not None and not self._all_compile:
             raise UnsupportedRequestError(
                 f"the model runs in {len(self.stages)} processes, which have its own plan only; load it without parallel"
             )
-        self._graph = graph
-        self.plan = super().compile(self.stage.graph, weights, options)
-        if self.leader is None or self.stage.tail is None:
-            return self.plan
-        return FirstPlan(self.plan, super().compile(self.stage.tail, weights, options), self.stages, self.leader)
+        stage = divided_as(graph, self.stages)[self.rank]
+        plan = super().compile(stage.graph, weights, options)
+        if not known:
+            self._graphs.append(graph)
+            self.plans.append(plan)
+        number = self._graphs.index(graph)
+        self.plans[number] = plan
+        if self.leader is None or stage.tail is None:
+            return plan
+        return FirstPlan(number, plan, super().compile(stage.tail, weights, options), self.stages, self.leader)
+
+    def compile_in_all(self, quality: Quality, compile_own: Callable[[], Plan]) -> Plan:
+        """Compiles a plan in all processes; in the first one.
+
+        Args:
+            quality: of the plan, an argument of the function that `serve_stage` has.
+            compile_own: compiles it here.
+        """
+
+        def own() -> Plan:
+            self._all_compile = True
+            try:
+                return compile_own()
+            finally:
+                self._all_compile = False
+
+        return self._in_all(own, "compile", quality)[0]
 
     def new_store(  # type: ignore[override]  # the first one's store is around a CpuStore
         self, graph: Graph, kv_dtype: str, num_blocks: int, num_states: int = 0
@@ -124,14 +149,18 @@ class StageBackend(CpuBackend):
             whole: an argument of the function that `serve_stage` has.
             own: this process's.
         """
+        return self._in_all(own, "fingerprint", whole)
+
+    def _in_all(self, own: Callable[[], Any], *message: Any) -> list[Any]:
+        """The result of a function here, and the others' answers to a message, by rank."""
         assert self.leader is not None
         links = self.leader
 
-        def ask() -> list[str]:
+        def ask() -> list[Any]:
             others = range(1, links.ranks)
             for rank in others:
-                links.send(rank, "fingerprint", whole)
-            first = ""
+                links.send(rank, *message)
+            first = None
             try:
                 first = own()
             finally:  # what was asked is answered
@@ -255,15 +284,16 @@ class FirstPlan(WrappedPlan):
     """Implements `Plan`: the plans of all stages.
 
     Args:
+        number: that all processes know it by.
         first: of this process's layers.
         tail: of what follows the last layer.
         stages: of all processes.
         links: the other processes, which have compiled theirs from the same graph.
     """
 
-    def __init__(self, first: CpuPlan, tail: CpuPlan, stages: list[Stage], links: Links) -> None:
+    def __init__(self, number: int, first: CpuPlan, tail: CpuPlan, stages: list[Stage], links: Links) -> None:
         super().__init__(tail)
-        self._first, self._tail, self._stages, self._links = first, tail, stages, links
+        self._number, self._first, self._tail, self._stages, self._links = number, first, tail, stages, links
 
     def run(self, batch: StepBatch, store: KvStore | None) -> StepOutput:
         """See `Plan.run`.
@@ -293,7 +323,7 @@ class FirstPlan(WrappedPlan):
         self._links.check()
         others, sent = range(1, len(self._stages)), _sent(batch)
         for rank in others:
-            self._links.send(rank, "run", store.number, layer_batch(sent, self._stages[rank].groups, None))
+            self._links.send(rank, "run", self._number, store.number, layer_batch(sent, self._stages[rank].groups, None))
         try:
             rows = self._first.run(layer_batch(batch, self._stages[0].groups, None), store.own).last_hidden
         except BaseException:

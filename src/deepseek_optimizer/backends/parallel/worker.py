@@ -12,26 +12,34 @@ import torch
 
 from ...errors import CheckpointChangedError, RankLostError
 from ...graph.ir import Graph
-from ..base import StepBatch
+from ..base import Plan, StepBatch
+from ..qualities import Quality
 from .backend import RankBackend
 from .messages import DONE, END, FAILED, LOST, answer
 
-_ANSWERED = ("new_store", "ask_store", "fingerprint")  # the messages that the leader expects answers to
+_ANSWERED = ("new_store", "ask_store", "fingerprint", "compile")  # the messages that the leader expects answers to
 
 
-def serve(backend: RankBackend, graph: Graph, fingerprint: Callable[[bool], str], answers: Connection) -> bool:
+def serve(
+    backend: RankBackend,
+    graph: Graph,
+    fingerprint: Callable[[bool], str],
+    compile_own: Callable[[Quality], Plan],
+    answers: Connection,
+) -> bool:
     """Runs the leader's messages. Returns when there will be no more of them.
 
     Args:
         backend: this process's, with its plans.
         graph: of the whole model.
         fingerprint: of this process's part of the model.
+        compile_own: compiles the plan of a quality for that part.
         answers: the pipe to the leader. A message that fails is answered with the reason, and ends the group.
 
     Returns:
         Whether the leader has said so; False: a process is gone, or the files of the model have changed.
     """
-    commands = _Commands(backend, graph, fingerprint)
+    commands = _Commands(backend, graph, fingerprint, compile_own)
     try:
         with backend.thread_context():
             while True:
@@ -61,13 +69,22 @@ def _say(answers: Connection, kind: str, value: Any) -> None:
 class _Commands:
     """One method per message."""
 
-    def __init__(self, backend: RankBackend, graph: Graph, fingerprint: Callable[[bool], str]) -> None:
-        self._backend, self._graph, self.fingerprint = backend, graph, fingerprint
+    def __init__(
+        self,
+        backend: RankBackend,
+        graph: Graph,
+        fingerprint: Callable[[bool], str],
+        compile_own: Callable[[Quality], Plan],
+    ) -> None:
+        self._backend, self._graph, self.fingerprint, self._compile = backend, graph, fingerprint, compile_own
         self._stores: dict[int, Any] = {}
         self._logits: torch.Tensor | None = None
 
     def new_store(self, number: int, kv_dtype: str, num_blocks: int) -> None:
         self._stores[number] = self._backend.new_store(self._graph, kv_dtype, num_blocks)
+
+    def compile(self, quality: Quality) -> None:
+        self._compile(quality)
 
     def drop_store(self, number: int) -> None:
         self._stores.pop(number, None)

@@ -29,12 +29,14 @@ class Stage:
         tail: of process 0, what follows the last layer; None in the others.
         cached: the layers of the whole cache that its cache holds, in order.
         groups: the groups of the whole cache that these are in, in order.
+        end: the number of layers that it and the processes before it have.
     """
 
     graph: Graph
     tail: Graph | None
     cached: tuple[int, ...]
     groups: tuple[int, ...]
+    end: int
 
     def weights(self) -> list[str]:
         """Every weight's name, once."""
@@ -57,7 +59,18 @@ def split_layers(
         ConfigError: the model has fewer layers than there are processes.
         UnsupportedModelError: more than hidden rows is in use between two layers, or the model has recurrent states.
     """
-    return _Pipeline(graph, ranks).stages(size_of, machines or [Machine(1, 1.0)] * ranks)
+    pipeline = _Pipeline(graph, ranks)
+    return pipeline.stages(layer_ends(pipeline.sizes(size_of), machines or [Machine(1, 1.0)] * ranks))
+
+
+def divided_as(graph: Graph, stages: Sequence[Stage]) -> list[Stage]:
+    """The shares of a graph whose layers are divided like those of another one.
+
+    Args:
+        graph: of the same layers; its weights may have other names.
+        stages: of the other graph.
+    """
+    return _Pipeline(graph, len(stages)).stages([stage.end for stage in stages])
 
 
 def on_first(graph: Graph, stage: Stage) -> Graph:
@@ -79,15 +92,20 @@ class _Pipeline:
         if any(node.op in ("state_in", "draft_out", "add_features") for node in graph.nodes):
             raise self._refused("its layers take or give other rows than hidden states")
 
-    def stages(self, size_of: Callable[[str], int], machines: Sequence[Machine]) -> list[Stage]:
-        nodes = self.graph.nodes
-        ends = self._layer_ends()
+    def sizes(self, size_of: Callable[[str], int]) -> list[int]:
+        """Bytes of the weights of each layer; of the first one with those before and after all layers."""
+        nodes, ends = self.graph.nodes, self._layer_ends()
         if len(ends) < self.ranks:
             raise ConfigError(f"parallel: pipeline={self.ranks} processes cannot divide {len(ends)} layers; use fewer")
         begins = [0, *ends]
         sizes = [sum(size_of(name) for name in _weights(nodes[begin:end])) for begin, end in zip(begins, ends, strict=False)]
         sizes[0] += sum(size_of(name) for name in _weights(nodes[ends[-1] :]) if name not in _weights(nodes[: ends[0]]))
-        cuts = [ends[last - 1] for last in layer_ends(sizes, machines)]
+        return sizes
+
+    def stages(self, lasts: Sequence[int]) -> list[Stage]:
+        """The shares of processes whose layers end with these."""
+        nodes, ends = self.graph.nodes, self._layer_ends()
+        cuts = [ends[last - 1] for last in lasts]
         parts = [self._part(begin, end) for begin, end in zip([0, *cuts], cuts, strict=False)]
         tail = self._part(cuts[-1], len(nodes))
         cached = [sorted({layer for node in part for layer in _layers_of(node)}) for part in parts]
@@ -95,7 +113,7 @@ class _Pipeline:
         further = set(range(self.graph.cache.layers)) - {layer for layers in cached for layer in layers}
         cached[0] += sorted(further)  # of MTP layers
         tails = [tail, *[None] * (self.ranks - 1)]
-        return [self._stage(*of_rank) for of_rank in zip(parts, cached, tails, strict=True)]
+        return [self._stage(*of_rank) for of_rank in zip(parts, cached, tails, lasts, strict=True)]
 
     def _layer_ends(self) -> list[int]:
         """The number of nodes up to the end of each layer: where the hidden state is complete."""
@@ -155,7 +173,7 @@ class _Pipeline:
                 raise self._refused(f"layer {min(seen.intersection(layers))} of its cache is read in several layers")
             seen.update(layers)
 
-    def _stage(self, nodes: list[Node], layers: list[int], tail: list[Node] | None) -> Stage:
+    def _stage(self, nodes: list[Node], layers: list[int], tail: list[Node] | None, end: int) -> Stage:
         cache = self.graph.cache
         groups = tuple(sorted({group for layer in layers for group in _groups_of(cache, layer)}))
         number = {layer: n for n, layer in enumerate(layers)}
@@ -164,9 +182,9 @@ class _Pipeline:
             cache=_part_of(cache, layers, groups),
         )  # fmt: skip
         if tail is None:
-            return Stage(own, None, tuple(layers), groups)
+            return Stage(own, None, tuple(layers), groups, end)
         last = [node.with_(attrs={"index": 0}) if node.op == "hidden_out" else node for node in tail]
-        return Stage(own, replace(self.graph, nodes=last, hidden_states=1, cache=NO_CACHE), tuple(layers), groups)
+        return Stage(own, replace(self.graph, nodes=last, hidden_states=1, cache=NO_CACHE), tuple(layers), groups, end)
 
     def _refused(self, reason: str) -> UnsupportedModelError:
         return UnsupportedModelError(

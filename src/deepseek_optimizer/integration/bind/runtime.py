@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from ...backends.base import CompileOptions, Plan
 from ...backends.nested_weights import at_quality, has_qualities
-from ...backends.parallel import StageBackend
+from ...backends.parallel import RankBackend, StageBackend
 from ...backends.prompt_plan import PromptPlan
 from ...backends.qualities import EXACT, Quality
 from ...cache.forgetting import SPARE_OF_COPIES, Forgetting, Groups, max_blocks
@@ -124,9 +125,8 @@ class Runtime(PackedModel):
 
     @property
     def has_qualities(self) -> bool:
-        """Whether the model's matrices contain others, so that `compile` has several qualities: not in several processes, of
-        which only this one would compile them."""
-        return self.config.parallel.ranks == 1 and has_qualities(matrices_of(self.model, self.graph))
+        """Whether the model's matrices contain others, so that `compile` has several qualities."""
+        return has_qualities(self.weights_of(self.graph))
 
     def compile(self, graph: Graph, quality: Quality = EXACT) -> Plan:
         """Compiles a graph of this model (`graph`, `adapter_graph`); plans share the model's weights.
@@ -142,6 +142,14 @@ class Runtime(PackedModel):
         high = self.config.batch_size_range[1]
         plan.reserve(max(self.config.prefill_chunk, high), high)
         return plan
+
+    def plan_of(self, quality: Quality) -> Plan:
+        """Compiles the plan of a quality, in all processes that run the model."""
+        compile_own = partial(self.compile, self.graph, quality)
+        if isinstance(self.backend, RankBackend | StageBackend):
+            _ = self.plan  # the first one
+            return self.backend.compile_in_all(quality, compile_own)
+        return compile_own()
 
     def adapter_graph(self, rank: int) -> Graph:
         """The model's graph with sites for LoRA adapters of rank `rank` at most. It has the same cache and states."""

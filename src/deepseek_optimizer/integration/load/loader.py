@@ -201,7 +201,8 @@ def _load_share(
     if member.link is not None:
         answer(member.link, READY, same)
         run = serve_stage if share.stages else serve
-        ended = run(model.dso.backend, model.dso.graph, partial(part_fingerprint, model.dso), member.link)
+        compile_own = partial(model.dso.compile, model.dso.graph)
+        ended = run(model.dso.backend, model.dso.graph, partial(part_fingerprint, model.dso), compile_own, member.link)
         # This process was started for its part only. On one machine, nobody is left who would read its status.
         if not member.one_host:
             raise SystemExit(0 if ended else 1)

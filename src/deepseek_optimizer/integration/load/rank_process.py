@@ -49,5 +49,6 @@ def main() -> int:
     if member.group is None:
         return 0  # the leader has ended
     answer(answers, READY, "")
-    serve(model.dso.backend, model.dso.graph, partial(part_fingerprint, model.dso), answers)
+    compile_own = partial(model.dso.compile, model.dso.graph)
+    serve(model.dso.backend, model.dso.graph, partial(part_fingerprint, model.dso), compile_own, answers)
     return 0
