@@ -1,8 +1,8 @@
 # native:       builds the library and copies it into the source tree, for development without installing.
 # test-native:  builds with AddressSanitizer and UndefinedBehaviorSanitizer and runs the native tests; then runs them on the
 #               optimized build. GCC aligns no frames for stack-use-after-return for AVX-512 (its bug 110027). The sanitized build
-#               has the variants that this processor can run, if that is AVX2 only: the others would be compiled for nothing.
-#               It runs a third of the random cases (DSO_TEST_DIVISOR=1: all of them).
+#               has what this processor can run, and of the variants that have kernels in common only one: SANITIZED_ISAS= builds
+#               all. It runs a third of the random cases (DSO_TEST_DIVISOR=1: all of them).
 # test-arm:     cross-builds for ARM64 and runs the native tests under qemu-user, on five CPU models (ARM_MODELS: on some). Needs
 #               Debian's g++-aarch64-linux-gnu and qemu-user. test-arm-short: the part of it that CI runs.
 # test-arm-wheel: cross-builds the wheel for ARM64, and installs and runs it under qemu-user. Needs debootstrap, too.
@@ -15,6 +15,8 @@
 #               exports; runs nothing.
 CMAKE ?= $(or $(shell command -v cmake),$(BIN)/cmake)
 NATIVE_JOBS ?= $(shell nproc)
+# The compiler by the name that wheels are built with: ccache tells g++ from c++, and would compile the kernels a second time.
+AS_WHEELS := $(if $(shell command -v g++),CXX=$${CXX:-g++})
 
 .PHONY: native test-native test-native-tsan test-native-long test-arm test-arm-short test-arm-wheel test-amx bench-amx test-windows test-macos
 
@@ -22,18 +24,20 @@ $(BIN)/cmake: $(VENV)/.created
 	$(BIN)/python -m pip install --quiet cmake ninja
 
 native: $(filter $(BIN)/cmake,$(CMAKE))
-	$(CMAKE) -S . -B build/native
+	$(AS_WHEELS) $(CMAKE) -S . -B build/native
 	$(CMAKE) --build build/native --target dso -j $(NATIVE_JOBS)
 	mkdir -p src/deepseek_optimizer/_native
 	cp build/native/libdso.so src/deepseek_optimizer/_native/.libdso.so.new
 	mv src/deepseek_optimizer/_native/.libdso.so.new src/deepseek_optimizer/_native/libdso.so
 
-SANITIZED_ISAS = $(shell grep -qsw avx512f /proc/cpuinfo || ! grep -qsw avx2 /proc/cpuinfo || echo avx2)
+CPU_HAS = $(shell grep -qsw $(1) /proc/cpuinfo && echo yes)
+TILE_ISAS = amx_emulated$(if $(call CPU_HAS,amx_tile),;amx)
+SANITIZED_ISAS ?= $(if $(call CPU_HAS,avx512_bf16),avx2;avx512_bf16;$(TILE_ISAS),$(if $(call CPU_HAS,avx512f),,$(if $(call CPU_HAS,avx2),avx2)))
 test-native: $(filter $(BIN)/cmake,$(CMAKE))
 	$(CMAKE) -S . -B build/native-sanitized -DDSO_TESTS=ON -DDSO_SANITIZE=ON "-DDSO_ISAS=$(SANITIZED_ISAS)"
 	$(CMAKE) --build build/native-sanitized -j $(NATIVE_JOBS)
 	cd build/native-sanitized && DSO_TEST_DIVISOR=$${DSO_TEST_DIVISOR:-3} ASAN_OPTIONS=detect_stack_use_after_return=0 UBSAN_OPTIONS=print_stacktrace=1 ctest -j $(NATIVE_JOBS) --output-on-failure --timeout 600
-	$(CMAKE) -S . -B build/native -DDSO_TESTS=ON
+	$(AS_WHEELS) $(CMAKE) -S . -B build/native -DDSO_TESTS=ON
 	$(CMAKE) --build build/native -j $(NATIVE_JOBS)
 	cd build/native && ctest -j $(NATIVE_JOBS) --output-on-failure
 
@@ -46,7 +50,7 @@ test-native-tsan: $(filter $(BIN)/cmake,$(CMAKE))
 
 # 10,000 steps of 128 threads, on one memory node and on four: ten minutes on two busy cores.
 test-native-long: $(filter $(BIN)/cmake,$(CMAKE))
-	$(CMAKE) -S . -B build/native -DDSO_TESTS=ON
+	$(AS_WHEELS) $(CMAKE) -S . -B build/native -DDSO_TESTS=ON
 	$(CMAKE) --build build/native -j $(NATIVE_JOBS) --target test_many_threads
 	cd build/native && ctest -C long --output-on-failure -R '_long$$'
 
