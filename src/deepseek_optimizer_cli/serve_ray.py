@@ -67,6 +67,10 @@ ReplicaNodes = Annotated[
 ]
 
 
+_HAPROXY = "by HAProxy, to the replica with the fewest connections"
+_PROXIES = "by Ray's proxies, to the replica that knows the beginning of the prompt"
+
+
 @dataclass(frozen=True)
 class RayOptions:
     """The options of replicas, by the names of their parameters in `serve`."""
@@ -151,6 +155,7 @@ def serve_on_ray(given: RayOptions, served: ServedModel, settings: ServerSetting
         CheckpointError: there is no such model on this machine, where replicas will look for it.
     """
     from deepseek_optimizer.integration.load.resolve import resolve
+    from deepseek_optimizer.ray import haproxy
     from deepseek_optimizer.ray.run import serve_until_stopped
 
     if given.ray_address is None:
@@ -170,11 +175,13 @@ def serve_on_ray(given: RayOptions, served: ServedModel, settings: ServerSetting
             + (f" on each of {given.replica_nodes} nodes" if given.replica_nodes > 1 else "")
             + (f" and {gpus:g} GPU" if gpus else "")
             + (f", up to {given.max_replicas}" if given.max_replicas else ""),
+            f"requests  {_HAPROXY if haproxy.in_use() else _PROXIES}",
             banner_lines.address_line(settings, settings.host, settings.port),
             *banner_lines.access_warning(settings),
         ]
         typer.echo("\n".join(lines), err=True)
 
     serve_until_stopped(
-        application, given.ray_address, settings.host, settings.port, banner, lambda text: typer.echo(text, err=True)
-    )
+        application, given.ray_address, settings.host, settings.port, banner, lambda text: typer.echo(text, err=True),
+        by_haproxy=highest == 1,
+    )  # fmt: skip

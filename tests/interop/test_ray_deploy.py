@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
 import ray
 
 from deepseek_optimizer.errors import CheckpointError, ConfigError
-from deepseek_optimizer.ray import deployment
+from deepseek_optimizer.ray import deployment, haproxy
+from deepseek_optimizer.ray.start import start
 from deepseek_optimizer.server.served_model import ServedModel
 from deepseek_optimizer.server.settings import ServerSettings
 from deepseek_optimizer_cli.serve_ray import RayOptions, gpus_of_each, serve_on_ray
@@ -35,13 +37,44 @@ def test_a_model_that_is_missing_is_reported_before_ray_starts(tmp_path) -> None
     assert not ray.is_initialized()
 
 
+def test_one_replica_that_is_started_here_is_behind_haproxy(tiny_model, monkeypatch, capsys) -> None:
+    asked = []
+    monkeypatch.setattr("deepseek_optimizer.ray.run.serve_until_stopped", lambda *_, by_haproxy: asked.append(by_haproxy))
+    for options in (
+        RayOptions(True, None, 1, None, None),
+        RayOptions(True, None, 2, None, None),
+        RayOptions(True, None, 1, 2, None),
+    ):
+        serve_on_ray(options, ServedModel(str(tiny_model)), ServerSettings())
+    assert asked == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("by_haproxy", "given", "there", "used"),
+    [
+        (True, None, True, True), (True, "1", True, True), (True, "0", True, False), (True, None, False, False),
+        (False, None, True, False), (False, "1", True, True),
+    ],
+)  # fmt: skip
+def test_when_haproxy_is_used(by_haproxy, given, there, used, monkeypatch) -> None:
+    monkeypatch.setattr(os, "environ", {**os.environ, **({} if given is None else {haproxy.VARIABLE: given})})
+    monkeypatch.setattr(haproxy, "available", lambda: there)
+    monkeypatch.setattr(ray, "init", lambda *_, **__: None)
+    start(None, by_haproxy)
+    assert haproxy.in_use() == used
+    router = deployment("model")._bound_deployment._deployment_config.request_router_config.request_router_class
+    assert ("PrefixRouter" in str(router)) != used
+    ports = [value for name, value in os.environ.items() if name.endswith("_PORT") and "RAY_SERVE" in name]
+    assert len(set(ports)) == len(ports) == (4 if by_haproxy and used else 0)
+
+
 def started(
     monkeypatch, capsys, model, config: dict[str, Any], options: RayOptions
 ) -> tuple[dict[str, Any], dict[str, Any], str]:
     """What `dso serve --ray` asks Ray for, the settings that replicas load the model with, and the banner."""
     made = []
 
-    def serve_until_stopped(application, address, host, port, banner, note) -> None:
+    def serve_until_stopped(application, address, host, port, banner, note, by_haproxy) -> None:
         made.append(application())
         banner()
 

@@ -15,6 +15,7 @@ from ..graph.parallel import Parallel
 from ..server.keys import read_keys
 from ..server.served_model import ServedModel
 from ..server.settings import ServerSettings
+from . import haproxy
 from .autoscaling import ByLoad
 from .replica import Replica
 from .router import PrefixRouter
@@ -84,8 +85,8 @@ def deployment(
     Each replica is a process with an engine of its own, which answers HTTP requests itself. A request goes to the replica
     that knows the longest beginning of its prompt, unless that one has too much to do; requests with the same `X-Session-Id`
     stay at a replica. For this, the processes of Ray need the environment variable that `proxy.CALLBACK` names when they
-    start: see docs/how-to/ray.md. Uploaded files, batches and stored responses are at one replica, where their client's
-    requests go too; they end with it.
+    start: see docs/how-to/ray.md. If Ray uses HAProxy, that chooses the replica. Uploaded files, batches and stored
+    responses are at one replica, where their client's requests go too; they end with it.
 
     Args:
         model: path or name of the checkpoint, which every node must find.
@@ -151,8 +152,9 @@ def deploy(served: ServedModel, settings: ServerSettings, replicas: Replicas, op
         "max_ongoing_requests": running + served.engine.get("max_waiting", _WAITING),
         "graceful_shutdown_timeout_s": settings.drain_seconds,
         "ray_actor_options": {"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},
-        "request_router_config": RequestRouterConfig(request_router_class=PrefixRouter),
     }
+    if not haproxy.in_use():
+        values["request_router_config"] = RequestRouterConfig(request_router_class=PrefixRouter)
     if replicas.highest is None:
         values["num_replicas"] = replicas.lowest
     else:

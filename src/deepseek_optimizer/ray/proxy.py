@@ -40,9 +40,16 @@ logger = logging.getLogger("deepseek_optimizer.ray")
 
 
 def middlewares() -> list[Any]:
-    """The middleware of a proxy, for Ray."""
+    """The middleware of a proxy, for Ray; none in a replica that HAProxy reaches without a proxy."""
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
     from starlette.middleware import Middleware
 
+    try:
+        serve.get_replica_context()
+        return []
+    except RayServeException:  # not a replica
+        pass
     return [Middleware(RoutedRequests, header=os.environ.get("RAY_SERVE_SESSION_ID_HEADER_KEY", "x-session-id"))]
 
 
@@ -204,12 +211,13 @@ class _Answer:
 
 
 def note_replica(app: Any, replica: str) -> Any:
-    """An application whose responses name the replica that gave them."""
+    """An application whose responses name the replica that gave them, and leave the id of the request to Ray, which adds it."""
 
     async def named(scope: Any, receive: Receive, send: Send) -> None:
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message.get("headers", ()), (REPLICA_HEADER, replica.encode())]}
+                headers = [header for header in message.get("headers", ()) if header[0].lower() != b"x-request-id"]
+                message = {**message, "headers": [*headers, (REPLICA_HEADER, replica.encode())]}
             await send(message)
 
         await app(scope, receive, send_named if scope["type"] == "http" else send)

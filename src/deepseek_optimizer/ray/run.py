@@ -5,12 +5,15 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
+from http.client import HTTPConnection, HTTPException
 from typing import Any
 
 from .start import start
 
 _NAME = "dso"  # of the application
+_REACHED_SECONDS = 30.0  # until the address of a server is printed although it answers with errors
 _LOOK_SECONDS = 0.2  # between two looks at what was asked for, and at replicas that are being replaced
 
 
@@ -21,6 +24,7 @@ def serve_until_stopped(
     port: int,
     banner: Callable[[], None],
     note: Callable[[str], None] = lambda _: None,
+    by_haproxy: bool = False,
 ) -> None:
     """Deploys an application and waits for SIGINT or SIGTERM; then its requests end, and so does a Ray that was started here.
     SIGUSR1 deploys it again, so that Ray replaces the replicas one after another.
@@ -31,9 +35,10 @@ def serve_until_stopped(
         host, port: where the proxies listen.
         banner: called when all replicas are ready.
         note: called with what happens to the replicas later.
+        by_haproxy: see `start`.
     """
     asked = _Asked()
-    start(address)
+    start(address, by_haproxy)
     import ray
     from ray import serve
 
@@ -45,6 +50,8 @@ def serve_until_stopped(
         except TimeoutError:  # after a minute, which proxies may need on a busy machine: they go on starting
             serve.start(http_options=listen)
         serve.run(application(), name=_NAME, route_prefix="/")
+        if address is None:
+            _wait_until_reached(host, port, asked)
         banner()
         replacing = False
         while not asked.stop:
@@ -73,6 +80,20 @@ class _Asked:
         for name, field in (("SIGINT", "stop"), ("SIGTERM", "stop"), ("SIGUSR1", "replace")):
             if hasattr(signal, name):  # Windows has no SIGUSR1
                 signal.signal(getattr(signal, name), lambda *_, field=field: setattr(self, field, True))
+
+
+def _wait_until_reached(host: str, port: int, asked: _Asked) -> None:
+    """Waits until what listens hands requests to a replica: Ray tells it of them after it has said that they are ready."""
+    end = time.monotonic() + _REACHED_SECONDS
+    while not asked.stop and time.monotonic() < end:
+        with closing(HTTPConnection({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port, timeout=5)) as connection:
+            try:
+                connection.request("GET", "/health")
+                if connection.getresponse().status == 200:
+                    return
+            except (OSError, HTTPException):
+                pass
+        time.sleep(_LOOK_SECONDS)
 
 
 def _replaced(applications: Mapping[str, Any], note: Callable[[str], None]) -> bool:

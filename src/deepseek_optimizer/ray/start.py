@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from . import haproxy
 from .proxy import CALLBACK, IMPORT_PATH
 
 _ENVIRONMENT = {
@@ -17,16 +18,18 @@ _ENVIRONMENT = {
 }
 
 
-def start(address: str | None, **options: Any) -> None:
+def start(address: str | None, by_haproxy: bool = False, **options: Any) -> None:
     """Connects this process to Ray.
 
     Args:
         address: of a cluster, "auto" for one of this machine. None: Ray is started here, with environment variables that its
             processes read, unless they are set.
+        by_haproxy: whether HAProxy shall hand requests to replicas, if Ray is started here.
         options: more arguments of `ray.init`.
     """
     if address is None:
-        for name, value in _ENVIRONMENT.items():
+        wanted = by_haproxy and os.environ.get(haproxy.VARIABLE, "1") == "1" and haproxy.available()
+        for name, value in {**_ENVIRONMENT, **(haproxy.environment() if wanted else {})}.items():
             os.environ.setdefault(name, value)
     import ray  # it reads some of them when it is imported
 
