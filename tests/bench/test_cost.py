@@ -16,7 +16,7 @@ from deepseek_optimizer.bench.cost import (
     sections,
     too_small,
 )
-from deepseek_optimizer.bench.instances import INSTANCES
+from deepseek_optimizer.bench.instances import DATE, INSTANCES
 from deepseek_optimizer.bench.memory_traffic import Traffic
 from deepseek_optimizer.bench.scaling import Costs
 from deepseek_optimizer.bench.step_work import Stage, StepWork, step_work
@@ -83,7 +83,7 @@ def test_prices_that_were_not_given_are_marked():
     report = cost_report(WORK, None, None, {"c7a.8xlarge": (speed, speed)}, {}, {}, left_out=["c8g.8xlarge"])
     _, table, _ = sections(report)
     assert table.rows[0][1].endswith("*") and report["machines"][0]["example_price"]
-    assert "* An example price" in table.note and "2025" in table.note and "--price NAME=PRICE" in table.note
+    assert "* An example price" in table.note and DATE in table.note and "--price NAME=PRICE" in table.note
     assert "too small for the model: c8g.8xlarge" in table.note and report["too_small"] == ["c8g.8xlarge"]
 
 

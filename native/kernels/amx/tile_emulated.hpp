@@ -8,6 +8,9 @@
 namespace dso::DSO_ISA_NAMESPACE {
 namespace {
 
+// Of what only reads and writes tiles, whose sizes `used` checks: sanitizers would make it several times slower.
+#define DSO_UNSANITIZED __attribute__((no_sanitize("address", "undefined")))
+
 class Tiles {
  public:
   explicit Tiles(int k_bytes) : k_bytes_(k_bytes) {}
@@ -39,7 +42,7 @@ class Tiles {
   }
 
   template <int c, int a, int b>
-  void dot_s8_u8() {
+  DSO_UNSANITIZED void dot_s8_u8() {
     Tile& out = used(c);
     const Tile &left = used(a), &right = used(b);
     for (int m = 0; m < out.rows; m++) {
@@ -56,7 +59,7 @@ class Tiles {
   // Even and odd columns are two chains of fused multiply-adds that start from zero in every instruction; their sum is added to
   // C. Denormal inputs and outputs count as zero, whatever MXCSR says.
   template <int c, int a, int b>
-  void dot_bf16() {
+  DSO_UNSANITIZED void dot_bf16() {
     Tile& out = used(c);
     const Tile &left = used(a), &right = used(b);
     for (int m = 0; m < out.rows; m++) {
@@ -82,14 +85,14 @@ class Tiles {
     if (tiles_[t].rows < 1 || tiles_[t].rows > 16 || tiles_[t].row_bytes > 64) __builtin_trap();
     return tiles_[t];
   }
-  static float flush(float x) {  // denormals to zero with the same sign
+  DSO_UNSANITIZED static float flush(float x) {  // denormals to zero with the same sign
     uint32_t u;
     memcpy(&u, &x, 4);
     if ((u & 0x7f800000u) == 0) u &= 0x80000000u;
     memcpy(&x, &u, 4);
     return x;
   }
-  static float bf16(const uint8_t* p) {
+  DSO_UNSANITIZED static float bf16(const uint8_t* p) {
     uint16_t h;
     memcpy(&h, p, 2);
     const uint32_t u = (uint32_t)h << 16;
@@ -101,6 +104,7 @@ class Tiles {
   int k_bytes_;
   Tile tiles_[8] = {};
 };
+#undef DSO_UNSANITIZED
 
 }  // namespace
 }  // namespace dso::DSO_ISA_NAMESPACE
