@@ -31,6 +31,7 @@ from ..drafted_round import drafted_round
 from ..qualities import Quality
 from ..wrapped_plan import WrappedPlan
 from .leader import Leader
+from .shared_plans import SharedPlans
 
 Result = TypeVar("Result")
 
@@ -50,9 +51,7 @@ class RankBackend(CpuBackend):
     ) -> None:
         super().__init__(isa, threads, group)
         self.group, self.parallel, self.leader = group, parallel, leader
-        self._graphs: list[Graph] = []  # of whole models, in the order in which all processes have compiled them
-        self.plans: list[CpuPlan] = []  # of these graphs
-        self._all_compile = False  # whether the others compile what this one does
+        self.plans = SharedPlans(group.ranks, leader)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -80,18 +79,10 @@ class RankBackend(CpuBackend):
         Raises:
             UnsupportedRequestError: the other processes have not compiled this graph while they loaded the model.
         """
-        known = graph in self._graphs
-        if not known and self.leader is not None and self.leader.ready and not self._all_compile:
-            raise UnsupportedRequestError(
-                f"the model runs in {self.group.ranks} processes, which have its own plan only; load it without parallel"
-            )
+        self.plans.check(graph)
         shard = shard_of(graph, self.group.rank, self.parallel, _formats(weights))
         plan = super().compile(shard.graph, {**weights, **_views(shard, weights)}, options)
-        if not known:
-            self._graphs.append(graph)
-            self.plans.append(plan)
-        number = self._graphs.index(graph)
-        self.plans[number] = plan
+        number = self.plans.add(graph, plan)
         return plan if self.leader is None else LeaderPlan(number, plan, self.leader)
 
     def compile_in_all(self, quality: Quality, compile_own: Callable[[], Plan]) -> Plan:
@@ -102,15 +93,7 @@ class RankBackend(CpuBackend):
             compile_own: compiles it here.
         """
         assert self.leader is not None
-
-        def own() -> Plan:
-            self._all_compile = True
-            try:
-                return compile_own()
-            finally:
-                self._all_compile = False
-
-        plan: Plan = self.leader.ask(("compile", quality), own)[0]
+        plan: Plan = self.leader.ask(("compile", quality), lambda: self.plans.in_all(compile_own))[0]
         return plan
 
     def new_store(  # type: ignore[override]  # the leader's store is around a CpuStore

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
@@ -11,33 +10,24 @@ from typing import Any
 import torch
 
 from ...errors import CheckpointChangedError
-from ...graph.ir import Graph
-from ..base import Plan, StepBatch
-from ..qualities import Quality
+from ..base import StepBatch
+from .commands import Commands, OwnPart
 from .messages import DONE, END, END_BYTES, FAILED, answer
 from .stages import StageBackend
 
 
-def serve_stage(
-    backend: StageBackend,
-    graph: Graph,
-    fingerprint: Callable[[bool], str],
-    compile_own: Callable[[Quality], Plan],
-    link: Connection,
-) -> bool:
+def serve_stage(backend: StageBackend, part: OwnPart, link: Connection) -> bool:
     """Runs the messages of the first process. Returns when there will be no more of them.
 
     Args:
         backend: this process's, with its plans.
-        graph: of the whole model.
-        fingerprint: of this process's part of the model.
-        compile_own: compiles the plan of a quality for that part.
+        part: what it has of the model.
         link: to the first process. A message that fails is answered with the reason, and ends the group.
 
     Returns:
         Whether the first process has said so; False: it is gone, or the files of the model have changed.
     """
-    commands = _Commands(backend, graph, fingerprint, compile_own)
+    commands = _Commands(backend, part)
     try:
         with backend.thread_context():
             while True:
@@ -77,28 +67,12 @@ def next_message(link: Connection) -> tuple[str, list[Any]]:
         return name, [plan, number, replace(batch, states=states)]
 
 
-class _Commands:
-    """One method per message."""
-
-    def __init__(
-        self,
-        backend: StageBackend,
-        graph: Graph,
-        fingerprint: Callable[[bool], str],
-        compile_own: Callable[[Quality], Plan],
-    ) -> None:
-        self._backend, self._graph, self.fingerprint, self._compile = backend, graph, fingerprint, compile_own
-        self._stores: dict[int, Any] = {}
+class _Commands(Commands[StageBackend]):
+    """Those of a stage."""
 
     def new_store(self, number: int, kv_dtype: str, num_blocks: int) -> int:
-        store = self._stores[number] = self._backend.new_store(self._graph, kv_dtype, num_blocks)
+        store = self._stores[number] = self._backend.new_store(self._part.graph, kv_dtype, num_blocks)
         return int(store.saved_bytes)
-
-    def compile(self, quality: Quality) -> None:
-        self._compile(quality)
-
-    def drop_store(self, number: int) -> None:
-        self._stores.pop(number, None)
 
     def store(self, number: int, method: str, arguments: tuple[Any, ...]) -> Any:
         return getattr(self._stores[number], method)(*arguments)

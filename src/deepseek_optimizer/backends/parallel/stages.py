@@ -27,6 +27,7 @@ from ..qualities import Quality
 from ..stage_batch import layer_batch, tail_batch
 from ..wrapped_plan import WrappedPlan
 from .links import Links
+from .shared_plans import SharedPlans
 
 
 class StageBackend(CpuBackend):
@@ -51,9 +52,7 @@ class StageBackend(CpuBackend):
     ) -> None:
         super().__init__(isa, threads)
         self.stages, self.rank, self.leader, self.one_host = stages, rank, links, one_host
-        self._graphs: list[Graph] = []  # of whole models, in the order in which all processes have compiled them
-        self.plans: list[CpuPlan] = []  # of this stage of these graphs
-        self._all_compile = False  # whether the others compile what this one does
+        self.plans = SharedPlans(len(stages), links)  # of this stage
 
     @property
     def stage(self) -> Stage:
@@ -86,18 +85,10 @@ class StageBackend(CpuBackend):
         """
         if self.rank == 0 and not _has_layers_of_others(graph, self.stages):
             return OwnPlan(super().compile(on_first(graph, self.stage), weights, options))
-        known = graph in self._graphs
-        if not known and self._graphs and self.leader is not None and not self._all_compile:
-            raise UnsupportedRequestError(
-                f"the model runs in {len(self.stages)} processes, which have its own plan only; load it without parallel"
-            )
+        self.plans.check(graph)
         stage = divided_as(graph, self.stages)[self.rank]
         plan = super().compile(stage.graph, weights, options)
-        if not known:
-            self._graphs.append(graph)
-            self.plans.append(plan)
-        number = self._graphs.index(graph)
-        self.plans[number] = plan
+        number = self.plans.add(graph, plan)
         if self.leader is None or stage.tail is None:
             return plan
         return FirstPlan(number, plan, super().compile(stage.tail, weights, options), self.stages, self.leader)
@@ -109,15 +100,7 @@ class StageBackend(CpuBackend):
             quality: of the plan, an argument of the function that `serve_stage` has.
             compile_own: compiles it here.
         """
-
-        def own() -> Plan:
-            self._all_compile = True
-            try:
-                return compile_own()
-            finally:
-                self._all_compile = False
-
-        return self._in_all(own, "compile", quality)[0]
+        return self._in_all(lambda: self.plans.in_all(compile_own), "compile", quality)[0]
 
     def new_store(  # type: ignore[override]  # the first one's store is around a CpuStore
         self, graph: Graph, kv_dtype: str, num_blocks: int, num_states: int = 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
@@ -11,35 +10,26 @@ from typing import Any
 import torch
 
 from ...errors import CheckpointChangedError, RankLostError
-from ...graph.ir import Graph
-from ..base import Plan, StepBatch
-from ..qualities import Quality
+from ..base import StepBatch
 from .backend import RankBackend
+from .commands import Commands, OwnPart
 from .messages import DONE, END, FAILED, LOST, answer
 
 _ANSWERED = ("new_store", "ask_store", "fingerprint", "compile")  # the messages that the leader expects answers to
 
 
-def serve(
-    backend: RankBackend,
-    graph: Graph,
-    fingerprint: Callable[[bool], str],
-    compile_own: Callable[[Quality], Plan],
-    answers: Connection,
-) -> bool:
+def serve(backend: RankBackend, part: OwnPart, answers: Connection) -> bool:
     """Runs the leader's messages. Returns when there will be no more of them.
 
     Args:
         backend: this process's, with its plans.
-        graph: of the whole model.
-        fingerprint: of this process's part of the model.
-        compile_own: compiles the plan of a quality for that part.
+        part: what it has of the model.
         answers: the pipe to the leader. A message that fails is answered with the reason, and ends the group.
 
     Returns:
         Whether the leader has said so; False: a process is gone, or the files of the model have changed.
     """
-    commands = _Commands(backend, graph, fingerprint, compile_own)
+    commands = _Commands(backend, part)
     try:
         with backend.thread_context():
             while True:
@@ -66,28 +56,15 @@ def _say(answers: Connection, kind: str, value: Any) -> None:
         pass
 
 
-class _Commands:
-    """One method per message."""
+class _Commands(Commands[RankBackend]):
+    """Those of a rank."""
 
-    def __init__(
-        self,
-        backend: RankBackend,
-        graph: Graph,
-        fingerprint: Callable[[bool], str],
-        compile_own: Callable[[Quality], Plan],
-    ) -> None:
-        self._backend, self._graph, self.fingerprint, self._compile = backend, graph, fingerprint, compile_own
-        self._stores: dict[int, Any] = {}
+    def __init__(self, backend: RankBackend, part: OwnPart) -> None:
+        super().__init__(backend, part)
         self._logits: torch.Tensor | None = None
 
     def new_store(self, number: int, kv_dtype: str, num_blocks: int) -> None:
-        self._stores[number] = self._backend.new_store(self._graph, kv_dtype, num_blocks)
-
-    def compile(self, quality: Quality) -> None:
-        self._compile(quality)
-
-    def drop_store(self, number: int) -> None:
-        self._stores.pop(number, None)
+        self._stores[number] = self._backend.new_store(self._part.graph, kv_dtype, num_blocks)
 
     def store(self, number: int, method: str, arguments: tuple[Any, ...]) -> None:
         getattr(self._stores[number], method)(*arguments)

@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +43,12 @@ from ..bind.runnable import check_runnable
 from ..bind.swap import expected_tensors, order_columns, swap_on_meta
 from ..compat import causal_lm_class
 from ..configs import check_config
-from ..generation.fingerprint import part_fingerprint
 from ..memory.weights import check_memory
 from ..model.bind_plan import bind
 from .calibrate import calibrate, calibration_for, without_rounding
 from .general import load_general, why_general_path, why_language_alone
 from .kl_budget import adapt, calibration_tokens
-from .member import Member, Share
+from .member import Member, Share, own_part
 from .mtp_layers import add_mtp_layers, own_tensors, same_tensor, stored_mtp_layers
 from .placement import packing_backend, parse_device, placed, with_backend
 from .quantizer import mark_quantized
@@ -201,8 +199,7 @@ def _load_share(
     if member.link is not None:
         answer(member.link, READY, same)
         run = serve_stage if share.stages else serve
-        compile_own = partial(model.dso.compile, model.dso.graph)
-        ended = run(model.dso.backend, model.dso.graph, partial(part_fingerprint, model.dso), compile_own, member.link)
+        ended = run(model.dso.backend, own_part(model.dso), member.link)
         # This process was started for its part only. On one machine, nobody is left who would read its status.
         if not member.one_host:
             raise SystemExit(0 if ended else 1)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 
 from ...backends.cpu.environment import memory_nodes, topology_file
 from ...backends.cpu.group import Group
 from ...backends.cpu.native import machine_cpus
 from ...backends.cpu.topology import cpus_of_rank
-from ...backends.parallel import Leader, Links, RankBackend, StageBackend
+from ...backends.parallel import Leader, Links, OwnPart, RankBackend, StageBackend
 from ...checkpoint.load import Part
 from ...config import DeepSeekConfig
 from ...graph.parallel.layer_shares import Machine
 from ...graph.parallel.pipeline import Stage
+from ..bind.runtime import Runtime
+from ..generation.fingerprint import part_fingerprint
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,11 @@ class Share:
     parts: Mapping[str, Part]
     names: list[str] | None = None
     stages: list[Stage] = field(default_factory=list)
+
+
+def own_part(runtime: Runtime) -> OwnPart:
+    """What the process of a runtime has of a divided model, for the messages of the first process."""
+    return OwnPart(runtime.graph, partial(part_fingerprint, runtime), partial(runtime.compile, runtime.graph))
 
 
 def cpus_of_process(rank: int, ranks: int, threads: int) -> list[int] | None:

@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 import warnings
-from functools import partial
 from multiprocessing.connection import Connection
 
 
@@ -29,9 +28,8 @@ def main() -> int:
     from ...backends.parallel import serve
     from ...backends.parallel.messages import FAILED, READY, answer
     from ...config import DeepSeekConfig
-    from ..generation.fingerprint import part_fingerprint
     from .loader import load
-    from .member import Member
+    from .member import Member, own_part
 
     if memory < 0:  # of a pipeline
         member = Member(job["rank"], job["threads"], link=answers)
@@ -49,6 +47,5 @@ def main() -> int:
     if member.group is None:
         return 0  # the leader has ended
     answer(answers, READY, "")
-    compile_own = partial(model.dso.compile, model.dso.graph)
-    serve(model.dso.backend, model.dso.graph, partial(part_fingerprint, model.dso), compile_own, answers)
+    serve(model.dso.backend, own_part(model.dso), answers)
     return 0
