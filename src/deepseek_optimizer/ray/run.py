@@ -13,7 +13,7 @@ from typing import Any
 from .start import start
 
 _NAME = "dso"  # of the application
-_REACHED_SECONDS = 30.0  # until the address of a server is printed although it answers with errors
+_REACHED_SECONDS = 30.0  # that what listens may take to hand requests to replicas that are ready
 _LOOK_SECONDS = 0.2  # between two looks at what was asked for, and at replicas that are being replaced
 
 
@@ -50,8 +50,8 @@ def serve_until_stopped(
         except TimeoutError:  # after a minute, which proxies may need on a busy machine: they go on starting
             serve.start(http_options=listen)
         serve.run(application(), name=_NAME, route_prefix="/")
-        if address is None:
-            _wait_until_reached(host, port, asked)
+        if address is None and not _reached(host, port, asked):
+            note(f"the replicas are ready, but requests to port {port} did not reach them for {_REACHED_SECONDS:.0f} seconds")
         banner()
         replacing = False
         while not asked.stop:
@@ -82,18 +82,20 @@ class _Asked:
                 signal.signal(getattr(signal, name), lambda *_, field=field: setattr(self, field, True))
 
 
-def _wait_until_reached(host: str, port: int, asked: _Asked) -> None:
-    """Waits until what listens hands requests to a replica: Ray tells it of them after it has said that they are ready."""
+def _reached(host: str, port: int, asked: _Asked) -> bool:
+    """Waits until what listens hands requests to a replica: Ray tells it of them after it has said that they are ready. Returns
+    whether it does; also if a signal has come meanwhile."""
     end = time.monotonic() + _REACHED_SECONDS
     while not asked.stop and time.monotonic() < end:
         with closing(HTTPConnection({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port, timeout=5)) as connection:
             try:
                 connection.request("GET", "/health")
                 if connection.getresponse().status == 200:
-                    return
+                    return True
             except (OSError, HTTPException):
                 pass
         time.sleep(_LOOK_SECONDS)
+    return asked.stop
 
 
 def _replaced(applications: Mapping[str, Any], note: Callable[[str], None]) -> bool:
