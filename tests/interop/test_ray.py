@@ -45,6 +45,12 @@ class Cluster:
         headers = {} if session is None else {"X-Session-Id": session}
         return httpx.post(f"{self.url}/v1/completions", json=body, headers=headers, timeout=120)
 
+    def kill(self) -> None:
+        """Ends what is left of it."""
+        for child in [*psutil.Process(self.process.pid).children(recursive=True)] if self.process.poll() is None else []:
+            child.kill()
+        self.process.kill()
+
     def replicas(self) -> list[psutil.Process]:
         found = []
         for process in psutil.Process(self.process.pid).children(recursive=True):
@@ -67,9 +73,7 @@ def cluster(byte_tokenizer, tmp_path_factory):
         cluster.process.send_signal(signal.SIGTERM)
         assert cluster.process.wait(60) == 0
     finally:
-        for child in [*psutil.Process(cluster.process.pid).children(recursive=True)] if cluster.process.poll() is None else []:
-            child.kill()
-        cluster.process.kill()
+        cluster.kill()
 
 
 def replica_of(response: httpx.Response) -> str:

@@ -7,7 +7,6 @@ import signal
 import time
 
 import httpx
-import psutil
 import pytest
 
 from support.saved_llama import saved_llama
@@ -26,9 +25,7 @@ def cluster(byte_tokenizer, tmp_path_factory):
         begin = time.monotonic()
         assert cluster.process.wait(60) == 0 and time.monotonic() - begin < 25  # Ray would let replicas wait for 30 seconds
     finally:
-        for child in [*psutil.Process(cluster.process.pid).children(recursive=True)] if cluster.process.poll() is None else []:
-            child.kill()
-        cluster.process.kill()
+        cluster.kill()
 
 
 def test_answers_and_streams(cluster: Cluster) -> None:
