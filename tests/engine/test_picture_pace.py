@@ -6,6 +6,7 @@ import asyncio
 import math
 from types import SimpleNamespace
 
+from deepseek_optimizer.engine import picture_pace
 from deepseek_optimizer.engine.async_engine import AsyncEngine
 from deepseek_optimizer.engine.picture_pace import PicturePace
 from deepseek_optimizer.engine.request import Request, SamplingParams
@@ -25,11 +26,13 @@ class LoggedPace(PicturePace):
     def __init__(self):
         super().__init__()
         self.log = []
+        self.encoded = False
 
     def next_piece(self):
         with self._turn:
             seconds = super().next_piece()
             self.log.append("piece")
+            self._turn.notify_all()
             return seconds
 
     def stepped(self, core):
@@ -37,31 +40,36 @@ class LoggedPace(PicturePace):
             self.log.append("step")
             super().stepped(core)
 
+    def await_piece(self):
+        """Waits until a piece has followed the latest step, so that the stream does not end before the picture."""
+        with self._turn:
+            assert self._turn.wait_for(lambda: self.encoded or self.log[-1:] != ["step"], 30)
 
-def test_a_step_between_any_two_pieces():
-    """The pieces are asked for by another thread, as fast as it can; a stream runs the whole time."""
+    def encode(self, pieces):
+        """Asks for pieces as fast as it can. Returns how long each may take."""
+        limits = [self.next_piece() for _ in range(pieces)]
+        with self._turn:
+            self.encoded = True
+            self._turn.notify_all()
+        return limits
+
+
+def test_a_step_between_any_two_pieces(monkeypatch):
+    """The pieces are asked for by another thread, and a stream runs the whole time."""
+    monkeypatch.setattr(picture_pace, "_PATIENCE", 30)
 
     async def main():
-        pace = LoggedPace()
-        engine = AsyncEngine(make_core(stall=2.5), "mock", picture_encoder=SimpleNamespace(pace=pace))
+        pace, core = LoggedPace(), make_core(stall=2.5)
+        step = core.step
+        monkeypatch.setattr(core, "step", lambda: (pace.await_piece(), step())[1])
+        engine = AsyncEngine(core, "mock", picture_encoder=SimpleNamespace(pace=pace))
         await engine.start()
-        limits = []
-
-        def encode():
-            pace.log.clear()
-            limits.extend(pace.next_piece() for _ in range(50))
-
         with engine.admit():
             encoding = None
-            async for output in engine.submit(Request([1, 2], LONG)):
-                if encoding is None:
-                    encoding = asyncio.create_task(asyncio.to_thread(encode))
-                if encoding.done():
-                    assert output.finish is None  # the stream was running all the time
-                    break
-        await encoding
-        log = pace.log[: len(pace.log) - pace.log[::-1].index("piece")]
-        assert log.count("piece") == 50 and ("piece", "piece") not in set(zip(log, log[1:], strict=False))
+            async for _ in engine.submit(Request([1, 2], LONG)):
+                encoding = encoding or asyncio.create_task(asyncio.to_thread(pace.encode, 50))
+        limits = await encoding
+        assert pace.log.count("piece") == 50 and ("piece", "piece") not in set(zip(pace.log, pace.log[1:], strict=False))
         assert 0 < max(limits[5:]) < math.inf
         await engine.close()
         assert pace.next_piece() == math.inf  # no engine, no steps to wait for
