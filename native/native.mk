@@ -42,7 +42,8 @@ test-native: $(filter $(BIN)/cmake,$(CMAKE))
 	cd build/native && ctest -j $(NATIVE_JOBS) --output-on-failure
 
 # The thread pool and plans that several threads share, under ThreadSanitizer.
-TSAN_TESTS ?= test_pool test_threads test_red_zones test_plan test_nodes test_many_threads test_process_group test_socket_group
+TSAN_TESTS ?= test_pool test_threads test_red_zones test_plan test_nodes test_many_threads test_process_group test_socket_group \
+	test_stage_decode
 test-native-tsan: $(filter $(BIN)/cmake,$(CMAKE))
 	$(CMAKE) -S . -B build/native-tsan -DDSO_TESTS=ON -DDSO_SANITIZE=thread
 	$(CMAKE) --build build/native-tsan -j $(NATIVE_JOBS) --target $(TSAN_TESTS)

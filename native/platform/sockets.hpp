@@ -15,6 +15,7 @@ bool is_stream(int fd);  // a socket that is connected, or was; false on systems
 // As much of two pieces, one after the other, as can be sent or is there. 0: nothing now; -1: the connection has ended.
 int64_t send_now(int fd, Bytes first, Bytes second);
 int64_t receive_now(int fd, Bytes first, Bytes second);
+int64_t look_now(int fd, Bytes piece);  // as receive_now, but what is there stays there
 
 struct Watch {
   int fd;

@@ -21,6 +21,7 @@
 #include "plan.hpp"
 #include "shared_group.hpp"
 #include "socket_group.hpp"
+#include "stage_decode.hpp"
 #include "states.hpp"
 #include "thread_places.hpp"
 #include "topology.hpp"
@@ -278,7 +279,17 @@ int32_t dso_plan_check_batch(const dso_plan* p, const dso_batch* batch) {
   return guarded([&] { given(p, "plan").check_batch(given(batch, "batch")); });
 }
 int32_t dso_plan_decode(dso_plan* p, const dso_batch* batch, dso_decode* d) {
-  return guarded([&] { decode(given(p, "plan"), given(batch, "batch"), given(d, "decode")); });
+  return guarded([&] {
+    dso_plan& plan = given(p, "plan");
+    decode(plan, given(batch, "batch"), given(d, "decode"), [&](const dso_batch& step) { plan.run(step); });
+  });
+}
+int32_t dso_plan_decode_stages(dso_plan* tail, const dso_batch* batch, dso_decode* d, dso_stages* stages) {
+  return guarded(
+      [&] { decode_stages(given(tail, "plan"), given(batch, "batch"), given(d, "decode"), given(stages, "stages")); });
+}
+int32_t dso_plan_follow(dso_plan* p, const dso_batch* batch, int32_t link) {
+  return guarded([&] { follow(given(p, "plan"), given(batch, "batch"), link); });
 }
 int32_t dso_plan_decode_drafted(dso_plan* p, const dso_batch* batch, dso_plan* drafter, const dso_batch* pending,
                                 dso_drafted_decode* d) {

@@ -42,7 +42,7 @@ void check(const dso_plan& plan, const dso_batch& b, const dso_decode& d) {
 
 }  // namespace
 
-void decode(dso_plan& plan, const dso_batch& batch, dso_decode& d) {
+void decode(dso_plan& plan, const dso_batch& batch, dso_decode& d, const std::function<void(const dso_batch&)>& run) {
   using Clock = std::chrono::steady_clock;
   const Clock::time_point start = Clock::now();
   check(plan, batch, d);
@@ -60,7 +60,7 @@ void decode(dso_plan& plan, const dso_batch& batch, dso_decode& d) {
   Mt19937 generator(d.generator ? *d.generator : dso_mt19937{1, 0, {}});
   const int64_t hidden_floats = int64_t(rows) * plan.hidden_width(), draft_floats = int64_t(rows) * plan.draft_width();
   for (;;) {
-    plan.run(b);
+    run(b);
     generator.mark();
     for (size_t s = 0; s < rows; ++s) {
       ids[s] = chooser.choose(b.logits + int64_t(s) * plan.vocab_size(), d.choices[s], penalties[s], d.done,

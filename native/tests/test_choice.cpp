@@ -1,14 +1,7 @@
 // dso_choose and dso_plan_decode: equal on every variant; a decode call equals single steps; arguments; memory (ASan).
 #include "choice.hpp"
 
-#include "plan_fixture.hpp"
-
-static dso_choice greedy() {
-  dso_choice c{};
-  c.top_p = 1;
-  c.repetition = 1;
-  return c;
-}
+#include "decode_fixture.hpp"
 
 static void test_variants_choose_the_same() {
   Random random(5);
@@ -63,39 +56,6 @@ static void test_variants_choose_the_same() {
   check(decided > rounds(200) && undecided > rounds(20), "%d decided, %d undecided", decided, undecided);
 }
 
-struct Batch1 {  // of sequences that each have `context` tokens in blocks of their own
-  Batch1(const Model& model, int32_t rows, int32_t context, dso_cache* cache)
-      : ids((size_t)rows),
-        positions((size_t)rows, context),
-        lengths((size_t)rows, context),
-        ones((size_t)rows, 1),
-        phase((size_t)rows, DSO_PHASE_DECODE),
-        order((size_t)rows),
-        table((size_t)rows * 2),
-        logits((size_t)rows * (size_t)model.spec.vocab) {
-    for (int32_t i = 0; i < rows; ++i) {
-      ids[(size_t)i] = 7 + i;
-      order[(size_t)i] = i;
-      table[(size_t)i * 2] = 2 * i;
-      table[(size_t)i * 2 + 1] = 2 * i + 1;
-    }
-    b.T = b.S = b.R = rows;
-    b.max_blocks = 2;
-    b.token_ids = ids.data();
-    b.positions = positions.data();
-    b.query_len = ones.data();
-    b.context_len = lengths.data();
-    b.phase = phase.data();
-    b.block_table = table.data();
-    b.logit_rows = order.data();
-    b.logits = logits.data();
-    b.cache = cache;
-  }
-  std::vector<int32_t> ids, positions, lengths, ones, phase, order, table;
-  std::vector<float> logits;
-  dso_batch b{};
-};
-
 static void test_a_call_equals_single_steps() {
   Spec spec;
   for (const Variant& v : ::vector_variants()) {
@@ -103,7 +63,7 @@ static void test_a_call_equals_single_steps() {
     const dso_cache_shape shape{DSO_KV_F32, spec.layers, spec.kv_heads, spec.head_dim, 0, 0, 0, 0, nullptr};
     dso_cache one(*v.kernels, shape, 8), several(*v.kernels, shape, 8);
     const int32_t rows = 3, steps = 20;
-    Batch1 a(model, rows, 0, &one), b(model, rows, 0, &several);
+    DecodeBatch a(model, rows, 0, &one), b(model, rows, 0, &several);
     Random random(3);
     std::vector<double> numbers((size_t)steps);
     for (double& x : numbers) x = random.uniform();
@@ -170,7 +130,7 @@ static void test_arguments() {
   Model model(spec, *::variants()[0].kernels, 1);
   const dso_cache_shape shape{DSO_KV_F32, spec.layers, spec.kv_heads, spec.head_dim, 0, 0, 0, 0, nullptr};
   dso_cache cache(model.kernels, shape, 8);
-  Batch1 good(model, 2, 0, &cache);
+  DecodeBatch good(model, 2, 0, &cache);
   std::vector<dso_choice> choices(2, greedy());
   std::vector<int32_t> tokens(8);
   dso_decode d{};

@@ -86,7 +86,7 @@ LAYERS = (
             ("sampling",),
             ("decoding",),
             ("base",),
-            ("registry", "decode_one", "decode_steps", "drafted_round", "kv_b", "stage_batch"),
+            ("registry", "decode_one", "drafted_round", "kv_b", "stage_batch"),
             ("reference", "cpu"),
             ("cuda",),
             (REST,),

@@ -38,16 +38,20 @@ int64_t send_now(int fd, Bytes first, Bytes second) {
   }
 }
 
-int64_t receive_now(int fd, Bytes first, Bytes second) {
+static int64_t receive(int fd, Bytes first, Bytes second, int flags) {
   iovec pieces[2];
   msghdr message = message_of(pieces, first, second);
   for (;;) {
-    const ssize_t got = recvmsg(fd, &message, MSG_DONTWAIT);
+    const ssize_t got = recvmsg(fd, &message, MSG_DONTWAIT | flags);
     if (got > 0) return got;
     if (got == 0) return -1;
     if (errno != EINTR) return try_again() ? 0 : -1;
   }
 }
+
+int64_t receive_now(int fd, Bytes first, Bytes second) { return receive(fd, first, second, 0); }
+
+int64_t look_now(int fd, Bytes piece) { return receive(fd, piece, {piece.data, 0}, MSG_PEEK); }
 
 void wait_for_sockets(std::vector<Watch>& watches, int milliseconds) {
   std::vector<pollfd> polled;

@@ -52,6 +52,7 @@ def declarations(text: str):
         native.Choice,
         native.Decode,
         native.DraftedDecode,
+        native.Stages,
         native.NativeCpu,
         native.RunCounts,
     ],

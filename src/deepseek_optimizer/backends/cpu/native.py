@@ -23,7 +23,7 @@ from .environment import memory_nodes, topology_file
 from .kept_rows import KeptRows
 from .topology import Cpu, cpus_of_rank, read_topology
 
-ABI_VERSION = 19
+ABI_VERSION = 20
 BLOCK_TOKENS = 32
 
 FORMATS = {
@@ -131,6 +131,12 @@ class Decode(C.Structure):
         ("generator", PTR), ("variates", I64), ("tokens", PTR), ("done", I32), ("undecided", I32),
         ("token_of", PTR), ("keep_logits", I32), ("reserved", I32),
     ]  # fmt: skip
+
+
+class Stages(C.Structure):
+    """dso_stages."""
+
+    _fields_ = [("first", PTR), ("batch", PTR), ("links", PTR), ("n_links", I32), ("lost", I32)]
 
 
 class DraftedDecode(C.Structure):
@@ -250,6 +256,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "dso_plan_run": (I32, [PTR, PTR]),
     "dso_plan_check_batch": (I32, [PTR, PTR]),
     "dso_plan_decode": (I32, [PTR, PTR, PTR]),
+    "dso_plan_decode_stages": (I32, [PTR, PTR, PTR, PTR]),
+    "dso_plan_follow": (I32, [PTR, PTR, I32]),
     "dso_plan_decode_drafted": (I32, [PTR, PTR, PTR, PTR, PTR]),
     "dso_choose": (I32, [PTR, PTR, I32, PTR, I32, PTR, PTR]),
     "dso_plan_check": (I32, [PTR]),

@@ -6,13 +6,13 @@ import ctypes as C
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ...errors import BackendError
+from ...errors import BackendError, RankLostError
 from ...graph.ir import CacheSpec, LatentSpec, RowsSpec, StateSpec
 from ...graph.rope_rotation import KeyRotation, Pairs
 from ..base import BLOCK_TOKENS, Int32, KvStore, StepBatch, StepOutput, reach_of
@@ -28,6 +28,7 @@ from .native import (
     Rotation,
     RunCounts,
     Slot,
+    Stages,
     Step,
     Weight,
     block_bytes,
@@ -215,26 +216,85 @@ class CpuPlan:
         self._call("dso_plan_run", b, output)
         return self._returned(batch, output)
 
-    def decode(self, batch: StepBatch, store: KvStore | None, call: DecodeCall) -> Decoded:
-        """See `Plan.decode`. A plan without a cache, such as of what follows the last layer, needs no store."""
+    def decode(self, batch: StepBatch, store: KvStore, call: DecodeCall) -> Decoded:
+        """See `Plan.decode`."""
+        return self._decoding(batch, store, call, self._steps_at_once(batch, call))("dso_plan_decode")
+
+    def decode_after(
+        self,
+        batch: StepBatch,
+        call: DecodeCall,
+        first: CpuPlan,
+        layers: StepBatch,
+        store: KvStore,
+        start: Callable[[], Sequence[int]],
+        lost: Callable[[int], NoReturn],
+    ) -> Decoded:
+        """`decode` of a plan of what follows the last layer of a model whose layers are divided among processes.
+
+        Args:
+            batch, call: see `Plan.decode`. The states come from the layers.
+            first: the plan of the first layers.
+            layers, store: the batch of its first step, without logits, and its cache.
+            start: makes the other processes call `follow`. Returns connected sockets to them, in the order of their layers.
+            lost: raises the error for the socket with an index, whose process has ended, or has sent something else.
+        """
+        b, rows, _keep = first._bound(layers, store)
+        decode = self._decoding(batch, None, call, first._steps_at_once(layers, call))
+        links = np.array(start(), np.int32)
+        native = Stages(first.handle.address, C.addressof(b), address(links, "links", _I32, links.shape), len(links))
+        try:
+            decoded = decode("dso_plan_decode_stages", C.byref(native))
+        except RankLostError:
+            if native.lost < 0:
+                raise
+            lost(native.lost)
+        first.context.outputs.verify("dso_plan_decode_stages", {"last_hidden": rows.last_hidden})
+        return decoded
+
+    def follow(self, batch: StepBatch, store: KvStore, link: int) -> None:
+        """Runs these layers in each step of a `decode_after` of another process.
+
+        Args:
+            batch: of the first step, without logits and states.
+            store: the cache of these layers.
+            link: a connected socket to that process.
+
+        Raises:
+            RankLostError: that process has ended.
+        """
+        b, output, _keep = self._bound(batch, store)
+        self._call("dso_plan_follow", b, output, link)
+
+    def _steps_at_once(self, batch: StepBatch, call: DecodeCall) -> int:
+        """The number of steps of a native call at most."""
         changing = self._rope is not None and batch.reach is None  # frequencies that depend on the length
-        steps = 1 if changing or self.has_states else call.steps
+        return 1 if changing or self.has_states else call.steps
+
+    def _decoding(self, batch: StepBatch, store: KvStore | None, call: DecodeCall, steps: int) -> Callable[..., Decoded]:
+        """Checks the arguments of a call of up to `steps` steps. Returns what runs them; its arguments: the library's function,
+        and what this takes besides."""
         sequences = len(batch.query_len)
         if call.keep_logits and batch.logits is not None:
             batch = replace(batch, logits=batch.logits[: steps * sequences])
-        b, output, _keep = self._bound(batch, store, steps * sequences if call.keep_logits else None, steps * sequences)
+        b, output, keep = self._bound(batch, store, steps * sequences if call.keep_logits else None, steps * sequences)
         native, tokens, kept = native_call(call, len(batch.query_len), self.vocab_size, steps)
-        self._call("dso_plan_decode", b, output, C.byref(native))
-        del kept
-        logits, states = self._returned(batch, output).logits, output.draft_states
-        assert logits is not None
-        ran, kept_logits = native.done + native.undecided, None
-        if states is not None:
-            states = states.view(steps, sequences, -1)[:ran]
-        if call.keep_logits:
-            kept_logits = logits.view(steps, sequences, -1)[:ran]
-            logits = kept_logits[-1]
-        return Decoded(tokens[: native.done], logits if native.undecided else None, states, kept_logits)
+        keep += kept
+
+        def run(name: str, *more: Any) -> Decoded:
+            self._call(name, b, output, C.byref(native), *more)
+            keep.clear()
+            logits, states = self._returned(batch, output).logits, output.draft_states
+            assert logits is not None
+            ran, kept_logits = native.done + native.undecided, None
+            if states is not None:
+                states = states.view(steps, sequences, -1)[:ran]
+            if call.keep_logits:
+                kept_logits = logits.view(steps, sequences, -1)[:ran]
+                logits = kept_logits[-1]
+            return Decoded(tokens[: native.done], logits if native.undecided else None, states, kept_logits)
+
+        return run
 
     def decode_drafted(
         self, batch: StepBatch, drafter: Any, pending: StepBatch, store: KvStore, call: DraftedCall

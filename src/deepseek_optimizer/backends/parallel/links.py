@@ -14,7 +14,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
@@ -137,6 +137,16 @@ class Links:
             self._end(f"rank {rank} of {self.ranks}: {value}")
         return value
 
+    def failed(self, rank: int) -> NoReturn:
+        """Raises RankLostError for a process that has ended, or could not do what the last message said."""
+        _, value = self._receive(rank)
+        self._end(f"rank {rank} of {self.ranks}: {value}")
+
+    @property
+    def sockets(self) -> list[int]:
+        """The file descriptors of the connections to ranks 1 and higher; for use within `together`."""
+        return [connection.fileno() for connection in self._connections]
+
     def check(self) -> None:
         """Raises RankLostError if a process has ended. Cheap."""
         self._check_usable()
@@ -166,7 +176,7 @@ class Links:
     def _closed(self) -> str:
         return f"rank 0 of {self.ranks}, the leader, has ended the others"
 
-    def _lose(self, rank: int) -> None:
+    def _lose(self, rank: int) -> NoReturn:
         if not self.close.alive:  # by another thread, while this one waited
             self._end(self._closed)
         name = f"rank {rank} of {self.ranks}"
@@ -192,7 +202,7 @@ class Links:
             pass
         return None
 
-    def _end(self, how: str) -> None:
+    def _end(self, how: str) -> NoReturn:
         """All requests end, and the other processes too."""
         if not self._lost:
             self._lost.append(how)

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
-from ...errors import CheckpointChangedError
+from ...errors import CheckpointChangedError, RankLostError
 from ..base import StepBatch
 from .commands import Commands, OwnPart
 from .messages import DONE, END, END_BYTES, FAILED, answer
 from .stages import StageBackend
+
+_UNANSWERED = ("drop_store", "decode")
 
 
 def serve_stage(backend: StageBackend, part: OwnPart, link: Connection) -> bool:
@@ -27,7 +29,7 @@ def serve_stage(backend: StageBackend, part: OwnPart, link: Connection) -> bool:
     Returns:
         Whether the first process has said so; False: it is gone, or the files of the model have changed.
     """
-    commands = _Commands(backend, part)
+    commands = _Commands(backend, part, link)
     try:
         with backend.thread_context():
             while True:
@@ -38,8 +40,10 @@ def serve_stage(backend: StageBackend, part: OwnPart, link: Connection) -> bool:
                 if name == END:
                     return True
                 result = getattr(commands, name)(*arguments)
-                if name != "drop_store":
+                if name not in _UNANSWERED:
                     answer(link, DONE, result)
+    except RankLostError:
+        return False
     except BaseException as error:
         try:
             answer(link, FAILED, f"{type(error).__name__}: {error}")
@@ -70,6 +74,10 @@ def next_message(link: Connection) -> tuple[str, list[Any]]:
 class _Commands(Commands[StageBackend]):
     """Those of a stage."""
 
+    def __init__(self, backend: StageBackend, part: OwnPart, link: Connection) -> None:
+        super().__init__(backend, part)
+        self._link = link
+
     def new_store(self, number: int, kv_dtype: str, num_blocks: int) -> int:
         store = self._stores[number] = self._backend.new_store(self._part.graph, kv_dtype, num_blocks)
         return int(store.saved_bytes)
@@ -81,3 +89,6 @@ class _Commands(Commands[StageBackend]):
         rows = self._backend.plans[plan].run(batch, self._stores[number]).last_hidden
         assert rows is not None
         return rows
+
+    def decode(self, plan: int, number: int, batch: StepBatch) -> None:
+        self._backend.plans[plan].follow(batch, self._stores[number], self._link.fileno())

@@ -20,7 +20,6 @@ from ...graph.rope_rotation import KeyRotation
 from ...quant.packed import PackedWeight
 from ..base import DEFAULTS, Capabilities, CompileOptions, Int32, KvStore, Plan, StepBatch, StepOutput
 from ..cpu import CpuBackend, CpuPlan, CpuStore
-from ..decode_steps import decode_steps
 from ..decoding import DecodeCall, Decoded, DraftedCall, DraftedRounds
 from ..drafted_round import drafted_round
 from ..qualities import Quality
@@ -292,21 +291,33 @@ class FirstPlan(WrappedPlan):
         return self._tail.run(self._links.together(lambda: self._after_layers(batch, store)), None)
 
     def decode(self, batch: StepBatch, store: KvStore, call: DecodeCall) -> Decoded:
-        """See `Plan.decode`. The first process chooses the tokens."""
+        """See `Plan.decode`. The first process chooses the tokens. Between two steps, only hidden rows are exchanged."""
+        assert isinstance(store, FirstStore)
+        own, after = layer_batch(batch, self._stages[0].groups, None), tail_batch(batch, None)
 
-        def step(batch: StepBatch, call: DecodeCall) -> Decoded:
-            return self._tail.decode(self._after_layers(batch, store), None, call)
+        def start() -> list[int]:
+            self._links.check()
+            self._send("decode", batch, store)
+            return self._links.sockets
 
-        return self._links.together(lambda: decode_steps(step, batch, call))
+        def lost(link: int) -> NoReturn:
+            self._links.failed(1 + link)
+
+        return self._links.together(lambda: self._tail.decode_after(after, call, self._first, own, store.own, start, lost))
+
+    def _send(self, name: str, batch: StepBatch, store: FirstStore) -> None:
+        """Sends a message to all other processes, with what each needs of a batch."""
+        sent = replace(batch, logits=None, inputs_embeds=None, adapters=None, adapter_of=None)
+        for rank, stage in enumerate(self._stages[1:], 1):
+            self._links.send(rank, name, self._number, store.number, layer_batch(sent, stage.groups, None))
 
     def _after_layers(self, batch: StepBatch, store: KvStore | None) -> StepBatch:
         """Runs the layers of all processes; returns the batch of the tail. The others get the step before this process runs its
         own layers, so that they have read it when the hidden rows arrive."""
         assert isinstance(store, FirstStore)
         self._links.check()
-        others, sent = range(1, len(self._stages)), _sent(batch)
-        for rank in others:
-            self._links.send(rank, "run", self._number, store.number, layer_batch(sent, self._stages[rank].groups, None))
+        self._send("run", batch, store)
+        others = range(1, len(self._stages))
         try:
             rows = self._first.run(layer_batch(batch, self._stages[0].groups, None), store.own).last_hidden
         except BaseException:
@@ -367,8 +378,3 @@ class OwnPlan(WrappedPlan):
 def _own_tables(batch: StepBatch, store: FirstStore) -> Int32:
     """The blocks of the groups of layers that the first process has."""
     return layer_batch(batch, store.stages[0].groups, None).block_table
-
-
-def _sent(batch: StepBatch) -> StepBatch:
-    """What the other processes need of a batch."""
-    return replace(batch, logits=None, inputs_embeds=None, adapters=None, adapter_of=None)
