@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from deepseek_optimizer.backends.base import BLOCK_TOKENS, DECODE, PREFILL
-from deepseek_optimizer.backends.cpu import native, native_train
+from deepseek_optimizer.backends.cpu import native, native_train, structs
 from deepseek_optimizer.errors import CheckpointChangedError, NotEnoughMemoryError
 from deepseek_optimizer.graph.ops import OPS
 
@@ -43,24 +43,24 @@ def declarations(text: str):
 @pytest.mark.parametrize(
     "struct",
     [
-        native.Weight,
-        native.Slot,
-        native.Step,
-        native.Batch,
-        native.Rotation,
-        native.StateShape,
-        native.Choice,
-        native.Decode,
-        native.DraftedDecode,
-        native.Stages,
-        native.NativeCpu,
-        native.RunCounts,
+        structs.Weight,
+        structs.Slot,
+        structs.Step,
+        structs.Batch,
+        structs.Rotation,
+        structs.StateShape,
+        structs.Choice,
+        structs.Decode,
+        structs.DraftedDecode,
+        structs.Stages,
+        structs.NativeCpu,
+        structs.RunCounts,
     ],
 )
 def test_structs(struct):
     name = re.search(r"dso_\w+", struct.__doc__)[0]
     body = re.search(rf"typedef struct {name} {{(.*?)}}", TEXT, re.S)[1]
-    renamed = {"in": "inputs", "out": "outputs"} if struct is native.Step else {}
+    renamed = {"in": "inputs", "out": "outputs"} if struct is structs.Step else {}
     expected = [(renamed.get(n, n), t * int(length) if length else t) for t, n, length in declarations(body)]
     assert [(name, kind) for name, kind in struct._fields_] == expected
 
@@ -110,7 +110,7 @@ def test_constants():
 
 def test_attributes_of_ops():
     attrs = [attr for spec in OPS.values() for attr in spec.attrs]
-    assert {attr.step_field for attr in attrs} - {""} <= {name for name, *_ in native.Step._fields_}
+    assert {attr.step_field for attr in attrs} - {""} <= {name for name, *_ in structs.Step._fields_}
     flags = {attr.flag for attr in attrs} | {flag for attr in attrs for _, flag in attr.more_flags}
     assert flags - {""} | {"last", "ids"} == set(native.FLAGS)
 

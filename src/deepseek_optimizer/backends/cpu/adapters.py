@@ -13,7 +13,8 @@ from ...graph.ir import AdapterSite
 from ...quant.base import TILE_ROWS
 from ...system.pages import private_pages
 from .buffers import address
-from .native import FORMATS, Handle, Site, Weight, check, library
+from .native import FORMATS, Handle, check, library
+from .structs import Site, Weight
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Pair = tuple[torch.Tensor, torch.Tensor]  # as `AdapterSite.pair_shapes`

@@ -19,9 +19,10 @@ from .buffers import address
 from .derived_weights import with_derived_weights
 from .lower import lower
 from .mla_weights import absorbed_stacks, absorbs
-from .native import FLAGS, SLOT_KINDS, VECTOR, Context, Slot, Step, Weight
+from .native import FLAGS, SLOT_KINDS, VECTOR, Context
 from .packer import stack_struct, weight_struct
 from .plan import CpuPlan
+from .structs import Slot, Step, Weight
 
 INTEGER_FORMATS = (
     "int8", "int4", "int3", "q4_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "iq4_nl", "q5_0", "q5_1", "mxfp4",

@@ -10,7 +10,7 @@ import torch
 
 from ..decoding import DecodeCall, DraftedCall, DraftedRound, RowChoice
 from .buffers import address, optional, strided
-from .native import Choice, Decode, DraftedDecode
+from .structs import Choice, Decode, DraftedDecode
 
 _I32, _U32, _F64 = np.dtype(np.int32), np.dtype(np.uint32), np.dtype(np.float64)
 GENERATOR_WORDS = 626  # of dso_mt19937

@@ -14,8 +14,9 @@ import ctypes as C
 import torch
 
 from .buffers import strided
-from .native import Context, DenseAttention, DenseHeads
+from .native import Context
 from .native_train import TYPES
+from .structs import DenseAttention, DenseHeads
 
 _MASK_BYTES, _MASK_NUMBERS, _MASK_CAUSAL = 1, 2, 3  # DSO_MASK_*
 

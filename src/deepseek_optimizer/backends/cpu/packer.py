@@ -16,8 +16,9 @@ from ...quant.search import check_importance
 from ...quant.tiles import empty_tiles, panels, tile_counts
 from ..base import Norm
 from .buffers import address, optional, strided
-from .native import FORMATS, SLOT_KINDS, Context, FeedForward, Weight, number
+from .native import FORMATS, SLOT_KINDS, Context, number
 from .native_train import ADD, EXACT, PRODUCT_FORMS, TYPES, Matrix
+from .structs import FeedForward, Weight
 
 _SOURCES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}  # uint8: ggml blocks
 

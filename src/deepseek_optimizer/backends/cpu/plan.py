@@ -20,23 +20,8 @@ from ..decoding import DecodeCall, Decoded, DraftedCall, DraftedRounds
 from ..sampling import TokenChoice, choose_tokens
 from .buffers import address, optional
 from .decode import DraftedDecoding, native_call
-from .native import (
-    FLAGS,
-    Batch,
-    Context,
-    Handle,
-    Rotation,
-    RunCounts,
-    Slot,
-    Stages,
-    Step,
-    Weight,
-    block_bytes,
-    cache_shape,
-    check,
-    state_bytes,
-    state_shapes,
-)
+from .native import FLAGS, Context, Handle, block_bytes, cache_shape, check, state_bytes, state_shapes
+from .structs import Batch, Rotation, RunCounts, Slot, Stages, Step, Weight
 
 _I32, _F32, _U8 = np.dtype(np.int32), np.dtype(np.float32), np.dtype(np.uint8)
 
