@@ -15,7 +15,7 @@ void check_rows(const dso_plan& plan, const dso_batch& b) {
     fail(DSO_EINVAL, "stages: batch.T is %d, must be S, %d, and batch.R %d, 0", b.T, b.S, b.R);
   if (!b.positions || !b.context_len) fail(DSO_EINVAL, "stages: batch.positions or context_len is NULL");
   if (!b.last_hidden || plan.hidden_width() == 0) fail(DSO_EINVAL, "stages: batch.last_hidden is NULL, or the plan has none");
-  if (b.states) fail(DSO_EINVAL, "stages: batch.states must be NULL");
+  if (b.states || b.inputs_embeds) fail(DSO_EINVAL, "stages: batch.states and inputs_embeds must be NULL");
 }
 
 // Says when it ends that there are no more steps, also if one has failed.
@@ -73,6 +73,7 @@ void follow(dso_plan& plan, const dso_batch& batch, int32_t link) {
   dso_batch b = batch;
   b.positions = positions.data();
   b.context_len = lengths.data();
+  b.token_ids = nullptr;  // those of later steps are not known here
   b.states = states.data();
   for (;;) {
     const Received received = leader.receive_rows(states.data(), int64_t(states.size()));

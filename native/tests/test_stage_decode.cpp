@@ -264,7 +264,8 @@ void refusals() {
   bad("stages.batch is NULL", [](dso_batch&, dso_stages& s) { s.batch = nullptr; });
   bad("batch.R 1", [](dso_batch& b, dso_stages&) { b.R = 1; });
   bad("last_hidden is NULL", [](dso_batch& b, dso_stages&) { b.last_hidden = nullptr; });
-  bad("states must be NULL", [](dso_batch& b, dso_stages&) { b.states = b.last_hidden; });
+  bad("states and inputs_embeds must be NULL", [](dso_batch& b, dso_stages&) { b.states = b.last_hidden; });
+  bad("states and inputs_embeds must be NULL", [](dso_batch& b, dso_stages&) { b.inputs_embeds = b.last_hidden; });
   bad("batch.T is 2", [](dso_batch& b, dso_stages&) { b.T = b.S = 2; });
   dso_batch none = good;
   none.positions = nullptr;

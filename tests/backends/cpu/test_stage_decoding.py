@@ -116,7 +116,7 @@ def decode(backend, isa):
     weights = packed_weights(weights_of(model), "fp32")
     opened = []
 
-    def run(ranks, rows, steps=STEPS, stops=(), seconds=math.inf, first=7, absent=0, gone=False, **more):
+    def run(ranks, rows, steps=STEPS, stops=(), seconds=math.inf, first=7, tokens=1, absent=0, gone=False, **more):
         whole = runner(backend, graph, weights, blocks=16)
         divided = None if ranks == 1 else Divided(isa, graph, weights, ranks, absent, gone)
         opened.extend([] if divided is None else [divided])
@@ -124,7 +124,8 @@ def decode(backend, isa):
         for n, sequence in enumerate(blocks):
             batch = make_batch([Part(sequence, random_ids(model.config, 5 + n, seed=n))], whole.store)
             divided.run(batch) if divided else whole.plan.run(batch, whole.store)
-        batch = make_batch([Part(sequence, [first], DECODE) for sequence in blocks], whole.store)
+        batch = make_batch([Part(sequence, [first] * tokens, DECODE) for sequence in blocks], whole.store)
+        batch.inputs_embeds = more.pop("inputs_embeds", None)
         batch.draft_states = more.pop("draft_states", False)
         generator = generator_state() if rows[0].variate is not None else None
         call = DecodeCall(steps, rows, np.array(stops, np.int32), seconds, generator, 2 * VOCAB, **more)
@@ -190,7 +191,11 @@ def test_a_failed_step_ends_the_others_without_an_error(decode):
 def test_invalid_arguments_start_nothing(decode):
     with pytest.raises(ValueError, match="rows must be 2 choices"):
         decode(2, choices("largest")[:1])
-    assert decode.opened[0].following == []
+    with pytest.raises(ValueError, match="one token of each sequence, and no inputs_embeds"):
+        decode(2, choices("largest"), tokens=2)
+    with pytest.raises(ValueError, match="one token of each sequence, and no inputs_embeds"):
+        decode(2, choices("largest"), inputs_embeds=torch.zeros(2, 64))
+    assert [divided.following for divided in decode.opened] == [[], [], []]
 
 
 @pytest.mark.parametrize("absent", [1, 2])

@@ -223,7 +223,12 @@ class CpuPlan:
             layers, store: the batch of its first step, without logits, and its cache.
             start: makes the other processes call `follow`. Returns connected sockets to them, in the order of their layers.
             lost: raises the error for the socket with an index, whose process has ended, or has sent something else.
+
+        Raises:
+            ValueError: an argument is invalid; the other processes are ready for the next message, if they were started.
         """
+        if len(layers.positions) != len(layers.query_len) or layers.inputs_embeds is not None:
+            raise ValueError("a decode step takes one token of each sequence, and no inputs_embeds")
         b, rows, _keep = first._bound(layers, store)
         decode = self._decoding(batch, None, call, first._steps_at_once(layers, call))
         links = np.array(start(), np.int32)

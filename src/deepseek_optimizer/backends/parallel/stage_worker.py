@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
@@ -42,8 +43,6 @@ def serve_stage(backend: StageBackend, part: OwnPart, link: Connection) -> bool:
                 result = getattr(commands, name)(*arguments)
                 if name not in _UNANSWERED:
                     answer(link, DONE, result)
-    except RankLostError:
-        return False
     except BaseException as error:
         try:
             answer(link, FAILED, f"{type(error).__name__}: {error}")
@@ -91,4 +90,6 @@ class _Commands(Commands[StageBackend]):
         return rows
 
     def decode(self, plan: int, number: int, batch: StepBatch) -> None:
-        self._backend.plans[plan].follow(batch, self._stores[number], self._link.fileno())
+        # What has come instead of rows is the next message; without a first process there is none.
+        with suppress(RankLostError):
+            self._backend.plans[plan].follow(batch, self._stores[number], self._link.fileno())
