@@ -11,6 +11,7 @@ from deepseek_optimizer.errors import ConfigError, UnsupportedModelError
 from deepseek_optimizer.graph import rules
 from deepseek_optimizer.graph.analysis import weight_shapes
 from deepseek_optimizer.graph.cache_groups import cached_in
+from deepseek_optimizer.graph.ir import Node, Value
 from deepseek_optimizer.graph.parallel.layer_shares import Machine
 from deepseek_optimizer.graph.parallel.pipeline import divided_as, split_layers
 from deepseek_optimizer.graph.validate import check_graph
@@ -74,3 +75,17 @@ def test_another_graph_of_the_same_layers_is_divided_in_the_same_way():
 def test_refused(config, ranks, error, text):
     with pytest.raises(error, match=text):
         split_layers(build_graph(config()), ranks, lambda name: 1)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_token_ids_are_read_in_the_first_process_only(layer):
+    """The others are not told the tokens of later steps."""
+    graph = build_graph(llama())
+    at = next(i for i, node in enumerate(graph.nodes) if node.attrs.get("layer") == layer)
+    lookup = Node("lookup", (), (Value("table", 16),), ("table",), {"entries": graph.vocab_size})
+    graph = replace(graph, nodes=[*graph.nodes[:at], lookup, *graph.nodes[at:]])
+    if layer == 0:
+        assert split_layers(graph, 3, lambda name: 1)[0].graph.looks_up
+    else:
+        with pytest.raises(UnsupportedModelError, match="later layers read token ids"):
+            split_layers(graph, 3, lambda name: 1)

@@ -113,7 +113,10 @@ class _Pipeline:
         further = set(range(self.graph.cache.layers)) - {layer for layers in cached for layer in layers}
         cached[0] += sorted(further)  # of MTP layers
         tails = [tail, *[None] * (self.ranks - 1)]
-        return [self._stage(*of_rank) for of_rank in zip(parts, cached, tails, lasts, strict=True)]
+        made = [self._stage(*of_rank) for of_rank in zip(parts, cached, tails, lasts, strict=True)]
+        if any(stage.graph.looks_up for stage in made[1:]):
+            raise self._refused("later layers read token ids, which only the first process has")
+        return made
 
     def _layer_ends(self) -> list[int]:
         """The number of nodes up to the end of each layer: where the hidden state is complete."""
