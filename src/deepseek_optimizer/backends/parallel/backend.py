@@ -216,7 +216,11 @@ class LeaderStore:
         self._all("copy_block", source, target)
 
     def release(self, from_block: int) -> None:
-        self._all("release", from_block)
+        """See `KvStore.release`. It may be the last that happens to a model: processes that have ended hold no memory."""
+        try:
+            self._all("release", from_block)
+        except RankLostError:
+            self.own.release(from_block)
 
     def read_block(self, block: int) -> bytes:
         """The contents of all ranks, by rank."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
 
-from ...errors import UnsupportedRequestError
+from ...errors import RankLostError, UnsupportedRequestError
 from ...graph.ir import Graph
 from ...graph.parallel.pipeline import Stage, divided_as, on_first
 from ...graph.rope_rotation import KeyRotation
@@ -220,7 +221,9 @@ class FirstStore:
         self._all("copy_block", source, target)
 
     def release(self, from_block: int) -> None:
-        self._all("release", from_block)
+        """See `KvStore.release`. It may be the last that happens to a model: processes that have ended hold no memory."""
+        with suppress(RankLostError):
+            self._all("release", from_block)
 
     def read_block(self, block: int) -> bytes:
         """The contents of all processes, by rank."""
