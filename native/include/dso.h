@@ -703,12 +703,13 @@ DSO_API int32_t dso_plan_decode(dso_plan* p, const dso_batch* batch, dso_decode*
 /* The same for a model whose layers are divided among processes (a pipeline). The first process has the first layers and what
  * follows the last one, `tail`, whose states are the hidden rows. In each step it runs its layers, and sends the rows through
  * each link in turn and receives them back; then it runs `tail` and chooses the tokens. Meanwhile each of the others is in
- * dso_plan_follow, which the end of this call ends, also if it fails, unless it refuses a NULL or the links. The batch of
- * layers is that of the first step, of the same sequences, with R 0, in phase DECODE; its last_hidden, [S][H], receives the
- * rows after them. DSO_ELOST: a process has ended, or has sent something else, which is then the next message on its link. */
+ * dso_plan_follow, which returns when this call does, even if this one fails, except where it refuses a NULL or the links. The
+ * batch of layers is that of the first step, of the same sequences, with R 0, in phase DECODE; its last_hidden, [S][H],
+ * receives the rows after them. DSO_ELOST: a process has ended, or has sent something else, which is then the next message on
+ * its link. */
 typedef struct dso_stages {
   dso_plan* first;        /* of the first layers */
-  const dso_batch* batch; /* of these; batch.states of all is NULL */
+  const dso_batch* batch; /* of these; its states are NULL, as those of the other batches */
   const int32_t* links;   /* [n_links]: connected stream sockets to the other processes, in the order of their layers */
   int32_t n_links;        /* > 0 */
   int32_t lost;           /* receives the index of the link that failed, or -1 */

@@ -1,6 +1,8 @@
 // Connected stream sockets, by descriptor. Nothing here waits except wait_for_sockets.
 #pragma once
+#include <algorithm>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 namespace dso {
@@ -10,12 +12,18 @@ struct Bytes {
   int64_t bytes;
 };
 
+// What is left of two pieces after their first `done` bytes.
+inline std::pair<Bytes, Bytes> rest(Bytes first, Bytes second, int64_t done) {
+  const int64_t of_first = std::min(done, first.bytes), of_second = done - of_first;
+  return {{first.data + of_first, first.bytes - of_first}, {second.data + of_second, second.bytes - of_second}};
+}
+
 bool is_stream(int fd);  // a socket that is connected, or was; false on systems where groups have no sockets
 
 // As much of two pieces, one after the other, as can be sent or is there. 0: nothing now; -1: the connection has ended.
 int64_t send_now(int fd, Bytes first, Bytes second);
 int64_t receive_now(int fd, Bytes first, Bytes second);
-int64_t look_now(int fd, Bytes piece);  // as receive_now, but what is there stays there
+int64_t peek_now(int fd, Bytes piece);  // as receive_now, but what is there stays there
 
 struct Watch {
   int fd;

@@ -11,12 +11,6 @@ namespace {
 
 constexpr int kLookAfter = 1000;  // milliseconds between two looks, in case that something was missed
 
-// What is left of a head and a part after `done` bytes of them.
-std::pair<Bytes, Bytes> rest(void* head, int64_t head_bytes, uint8_t* part, int64_t bytes, int64_t done) {
-  const int64_t of_head = std::min(done, head_bytes), of_part = done - of_head;
-  return {{static_cast<uint8_t*>(head) + of_head, head_bytes - of_head}, {part + of_part, bytes - of_part}};
-}
-
 }  // namespace
 
 SocketGroup::SocketGroup(const int32_t* data, const int32_t* alive, int32_t rank, int32_t ranks) : ProcessGroup(rank, ranks) {
@@ -98,13 +92,13 @@ bool SocketGroup::advance() {
 bool SocketGroup::advance(Peer& peer) {
   constexpr int64_t head = sizeof(Head);
   if (peer.sent < peer.to_send) {
-    const auto [first, second] = rest(&peer.sent_head, head, part(rank()), peer.to_send - head, peer.sent);
+    const auto [first, second] = rest(bytes_of(peer.sent_head), {part(rank()), peer.to_send - head}, peer.sent);
     const int64_t n = send_now(peer.data, first, second);
     if (n < 0) return lose(peer.rank), true;
     peer.sent += n;
   }
   if (peer.got < peer.to_get) {
-    const auto [first, second] = rest(&peer.got_head, head, part(peer.rank), peer.to_get - head, peer.got);
+    const auto [first, second] = rest(bytes_of(peer.got_head), {part(peer.rank), peer.to_get - head}, peer.got);
     const int64_t n = receive_now(peer.data, first, second);
     // A process that is not at this exchange runs other plans: nothing that it sends can be used.
     if (n < 0 || (peer.got += n, peer.got >= head && !(peer.got_head == peer.expected))) return lose(peer.rank), true;

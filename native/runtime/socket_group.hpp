@@ -46,6 +46,7 @@ class SocketGroup final : public ProcessGroup {
     int64_t to_send, sent, to_get, got;  // bytes of the current exchange, with the heads
     bool done() const { return sent == to_send && got == to_get; }
   };
+  static Bytes bytes_of(Head& head) { return {reinterpret_cast<uint8_t*>(&head), sizeof head}; }
   bool advance();  // sends and receives what can be now; true: all is there, or a process is lost
   bool advance(Peer& peer);
   void sleep();  // until `advance`

@@ -1,7 +1,7 @@
 #include "stage_link.hpp"
 
 #include <cstring>
-#include <utility>
+#include <tuple>
 #include <vector>
 
 #include "error.hpp"
@@ -25,13 +25,14 @@ struct Head {
   bool operator==(const Head& other) const { return std::memcmp(bytes, other.bytes, sizeof bytes) == 0; }
 };
 
-void wait_until(int socket, bool readable) {
+// Waits until more can be sent or is there.
+void wait_for(int socket, bool readable) {
   std::vector<Watch> watches{{socket, readable, !readable, false, false}};
   wait_for_sockets(watches, kLookAfter);
 }
 
-// Whether no more will come. Waits a moment: what is there already keeps the socket readable.
-bool ends_soon(int socket) {
+// Whether no more will come. Waits a moment for more: what is there already keeps the socket readable.
+bool has_ended(int socket) {
   std::vector<Watch> watches{{socket, false, false, true, false}};
   wait_for_sockets(watches, 1);
   return watches[0].ended;
@@ -43,10 +44,8 @@ bool transfer(int socket, bool receives, Bytes head, Bytes rows, const Transfer&
   while (head.bytes + rows.bytes > 0) {
     const int64_t done = now(socket, head, rows);
     if (done < 0) return false;
-    if (done == 0) wait_until(socket, receives);
-    const int64_t of_head = done < head.bytes ? done : head.bytes;
-    head = {head.data + of_head, head.bytes - of_head};
-    rows = {rows.data + (done - of_head), rows.bytes - (done - of_head)};
+    if (done == 0) wait_for(socket, receives);
+    std::tie(head, rows) = rest(head, rows, done);
   }
   return true;
 }
@@ -70,10 +69,10 @@ Received StageLink::receive_rows(float* rows, int64_t count) const {
   Head head;
   const Bytes all{head.bytes, sizeof head.bytes};
   for (int64_t there = 0; there < all.bytes;) {
-    there = look_now(socket_, all);
+    there = peek_now(socket_, all);
     if (there < 0) return Received::kLost;
-    if (there == 0) wait_until(socket_, true);
-    if (there > 0 && there < all.bytes && ends_soon(socket_)) return Received::kLost;
+    if (there == 0) wait_for(socket_, true);
+    if (there > 0 && there < all.bytes && has_ended(socket_)) return Received::kLost;
   }
   const bool ends = head == Head(kEnd);
   if (!ends && !(head == Head(kRows, 4 * count))) return Received::kLost;

@@ -51,7 +51,7 @@ static int64_t receive(int fd, Bytes first, Bytes second, int flags) {
 
 int64_t receive_now(int fd, Bytes first, Bytes second) { return receive(fd, first, second, 0); }
 
-int64_t look_now(int fd, Bytes piece) { return receive(fd, piece, {piece.data, 0}, MSG_PEEK); }
+int64_t peek_now(int fd, Bytes piece) { return receive(fd, piece, {piece.data, 0}, MSG_PEEK); }
 
 void wait_for_sockets(std::vector<Watch>& watches, int milliseconds) {
   std::vector<pollfd> polled;

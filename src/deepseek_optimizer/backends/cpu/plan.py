@@ -222,7 +222,7 @@ class CpuPlan:
             first: the plan of the first layers.
             layers, store: the batch of its first step, without logits, and its cache.
             start: makes the other processes call `follow`. Returns connected sockets to them, in the order of their layers.
-            lost: raises the error for the socket with an index, whose process has ended, or has sent something else.
+            lost: is called with the index of a socket whose process has ended, or has sent something else. Raises the error.
 
         Raises:
             ValueError: an argument is invalid; the other processes are ready for the next message, if they were started.

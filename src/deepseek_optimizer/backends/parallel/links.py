@@ -134,13 +134,12 @@ class Links:
         """
         what, value = self._receive(rank)
         if what != DONE:
-            self._end(f"rank {rank} of {self.ranks}: {value}")
+            self._fail(rank, value)
         return value
 
     def failed(self, rank: int) -> NoReturn:
         """Raises RankLostError for a process that has ended, or could not do what the last message said."""
-        _, value = self._receive(rank)
-        self._end(f"rank {rank} of {self.ranks}: {value}")
+        self._fail(rank, self._receive(rank)[1])
 
     @property
     def sockets(self) -> list[int]:
@@ -201,6 +200,9 @@ class Links:
         except (EOFError, OSError):
             pass
         return None
+
+    def _fail(self, rank: int, reason: Any) -> NoReturn:
+        self._end(f"rank {rank} of {self.ranks}: {reason}")
 
     def _end(self, how: str) -> NoReturn:
         """All requests end, and the other processes too."""
